@@ -1,0 +1,1 @@
+"""Fused operations over vocabulary shards; see README.md."""

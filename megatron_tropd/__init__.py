@@ -1,0 +1,1 @@
+"""Trust Region On-Policy Distillation (TrOPD) for Megatron-Core."""

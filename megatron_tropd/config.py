@@ -1,0 +1,174 @@
+"""The recipe: one tree of typed dataclasses, read from YAML and dotted overrides, checked before anything is loaded.
+
+Every key is documented here, once, in its field's `help`; defaults are the paper's (arXiv 2606.01249, section 4 of its
+experiments) wherever it names a value. It does not read models or data: checks that need files live with their stages.
+
+    recipe = load_recipe("tropd_paper", ["training.steps=10", "student.tensor_model_parallel_size=2"])
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from megatron_tropd.types import UserError
+
+
+def _key(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """Declare a recipe key with its documentation and, for enumerations, its allowed values."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    """`student.*` and `teacher.*`."""
+
+    hf_path: str | None = _key(None, "Hugging Face folder: config.json, tokenizer and (if no checkpoint) weights")
+    checkpoint: str | None = _key(None, "Megatron distributed checkpoint of the weights; else hf_path's are converted")
+    tensor_model_parallel_size: int = _key(1, "ranks that share each layer's matrices")
+    pipeline_model_parallel_size: int = _key(1, "pipeline stages")
+    virtual_pipeline_model_parallel_size: int | None = _key(None, "model chunks a stage (interleaved schedule)")
+    context_parallel_size: int = _key(1, "ranks that share each sequence")
+    expert_model_parallel_size: int = _key(1, "ranks that share the experts")
+    sequence_parallel: bool = _key(False, "shard activations outside attention and MLP over the tensor-parallel ranks")
+    dtype: str = _key("bfloat16", "parameters and activations", ("float32", "bfloat16", "float16"))
+    recompute: str | None = _key(None, "activation recomputation", ("selective", "full"))
+
+
+@dataclass
+class TokenizerConfig:
+    """`tokenizer.*`."""
+
+    path: str | None = _key(None, "Hugging Face folder or sentencepiece .model file; default: the student's hf_path")
+    chat_template: str | None = _key(None, "file with a Jinja chat template that replaces the tokenizer's own")
+    check_compatibility: bool = _key(True, "refuse a teacher whose vocabulary differs from the student's")
+
+
+@dataclass
+class DataConfig:
+    """`data.*`."""
+
+    prompts: str | None = _key(None, "JSONL file of prompts: messages or text, optional id, answer, teacher_response")
+    seed: int = _key(0, "seed of the prompt order")
+    shuffle: bool = _key(True, "draw a new order of the prompts each epoch")
+    max_prompt_tokens: int | None = _key(None, "longest prompt; default: what max_new_tokens leaves of the context")
+
+
+@dataclass
+class RolloutConfig:
+    """`rollout.*`."""
+
+    samples_per_prompt: int = _key(4, "responses a prompt")
+    max_new_tokens: int = _key(8096, "longest response, prefix included")
+    temperature: float = _key(1.0, "sampling temperature; 0 is greedy")
+    top_k: int = _key(0, "sample among the k most probable tokens; 0: all")
+    top_p: float = _key(1.0, "sample from the nucleus of this mass; 1: all")
+    stop: list[str] = _key([], "strings that end a response")
+    engine: str = _key("auto", "Megatron inference engine", ("auto", "dynamic", "static"))
+    max_batch_size: int = _key(256, "responses generated at the same time on one data-parallel rank")
+    kv_cache_gb: float | None = _key(None, "memory of the paged KV cache; default: what max_batch_size needs")
+
+
+@dataclass
+class GuidanceConfig:
+    """`guidance.*`: prefixes written by the teacher (part C of the method)."""
+
+    schedule: str = _key("cosine", "prefix share over the steps", ("cosine", "linear", "constant", "none"))
+    start: float = _key(1.0, "share of the teacher's response at step 0, in [0, 1]")
+    beta: float = _key(0.001, "weight of the loss on prefix tokens")
+    responses: str | None = _key(None, "JSONL of teacher responses (id, teacher_response); default: data.prompts' own")
+
+
+@dataclass
+class ObjectiveConfig:
+    """`objective.*`: parts A and B of the method."""
+
+    name: str = _key("tropd", "objective by name; see objectives.py")
+    gate: str | None = _key(None, "trust gate; default: the objective's own", ("bernoulli", "threshold", "soft"))
+    gate_threshold: float = _key(0.5, "tau of the `threshold` gate: in the region where rho >= tau")
+    outlier: str | None = _key(
+        None, "loss outside the region; default: the objective's own", ("fkl", "mask", "clip", "fkl_advantage")
+    )
+    topk: int = _key(64, "k of the teacher's top-k")
+    tail: str = _key("truncated", "mass outside the top-k", ("truncated", "renormalized", "tail"))
+    clip: float = _key(-2.0, "tau of `clip`: lowest advantage, nats")
+    beta: float = _key(0.5, "beta of `jsd`")
+    temperature: float = _key(1.0, "both models' logits are divided by it in every loss and gate")
+    importance: str = _key("tis", "correction for pi_student / pi_old", ("off", "tis", "icepop"))
+    importance_cap: float = _key(2.0, "C of the truncated importance weight")
+    kernel: str = _key("auto", "implementation of the log-prob kernels", ("auto", "reference", "chunked"))
+
+
+@dataclass
+class TrainingConfig:
+    """`training.*`."""
+
+    steps: int = _key(200, "optimizer steps")
+    prompts_per_step: int = _key(128, "prompts of a step, over all data-parallel ranks")
+    micro_batch_size: int = _key(1, "sequences a forward pass")
+    optimizer: str = _key("adam", "Megatron optimizer (adam is AdamW)", ("adam", "sgd"))
+    lr: float = _key(5e-6, "peak learning rate")
+    min_lr: float | None = _key(None, "lowest learning rate of a decaying schedule; default: 0")
+    lr_schedule: str = _key("constant", "decay after the warm-up", ("constant", "linear", "cosine"))
+    lr_warmup_steps: int = _key(0, "steps of linear warm-up")
+    weight_decay: float = _key(0.1, "decoupled weight decay")
+    adam_beta1: float = _key(0.9, "Adam's beta1")
+    adam_beta2: float = _key(0.999, "Adam's beta2")
+    adam_eps: float = _key(1e-8, "Adam's epsilon")
+    clip_grad: float = _key(1.0, "largest global gradient norm; 0: off")
+    seed: int = _key(1234, "seed of sampling, gate and dropout")
+    use_distributed_optimizer: bool = _key(True, "shard optimizer state over the data-parallel ranks")
+
+
+@dataclass
+class CheckpointConfig:
+    """`checkpoint.*`."""
+
+    dir: str | None = _key(None, "folder of the run's checkpoints; default: logging.dir/checkpoints")
+    save_interval: int = _key(50, "steps between checkpoints; 0: only at the end and at SIGTERM")
+    keep: int = _key(2, "newest checkpoints kept; 0: all")
+    resume: bool = _key(True, "continue from the newest whole checkpoint of `dir`, if there is one")
+
+
+@dataclass
+class EvaluationConfig:
+    """`evaluation.*`."""
+
+    problems: str | None = _key(None, "JSONL of problems with answers")
+    interval: int = _key(0, "steps between evaluations; 0: none during training")
+    samples: int = _key(1, "samples a problem; the accuracy is their mean")
+    temperature: float = _key(0.0, "sampling temperature; 0 is greedy")
+    max_new_tokens: int | None = _key(None, "longest response; default: rollout.max_new_tokens")
+    answer_pattern: str = _key("auto", "regex whose last match's group 1 is the answer; auto: boxed, ####, last number")
+
+
+@dataclass
+class LoggingConfig:
+    """`logging.*`."""
+
+    dir: str = _key("runs/default", "the run's folder: recipe.yaml, metrics.jsonl, summary.json, checkpoints/")
+    tensorboard: bool = _key(True, "write TensorBoard events to dir/tensorboard")
+    samples: int = _key(2, "rollouts a step written to samples.jsonl, tokens with their gate; 0: none")
+
+
+@dataclass
+class Recipe:
+    """A whole recipe."""
+
+    student: ModelConfig = field(default_factory=ModelConfig)
+    teacher: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -1,0 +1,19 @@
+"""Package layout: `kernels/` is installed as `megatron_tropd.kernels`, never as a global package `kernels`."""
+
+from setuptools import setup
+
+setup(
+    packages=[
+        "megatron_tropd",
+        "megatron_tropd.kernels",
+        "megatron_tropd.kernels.logprobs",
+        "megatron_tropd.kernels.topk",
+        "megatron_tropd.recipes",
+    ],
+    package_dir={
+        "megatron_tropd": "megatron_tropd",
+        "megatron_tropd.kernels": "kernels",
+        "megatron_tropd.recipes": "examples/recipes",
+    },
+    package_data={"megatron_tropd.recipes": ["*.yaml"], "megatron_tropd.kernels": ["*.md", "*/*.md"]},
+)
