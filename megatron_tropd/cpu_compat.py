@@ -1,0 +1,130 @@
+"""What lets Megatron-Core run on CPU over gloo; applied once, only where there is no CUDA, and never otherwise.
+
+Megatron-Core names the device "cuda" in its schedules, optimizers and random-number tracker. Here those names are
+turned into the CPU: `torch.cuda`'s queries answer for the CPU, its streams and events are inert, and a function mode
+rewrites `device="cuda"` arguments. Nothing of Megatron's logic is replaced. The mode is thread-local: call `apply` in
+the thread that runs Megatron. To opt out, pass `use_cpu_compat=False` to `parallel.initialize`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+logger = logging.getLogger(__name__)
+
+_applied = False
+_CUDA_TYPE_NAMES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.float64: "torch.cuda.DoubleTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+    torch.float16: "torch.cuda.HalfTensor",
+}
+
+
+def _names_cuda(device: object) -> bool:
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, torch.device) and device.type == "cuda"
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Send every explicit CUDA device to the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if kwargs and _names_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        if func is torch.Tensor.to:
+            args = tuple("cpu" if _names_cuda(a) else a for a in args)
+        elif func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
+            return args[0]
+        elif func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron's optimizers sort parameters by comparing this string with "torch.cuda.…".
+            return _CUDA_TYPE_NAMES.get(args[0].dtype) or func(*args)
+        return func(*args, **kwargs)
+
+
+class _InertStream:
+    """Stands in for CUDA streams and events: the CPU runs everything in order, so there is nothing to wait for."""
+
+    def __init__(self, *args, **kwargs):
+        self.cuda_stream = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        return None
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: object) -> float:
+        return 0.0
+
+    def _nothing(self, *args, **kwargs) -> None:
+        return None
+
+    record = wait = synchronize = wait_stream = wait_event = record_event = _nothing
+
+
+def _patch_torch_cuda() -> None:
+    cpu = torch.device("cpu")
+    nothing = lambda *args, **kwargs: None  # noqa: E731
+    torch.cuda.current_device = lambda: cpu
+    for name in ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats", "ipc_collect"):
+        setattr(torch.cuda, name, nothing)
+    torch.cuda.Event = torch.cuda.Stream = _InertStream
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda *args, **kwargs: _InertStream()
+    torch.cuda.stream = lambda stream=None: contextlib.nullcontext()
+    torch.cuda.memory_allocated = torch.cuda.max_memory_allocated = lambda *args, **kwargs: 0
+    torch.cuda.memory_reserved = torch.cuda.max_memory_reserved = lambda *args, **kwargs: 0
+    torch.cuda.memory_stats = lambda *args, **kwargs: {}
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(torch.cuda.nvtx, name, nothing)
+    torch.cuda.FloatTensor = torch.FloatTensor
+    torch.cuda.LongTensor = torch.LongTensor
+    torch.cuda.IntTensor = torch.IntTensor
+    torch.cuda.ByteTensor = torch.ByteTensor
+
+
+def _patch_random_states() -> None:
+    """Let Megatron's "CUDA" random-number tracker hold states of the CPU generator."""
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    def get_state(*args, **kwargs):
+        return torch.get_rng_state()
+
+    def set_state(new_state, *args, **kwargs):
+        torch.set_rng_state(new_state)
+
+    def seed_cpu(seed):
+        torch.default_generator.manual_seed(seed)
+
+    megatron_random._get_cuda_rng_state = torch.cuda.get_rng_state = get_state
+    megatron_random._set_cuda_rng_state = torch.cuda.set_rng_state = set_state
+    torch.cuda.manual_seed = seed_cpu
+
+
+def apply() -> bool:
+    """Make Megatron-Core run on CPU in this process and thread; idempotent; does nothing where CUDA is available.
+
+    Returns:
+        Whether the shims are in force.
+    """
+    global _applied
+    if torch.cuda.is_available():
+        return False
+    if not _applied:
+        _patch_torch_cuda()
+        _patch_random_states()
+        _CudaMeansCpu().__enter__()
+        logger.info("no CUDA device: Megatron-Core runs on CPU (opt out with use_cpu_compat=False)")
+        _applied = True
+    return True

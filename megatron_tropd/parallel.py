@@ -1,0 +1,163 @@
+"""Process groups: built once from a layout, handed on as objects; the only reader of Megatron's parallel_state.
+
+Works under torchrun (NCCL on CUDA, gloo on CPU) and in a single process without it.
+
+    groups = initialize(recipe.student, seed=recipe.training.seed)
+    model = build_model(hf_config, recipe.student, groups)
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_tropd import cpu_compat
+from megatron_tropd.config import ModelConfig
+from megatron_tropd.types import UserError
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """One model's process groups, as Megatron's collection and under short names."""
+
+    collection: ProcessGroupCollection
+    virtual_pipeline_size: int | None
+    device: torch.device
+
+    @property
+    def tp(self) -> dist.ProcessGroup:
+        """Tensor-parallel group."""
+        return self.collection.tp
+
+    @property
+    def pp(self) -> dist.ProcessGroup:
+        """Pipeline-parallel group."""
+        return self.collection.pp
+
+    @property
+    def dp(self) -> dist.ProcessGroup:
+        """Data-parallel group (without context parallelism)."""
+        return self.collection.dp
+
+    @property
+    def cp(self) -> dist.ProcessGroup:
+        """Context-parallel group."""
+        return self.collection.cp
+
+    @property
+    def dp_cp(self) -> dist.ProcessGroup:
+        """Data- and context-parallel group: over it the loss tokens are counted."""
+        return self.collection.dp_cp
+
+    @property
+    def mp(self) -> dist.ProcessGroup:
+        """Model-parallel group: the tensor- and pipeline-parallel ranks of one replica."""
+        return self.collection.mp
+
+    tp_rank = property(lambda self: self.tp.rank())
+    tp_size = property(lambda self: self.tp.size())
+    pp_rank = property(lambda self: self.pp.rank())
+    pp_size = property(lambda self: self.pp.size())
+    dp_rank = property(lambda self: self.dp.rank())
+    dp_size = property(lambda self: self.dp.size())
+    cp_rank = property(lambda self: self.cp.rank())
+    cp_size = property(lambda self: self.cp.size())
+    rank = property(lambda self: dist.get_rank())
+    world_size = property(lambda self: dist.get_world_size())
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output layer."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def last_stage_global_rank(self) -> int:
+        """Global rank, within this rank's pipeline, of the stage that holds the output layer."""
+        return dist.get_global_rank(self.pp, self.pp_size - 1)
+
+    @property
+    def is_reporter(self) -> bool:
+        """Whether this rank writes metrics: the only one with data-parallel rank 0 on the last stage, tp rank 0."""
+        return self.is_last_stage and self.tp_rank == 0 and self.dp_rank == 0 and self.cp_rank == 0
+
+
+def _check_layout(layout: ModelConfig, world_size: int) -> None:
+    sizes = {
+        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+        "context_parallel_size": layout.context_parallel_size,
+    }
+    model_parallel = int(np.prod(list(sizes.values())))
+    if world_size % model_parallel:
+        wanted = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        raise UserError(
+            f"{world_size} process(es) cannot hold {wanted} = {model_parallel} ranks a replica; start a multiple of "
+            f"{model_parallel} processes (torchrun --nproc-per-node) or choose sizes whose product divides {world_size}"
+        )
+
+
+def initialize(
+    layout: ModelConfig, seed: int = 1234, backend: str | None = None, use_cpu_compat: bool = True
+) -> ParallelGroups:
+    """Start torch.distributed and Megatron's process groups for `layout`, and seed every generator.
+
+    Args:
+        layout: parallel sizes; the rest of the processes form the data-parallel dimension.
+        seed: Megatron's usual arrangement: tensor-parallel ranks share it outside tensor-parallel regions.
+        backend: default nccl with CUDA, else gloo.
+        use_cpu_compat: apply `cpu_compat` where there is no CUDA.
+
+    Raises:
+        UserError: the number of processes is no multiple of the layout's ranks.
+    """
+    if use_cpu_compat:
+        cpu_compat.apply()
+    has_cuda = torch.cuda.is_available()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    _check_layout(layout, dist.get_world_size() if dist.is_initialized() else world_size)
+    if has_cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        backend = backend or ("nccl" if has_cuda else "gloo")
+        timeout = datetime.timedelta(minutes=30)
+        if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+    )
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
+    return ParallelGroups(collection, layout.virtual_pipeline_model_parallel_size, device)
+
+
+def shutdown() -> None:
+    """Destroy Megatron's groups and torch.distributed; safe to call twice."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
