@@ -2,8 +2,91 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from importlib import metadata
+from typing import Any
 
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.utils import get_model_config
 from packaging.version import Version
 
 MEGATRON_VERSION = Version(metadata.version("megatron-core"))
+
+
+def unwrap_model(model: Any) -> Any:
+    """Return the GPTModel under Megatron's wrappers (DistributedDataParallel, Float16Module)."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def keep_adam_step_on_load(optimizer: Any) -> None:
+    """Mend loading of `fully_reshardable` optimizer checkpoints with torch's AdamW.
+
+    Its state holds 'step' beside the moments; Megatron-Core stores the step once for all parameters and then looks for
+    it among the loaded tensors of each (KeyError 'step' in 0.16). Here the step set from the common state is kept.
+    """
+    for distributed in _distributed_optimizers(optimizer):
+        original = distributed._set_main_param_and_optimizer_states
+
+        def set_states(model_param, tensors, distributed=distributed, original=original):
+            group_index, group_order = distributed.model_param_group_index_map[model_param]
+            main_param = distributed.optimizer.param_groups[group_index]["params"][group_order]
+            step = distributed.optimizer.state[main_param].get("step")
+            if isinstance(step, torch.Tensor) and "step" not in tensors:
+                tensors = {**tensors, "step": step}
+            original(model_param, tensors)
+
+        distributed._set_main_param_and_optimizer_states = set_states
+
+
+def _distributed_optimizers(optimizer: Any) -> list[Any]:
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [o for o in chained if isinstance(o, DistributedOptimizer)]
+
+
+def run_schedule(
+    groups: Any,
+    forward_step_func: Callable,
+    microbatches: Sequence[Any],
+    chunks: list[Any],
+    seq_length: int,
+    micro_batch_size: int,
+    forward_only: bool,
+    collect_non_loss_data: bool = False,
+) -> list[Any]:
+    """Run Megatron's pipeline schedule over `microbatches` with explicit process groups.
+
+    Args:
+        groups: the model's parallel.ParallelGroups.
+        forward_step_func: Megatron's forward_step(data_iterator, model) -> (output, loss_func).
+        microbatches: one item a micro-batch; each model chunk gets its own iterator over them.
+        chunks: this rank's model chunks (one without interleaving).
+        seq_length: padded length of every micro-batch.
+        micro_batch_size: rows of every micro-batch.
+        forward_only: no backward pass.
+        collect_non_loss_data: return what loss_func returned, as it is.
+
+    Returns:
+        What the schedule collected: one item a micro-batch on the last stage, nothing elsewhere.
+    """
+    config = get_model_config(chunks[0])
+    forward_backward = get_forward_backward_func(pp_size=groups.pp_size, vp_size=groups.virtual_pipeline_size)
+    iterators = [iter(microbatches) for _ in chunks]
+    single = groups.virtual_pipeline_size is None
+    pipeline = {} if groups.pp_size == 1 else {"p2p_communicator": P2PCommunicator(groups.pp, config)}
+    return forward_backward(
+        forward_step_func=forward_step_func,
+        data_iterator=iterators[0] if single else iterators,
+        model=chunks[0] if single else chunks,
+        num_microbatches=len(microbatches),
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+        collect_non_loss_data=collect_non_loss_data,
+        pg_collection=groups.collection,
+        **pipeline,
+    )
