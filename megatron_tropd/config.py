@@ -1,25 +1,27 @@
-"""The recipe: one tree of typed dataclasses, read from YAML and dotted overrides, checked before anything is loaded.
+"""The recipe's keys: one tree of typed dataclasses, each key with its default, its documentation and its range.
 
-Every key is documented here, once, in its field's `help`; defaults are the paper's (arXiv 2606.01249, section 4 of its
-experiments) wherever it names a value. It does not read models or data: checks that need files live with their stages.
+Every key is documented here, once; defaults are the paper's (arXiv 2606.01249, its experiments) wherever it names a
+value. Reading, overriding and checking recipes is `recipe.py`.
 
     recipe = load_recipe("tropd_paper", ["training.steps=10", "student.tensor_model_parallel_size=2"])
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
-from megatron_tropd.types import UserError
 
-
-def _key(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """Declare a recipe key with its documentation and, for enumerations, its allowed values."""
-    metadata = {"help": help, "choices": choices}
+def _key(
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """Declare a key: documentation, allowed values of an enumeration, range [low, high] or values > `above`."""
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: default.copy(), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -31,11 +33,11 @@ class ModelConfig:
 
     hf_path: str | None = _key(None, "Hugging Face folder: config.json, tokenizer and (if no checkpoint) weights")
     checkpoint: str | None = _key(None, "Megatron distributed checkpoint of the weights; else hf_path's are converted")
-    tensor_model_parallel_size: int = _key(1, "ranks that share each layer's matrices")
-    pipeline_model_parallel_size: int = _key(1, "pipeline stages")
-    virtual_pipeline_model_parallel_size: int | None = _key(None, "model chunks a stage (interleaved schedule)")
-    context_parallel_size: int = _key(1, "ranks that share each sequence")
-    expert_model_parallel_size: int = _key(1, "ranks that share the experts")
+    tensor_model_parallel_size: int = _key(1, "ranks that share each layer's matrices", low=1)
+    pipeline_model_parallel_size: int = _key(1, "pipeline stages", low=1)
+    virtual_pipeline_model_parallel_size: int | None = _key(None, "model chunks a stage (interleaved schedule)", low=2)
+    context_parallel_size: int = _key(1, "ranks that share each sequence", low=1)
+    expert_model_parallel_size: int = _key(1, "ranks that share the experts", low=1)
     sequence_parallel: bool = _key(False, "shard activations outside attention and MLP over the tensor-parallel ranks")
     dtype: str = _key("bfloat16", "parameters and activations", ("float32", "bfloat16", "float16"))
     recompute: str | None = _key(None, "activation recomputation", ("selective", "full"))
@@ -57,22 +59,24 @@ class DataConfig:
     prompts: str | None = _key(None, "JSONL file of prompts: messages or text, optional id, answer, teacher_response")
     seed: int = _key(0, "seed of the prompt order")
     shuffle: bool = _key(True, "draw a new order of the prompts each epoch")
-    max_prompt_tokens: int | None = _key(None, "longest prompt; default: what max_new_tokens leaves of the context")
+    max_prompt_tokens: int | None = _key(
+        None, "longest prompt; default: what max_new_tokens leaves of the context", low=1
+    )
 
 
 @dataclass
 class RolloutConfig:
     """`rollout.*`."""
 
-    samples_per_prompt: int = _key(4, "responses a prompt")
-    max_new_tokens: int = _key(8096, "longest response, prefix included")
-    temperature: float = _key(1.0, "sampling temperature; 0 is greedy")
-    top_k: int = _key(0, "sample among the k most probable tokens; 0: all")
-    top_p: float = _key(1.0, "sample from the nucleus of this mass; 1: all")
+    samples_per_prompt: int = _key(4, "responses a prompt", low=1)
+    max_new_tokens: int = _key(8096, "longest response, prefix included", low=1)
+    temperature: float = _key(1.0, "sampling temperature; 0 is greedy", low=0)
+    top_k: int = _key(0, "sample among the k most probable tokens; 0: all", low=0)
+    top_p: float = _key(1.0, "sample from the nucleus of this mass; 1: all", above=0, high=1)
     stop: list[str] = _key([], "strings that end a response")
     engine: str = _key("auto", "Megatron inference engine", ("auto", "dynamic", "static"))
-    max_batch_size: int = _key(256, "responses generated at the same time on one data-parallel rank")
-    kv_cache_gb: float | None = _key(None, "memory of the paged KV cache; default: what max_batch_size needs")
+    max_batch_size: int = _key(256, "responses generated at the same time on one data-parallel rank", low=1)
+    kv_cache_gb: float | None = _key(None, "memory of the paged KV cache; default: what max_batch_size needs", above=0)
 
 
 @dataclass
@@ -80,8 +84,8 @@ class GuidanceConfig:
     """`guidance.*`: prefixes written by the teacher (part C of the method)."""
 
     schedule: str = _key("cosine", "prefix share over the steps", ("cosine", "linear", "constant", "none"))
-    start: float = _key(1.0, "share of the teacher's response at step 0, in [0, 1]")
-    beta: float = _key(0.001, "weight of the loss on prefix tokens")
+    start: float = _key(1.0, "share of the teacher's response at step 0, in [0, 1]", low=0, high=1)
+    beta: float = _key(0.001, "weight of the loss on prefix tokens", low=0)
     responses: str | None = _key(None, "JSONL of teacher responses (id, teacher_response); default: data.prompts' own")
 
 
@@ -91,17 +95,17 @@ class ObjectiveConfig:
 
     name: str = _key("tropd", "objective by name; see objectives.py")
     gate: str | None = _key(None, "trust gate; default: the objective's own", ("bernoulli", "threshold", "soft"))
-    gate_threshold: float = _key(0.5, "tau of the `threshold` gate: in the region where rho >= tau")
+    gate_threshold: float = _key(0.5, "tau of the `threshold` gate: in the region where rho >= tau", low=0, high=1)
     outlier: str | None = _key(
         None, "loss outside the region; default: the objective's own", ("fkl", "mask", "clip", "fkl_advantage")
     )
-    topk: int = _key(64, "k of the teacher's top-k")
+    topk: int = _key(64, "k of the teacher's top-k", low=1)
     tail: str = _key("truncated", "mass outside the top-k", ("truncated", "renormalized", "tail"))
     clip: float = _key(-2.0, "tau of `clip`: lowest advantage, nats")
-    beta: float = _key(0.5, "beta of `jsd`")
-    temperature: float = _key(1.0, "both models' logits are divided by it in every loss and gate")
+    beta: float = _key(0.5, "beta of `jsd`", low=0, high=1)
+    temperature: float = _key(1.0, "both models' logits are divided by it in every loss and gate", above=0)
     importance: str = _key("tis", "correction for pi_student / pi_old", ("off", "tis", "icepop"))
-    importance_cap: float = _key(2.0, "C of the truncated importance weight")
+    importance_cap: float = _key(2.0, "C of the truncated importance weight", above=0)
     kernel: str = _key("auto", "implementation of the log-prob kernels", ("auto", "reference", "chunked"))
 
 
@@ -109,19 +113,19 @@ class ObjectiveConfig:
 class TrainingConfig:
     """`training.*`."""
 
-    steps: int = _key(200, "optimizer steps")
-    prompts_per_step: int = _key(128, "prompts of a step, over all data-parallel ranks")
-    micro_batch_size: int = _key(1, "sequences a forward pass")
+    steps: int = _key(200, "optimizer steps", low=1)
+    prompts_per_step: int = _key(128, "prompts of a step, over all data-parallel ranks", low=1)
+    micro_batch_size: int = _key(1, "sequences a forward pass", low=1)
     optimizer: str = _key("adam", "Megatron optimizer (adam is AdamW)", ("adam", "sgd"))
-    lr: float = _key(5e-6, "peak learning rate")
-    min_lr: float | None = _key(None, "lowest learning rate of a decaying schedule; default: 0")
+    lr: float = _key(5e-6, "peak learning rate", low=0)
+    min_lr: float | None = _key(None, "lowest learning rate of a decaying schedule; default: 0", low=0)
     lr_schedule: str = _key("constant", "decay after the warm-up", ("constant", "linear", "cosine"))
-    lr_warmup_steps: int = _key(0, "steps of linear warm-up")
-    weight_decay: float = _key(0.1, "decoupled weight decay")
-    adam_beta1: float = _key(0.9, "Adam's beta1")
-    adam_beta2: float = _key(0.999, "Adam's beta2")
-    adam_eps: float = _key(1e-8, "Adam's epsilon")
-    clip_grad: float = _key(1.0, "largest global gradient norm; 0: off")
+    lr_warmup_steps: int = _key(0, "steps of linear warm-up", low=0)
+    weight_decay: float = _key(0.1, "decoupled weight decay", low=0)
+    adam_beta1: float = _key(0.9, "Adam's beta1", low=0, high=1)
+    adam_beta2: float = _key(0.999, "Adam's beta2", low=0, high=1)
+    adam_eps: float = _key(1e-8, "Adam's epsilon", above=0)
+    clip_grad: float = _key(1.0, "largest global gradient norm; 0: off", low=0)
     seed: int = _key(1234, "seed of sampling, gate and dropout")
     use_distributed_optimizer: bool = _key(True, "shard optimizer state over the data-parallel ranks")
 
@@ -131,8 +135,8 @@ class CheckpointConfig:
     """`checkpoint.*`."""
 
     dir: str | None = _key(None, "folder of the run's checkpoints; default: logging.dir/checkpoints")
-    save_interval: int = _key(50, "steps between checkpoints; 0: only at the end and at SIGTERM")
-    keep: int = _key(2, "newest checkpoints kept; 0: all")
+    save_interval: int = _key(50, "steps between checkpoints; 0: only at the end and at SIGTERM", low=0)
+    keep: int = _key(2, "newest checkpoints kept; 0: all", low=0)
     resume: bool = _key(True, "continue from the newest whole checkpoint of `dir`, if there is one")
 
 
@@ -141,10 +145,10 @@ class EvaluationConfig:
     """`evaluation.*`."""
 
     problems: str | None = _key(None, "JSONL of problems with answers")
-    interval: int = _key(0, "steps between evaluations; 0: none during training")
-    samples: int = _key(1, "samples a problem; the accuracy is their mean")
-    temperature: float = _key(0.0, "sampling temperature; 0 is greedy")
-    max_new_tokens: int | None = _key(None, "longest response; default: rollout.max_new_tokens")
+    interval: int = _key(0, "steps between evaluations; 0: none during training", low=0)
+    samples: int = _key(1, "samples a problem; the accuracy is their mean", low=1)
+    temperature: float = _key(0.0, "sampling temperature; 0 is greedy", low=0)
+    max_new_tokens: int | None = _key(None, "longest response; default: rollout.max_new_tokens", low=1)
     answer_pattern: str = _key("auto", "regex whose last match's group 1 is the answer; auto: boxed, ####, last number")
 
 
@@ -154,7 +158,7 @@ class LoggingConfig:
 
     dir: str = _key("runs/default", "the run's folder: recipe.yaml, metrics.jsonl, summary.json, checkpoints/")
     tensorboard: bool = _key(True, "write TensorBoard events to dir/tensorboard")
-    samples: int = _key(2, "rollouts a step written to samples.jsonl, tokens with their gate; 0: none")
+    samples: int = _key(2, "rollouts a step written to samples.jsonl, tokens with their gate; 0: none", low=0)
 
 
 @dataclass
@@ -172,3 +176,11 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+# What the checks of a recipe must know about objectives by name (objectives.py defines them).
+DATA_OBJECTIVES = ("sft", "seqkd")  # train on written responses: no teacher model, no rollouts
+UNGUIDED_OBJECTIVES = (
+    *("opd", "mask_outlier", "clip_outlier", "fkl_outlier", "fkl_topk", "rkl_full", "fkl_full", "jsd"),
+    *("entropy_opd", "eopd", "reopold", "topd", *DATA_OBJECTIVES),
+)

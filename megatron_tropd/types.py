@@ -19,17 +19,12 @@ from typing import Any
 
 import torch
 
+from megatron_tropd.errors import UserError  # noqa: F401  (part of this module's interface)
+
 # Values of TrainingBatch.loss_kind.
 LOSS_NONE = 0  # prompt and padding
 LOSS_STUDENT = 1  # token written by the student: trust-region objective
 LOSS_GUIDANCE = 2  # token of a teacher-written prefix (or of the data, for `sft` and `seqkd`)
-
-
-class UserError(ValueError):
-    """A mistake in the user's input: the message is one paragraph with value, expectation and remedy.
-
-    The command line prints it once, on rank 0, without a traceback, and exits with status 2.
-    """
 
 
 @dataclass

@@ -1,0 +1,222 @@
+"""Reading a recipe: YAML file or shipped name, dotted overrides, and every check that needs no model and no data.
+
+Relative paths in a recipe are relative to the current directory, wherever the YAML file lies. `base: NAME_OR_PATH` at
+the top of a file starts from another recipe (a path is relative to the file that names it). Checks that need files
+(heads divisible by TP, prompts, tokenizers) live with their stages.
+
+    recipe = load_recipe("tropd_paper", ["student.hf_path=models/student", "training.steps=10"])
+    validation.validate(recipe)  # contradictions and missing keys, before anything is loaded
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from megatron_tropd.config import UNGUIDED_OBJECTIVES, Recipe
+from megatron_tropd.errors import UserError
+
+_FIELDS: dict[str, dataclasses.Field] = {
+    f"{section}.{field.name}": field
+    for section, config in vars(Recipe()).items()
+    for field in dataclasses.fields(config)
+}
+_EXAMPLES = Path("examples/recipes")  # a checkout's own, relative to the current directory
+
+
+def load_recipe(name_or_path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe and apply `section.key=value` overrides, in order.
+
+    `name_or_path` is a YAML file, the name of a shipped recipe, or None for the defaults. Raises UserError that names
+    the key and where it was set for an unknown key, a wrong type, a value out of its range, and an unreadable file.
+    """
+    from omegaconf import OmegaConf
+
+    settings = [] if name_or_path is None else _read_file(find_recipe(name_or_path), ())
+    settings += [_parse_override(text) for text in overrides]
+    tree = OmegaConf.structured(Recipe)
+    for key, value, source in settings:
+        _set(tree, key, value, source)
+    recipe = _to_recipe(tree)
+    _check_values(recipe, {key: source for key, _, source in settings})
+    scheduled = any(key == "guidance.schedule" for key, _, _ in settings)
+    if recipe.objective.name in UNGUIDED_OBJECTIVES and not scheduled:
+        recipe.guidance.schedule = "none"  # the default schedule belongs to the guided objectives
+    return recipe
+
+
+def save_recipe(recipe: Recipe, path: str | Path) -> None:
+    """Write the whole resolved recipe as YAML; `load_recipe(path)` reads it back equal."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(to_yaml(recipe), encoding="utf-8")
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Return the whole resolved recipe as YAML."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+def describe() -> str:
+    """Return one line a key: name, type or choices, default, documentation."""
+    lines, section = [], ""
+    for key, field in _FIELDS.items():
+        if key.split(".")[0] != section:
+            section = key.split(".")[0]
+            lines += ["", f"{section}:"]
+        choices = field.metadata["choices"]
+        kind = " | ".join(choices) if choices else str(field.type)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        lines.append(f"  {key} = {'null' if default is None else default}  ({kind})\n      {field.metadata['help']}")
+    return "\n".join(lines[1:])
+
+
+def shipped_recipes() -> list[str]:
+    """Names that `load_recipe` finds without a path."""
+    folders = [resources.files("megatron_tropd.recipes"), _EXAMPLES]
+    files = [entry.name for folder in folders if folder.is_dir() for entry in folder.iterdir()]
+    return sorted({name.removesuffix(".yaml") for name in files if name.endswith(".yaml")})
+
+
+def find_recipe(name_or_path: str | Path) -> Path:
+    """Return the YAML file of a path or of a shipped name; UserError with the nearest names if there is none."""
+    name = str(name_or_path)
+    if Path(name).is_file():
+        return Path(name)
+    if "/" not in name:
+        for folder in (resources.files("megatron_tropd.recipes"), _EXAMPLES):
+            file = folder / f"{name.removesuffix('.yaml')}.yaml"
+            if file.is_file():
+                return Path(str(file))
+    known = shipped_recipes()
+    nearest = _nearest(Path(name).stem, known)
+    hint = f" Did you mean {nearest}?" if nearest else ""
+    raise UserError(
+        f"recipe {name!r}: there is neither a file nor a shipped recipe of that name.{hint} Give the path of a YAML "
+        f"file or one of {', '.join(known)}."
+    )
+
+
+def _read_file(path: Path, chain: tuple[Path, ...]) -> list[tuple[str, Any, str]]:
+    """Return the (key, value, source) settings of a YAML file, those of its `base` first."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if path.resolve() in chain:
+        raise UserError(
+            f"{path}: `base` leads back to this file; a recipe cannot start from itself. Remove one `base`."
+        )
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}); mend the file.") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} holds a {type(content).__name__}, not sections of keys such as `training: {{steps: 10}}`."
+        )
+    settings = []
+    if (base := content.pop("base", None)) is not None:
+        beside = path.parent / str(base)
+        settings = _read_file(beside if beside.is_file() else find_recipe(base), (*chain, path.resolve()))
+    return settings + _flatten(content, str(path))
+
+
+def _flatten(content: dict, source: str) -> list[tuple[str, Any, str]]:
+    settings = []
+    for section, values in content.items():
+        if isinstance(values, dict):
+            settings += [(f"{section}.{key}", value, source) for key, value in values.items()]
+        elif values is not None or section not in vars(Recipe()):  # None: a section whose keys are all commented out
+            settings.append((str(section), values, source))
+    return settings
+
+
+def _parse_override(text: str) -> tuple[str, Any, str]:
+    """Split `section.key=value`; a value for a text key is taken as it stands, others are read as YAML."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    key, equals, value = text.partition("=")
+    source = f"override {text!r}"
+    if not equals or not key:
+        raise UserError(f"{source} is not of the form section.key=value, such as training.steps=10.")
+    field = _FIELDS.get(key)
+    if field is None or value in ("null", "") or "str" not in field.type or field.type.startswith("list"):
+        try:
+            return key, OmegaConf.from_dotlist([f"value={value}"])["value"], source
+        except yaml.YAMLError as error:
+            raise UserError(f"{source}: the value is not valid YAML ({' '.join(str(error).split())}).") from error
+    return key, value, source
+
+
+def _set(tree: Any, key: str, value: Any, source: str) -> None:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if key not in _FIELDS:
+        _refuse_unknown(key, source)
+    try:
+        OmegaConf.update(tree, key, value)
+    except OmegaConfBaseException as error:
+        field = _FIELDS[key]
+        raise UserError(
+            f"{key}={value!r} ({source}): expected {field.type.replace('None', 'null')} ({field.metadata['help']}); "
+            f"{str(error).splitlines()[0].rstrip('.')}."
+        ) from error
+
+
+def _refuse_unknown(key: str, source: str) -> None:
+    if key in vars(Recipe()):
+        raise UserError(
+            f"{key} ({source}) is a section, not a key: it takes no value. Set its keys, as in {key}.KEY=VALUE."
+        )
+    nearest = _nearest(key, list(_FIELDS))
+    if nearest is None:  # perhaps the right key in the wrong section, or without one
+        leaves = {name.split(".")[1]: name for name in reversed(_FIELDS)}
+        nearest = leaves.get(_nearest(key.split(".")[-1], list(leaves)))
+    hint = f"did you mean {nearest}?" if nearest else "no known key is near it."
+    raise UserError(f"unknown key {key} ({source}): {hint} `megatron-tropd train --help-keys` lists all keys.")
+
+
+def _nearest(word: str, known: list[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.6)), None)
+
+
+def _to_recipe(tree: Any) -> Recipe:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:  # an interpolation ${section.key} that leads nowhere
+        raise UserError(
+            f"{error.full_key}: {str(error).splitlines()[0]}; mend the ${{section.key}} it refers to."
+        ) from error
+
+
+def _check_values(recipe: Recipe, sources: dict[str, str]) -> None:
+    """Check every value against its field's choices and range."""
+    for key, field in _FIELDS.items():
+        section, name = key.split(".")
+        value = getattr(getattr(recipe, section), name)
+        rule = field.metadata
+        if value is None:
+            continue
+        expected = None
+        if rule["choices"] and value not in rule["choices"]:
+            near = _nearest(str(value), list(rule["choices"]))
+            expected = "one of " + ", ".join(rule["choices"]) + (f" (did you mean {near}?)" if near else "")
+        elif rule["low"] is not None and not value >= rule["low"]:
+            expected = f"at least {rule['low']}"
+        elif rule["above"] is not None and not value > rule["above"]:
+            expected = f"more than {rule['above']}"
+        elif rule["high"] is not None and not value <= rule["high"]:
+            expected = f"at most {rule['high']}"
+        if expected:
+            source = sources.get(key, "default")
+            raise UserError(f"{key}={value} ({source}): expected {expected}. The key: {rule['help']}.")

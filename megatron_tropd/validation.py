@@ -1,0 +1,148 @@
+"""Contradictions in a recipe: everything that can be refused before a model, a file or a process group is touched.
+
+Types, choices and ranges are checked when a recipe is read (recipe.py); what depends on a model or on data (heads
+divisible by TP, prompts, tokenizers, the number of data-parallel ranks) is checked by the stage that reads it.
+
+    validate(recipe)  # raises UserError
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_tropd.config import DATA_OBJECTIVES, UNGUIDED_OBJECTIVES, ModelConfig, Recipe
+from megatron_tropd.errors import UserError
+
+_LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+)
+
+
+def validate(recipe: Recipe) -> None:
+    """Raise UserError at the first missing key or contradiction of a training recipe."""
+    _check_required(recipe)
+    check_layout("student", recipe.student)
+    if recipe.objective.name not in DATA_OBJECTIVES:
+        check_layout("teacher", recipe.teacher)
+        _check_two_models(recipe)
+        _check_sampling(recipe)
+    _check_guidance(recipe)
+    _check_training(recipe)
+
+
+def require(recipe: Recipe, *keys: str) -> None:
+    """Raise UserError unless each key, or one of its alternatives `a|b`, has a value."""
+    for alternatives in keys:
+        values = [getattr(getattr(recipe, section), key) for section, key in _split(alternatives)]
+        if not any(values):
+            first = alternatives.split("|")[0]
+            raise UserError(
+                f"{alternatives.replace('|', ' or ')} is missing: set it in the recipe or on the command line, "
+                f"as in {first}=PATH."
+            )
+
+
+def _split(alternatives: str) -> list[tuple[str, str]]:
+    return [tuple(key.split(".")) for key in alternatives.split("|")]
+
+
+def _check_required(recipe: Recipe) -> None:
+    require(recipe, "student.hf_path|student.checkpoint")
+    if recipe.objective.name not in DATA_OBJECTIVES:
+        require(recipe, "teacher.hf_path|teacher.checkpoint")
+    require(recipe, "data.prompts", "logging.dir")
+    if recipe.evaluation.interval:
+        require(recipe, "evaluation.problems")
+
+
+def check_layout(role: str, model: ModelConfig) -> None:
+    """Check one model's parallel layout in itself; `role` is its section's name."""
+    for key in ("context_parallel_size", "expert_model_parallel_size"):
+        if getattr(model, key) != 1:
+            raise UserError(f"{role}.{key}={getattr(model, key)}: only 1 is supported so far; remove the key.")
+    if model.sequence_parallel and model.tensor_model_parallel_size == 1:
+        raise UserError(
+            f"{role}.sequence_parallel=true needs {role}.tensor_model_parallel_size of at least 2, and it is 1: it "
+            "shards activations over the tensor-parallel ranks. Raise the one or drop the other."
+        )
+    if model.virtual_pipeline_model_parallel_size and model.pipeline_model_parallel_size == 1:
+        raise UserError(
+            f"{role}.virtual_pipeline_model_parallel_size={model.virtual_pipeline_model_parallel_size} needs "
+            f"{role}.pipeline_model_parallel_size of at least 2, and it is 1: it interleaves the chunks of several "
+            "stages. Raise the one or drop the other."
+        )
+
+
+def _check_two_models(recipe: Recipe) -> None:
+    student, teacher = recipe.student, recipe.teacher
+    for key in _LAYOUT:
+        ours, theirs = getattr(student, key), getattr(teacher, key)
+        if ours != theirs:
+            raise UserError(
+                f"teacher.{key}={_show(theirs)} differs from student.{key}={_show(ours)}: teacher and student must "
+                f"have one layout so far. Set teacher.{key}={_show(ours)}, or the student's to {_show(theirs)}."
+            )
+    sources = [model.checkpoint or model.hf_path for model in (student, teacher)]
+    if Path(sources[0]).resolve() == Path(sources[1]).resolve():
+        raise UserError(
+            f"teacher and student have the same weights, {sources[1]}: every loss would be zero. Give the teacher's "
+            "own folder in teacher.hf_path or teacher.checkpoint."
+        )
+
+
+def _show(value: object) -> object:
+    return "null" if value is None else value
+
+
+def _check_sampling(recipe: Recipe) -> None:
+    rollout, objective = recipe.rollout, recipe.objective
+    if objective.importance == "off":
+        return
+    if rollout.temperature == 0:
+        raise UserError(
+            f"rollout.temperature=0 (greedy) contradicts objective.importance={objective.importance}: a greedy policy "
+            "has no log-probabilities to weigh by. Set rollout.temperature=1.0, or objective.importance=off."
+        )
+    if rollout.temperature != objective.temperature:
+        raise UserError(
+            f"rollout.temperature={rollout.temperature} and objective.temperature={objective.temperature} contradict "
+            f"objective.importance={objective.importance}, which compares log-probabilities at one temperature. Make "
+            "the two equal, or set objective.importance=off."
+        )
+
+
+def _check_guidance(recipe: Recipe) -> None:
+    guidance, name = recipe.guidance, recipe.objective.name
+    guided = guidance.schedule != "none"
+    if guided and name in UNGUIDED_OBJECTIVES:
+        raise UserError(
+            f"guidance.schedule={guidance.schedule} contradicts objective.name={name}, which uses no teacher prefixes. "
+            "Set guidance.schedule=none, or take an objective with guidance: tropd, tropd_mask or tropd_clip."
+        )
+    if not guided and guidance.responses and name != "seqkd":
+        raise UserError(
+            f"guidance.responses={guidance.responses} has no use: objective.name={name} with guidance.schedule=none "
+            "reads no teacher responses. Drop it, or set a schedule (such as cosine) with a guided objective."
+        )
+
+
+def _check_training(recipe: Recipe) -> None:
+    training = recipe.training
+    if training.min_lr is not None and training.min_lr > training.lr:
+        raise UserError(
+            f"training.min_lr={training.min_lr} is above training.lr={training.lr}, the peak. Lower min_lr or raise lr."
+        )
+    if training.min_lr and training.lr_schedule == "constant":
+        raise UserError(
+            f"training.min_lr={training.min_lr} has no use with training.lr_schedule=constant, which never decays. "
+            "Drop it, or set lr_schedule=linear or cosine."
+        )
+    if training.lr_warmup_steps > training.steps:
+        raise UserError(
+            f"training.lr_warmup_steps={training.lr_warmup_steps} is more than training.steps={training.steps}: the "
+            "peak learning rate would never be reached. Lower it."
+        )
