@@ -117,7 +117,7 @@ def _read_file(path: Path, chain: tuple[Path, ...]) -> list[tuple[str, Any, str]
         raise UserError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}); mend the file.") from error
     if not isinstance(content, dict):
         raise UserError(
-            f"{path} holds a {type(content).__name__}, not sections of keys such as `training: {{steps: 10}}`."
+            f"{path} holds a {type(content).__name__}, expected sections such as `training: {{steps: 10}}`."
         )
     settings = []
     if (base := content.pop("base", None)) is not None:
@@ -175,10 +175,9 @@ def _refuse_unknown(key: str, source: str) -> None:
         raise UserError(
             f"{key} ({source}) is a section, not a key: it takes no value. Set its keys, as in {key}.KEY=VALUE."
         )
-    nearest = _nearest(key, list(_FIELDS))
-    if nearest is None:  # perhaps the right key in the wrong section, or without one
-        leaves = {name.split(".")[1]: name for name in reversed(_FIELDS)}
-        nearest = leaves.get(_nearest(key.split(".")[-1], list(leaves)))
+    leaves = {name.split(".")[1]: name for name in reversed(_FIELDS)}
+    leaf = key.split(".")[-1]  # perhaps the right key in the wrong section, or without one
+    nearest = leaves.get(leaf) or _nearest(key, list(_FIELDS)) or leaves.get(_nearest(leaf, list(leaves)))
     hint = f"did you mean {nearest}?" if nearest else "no known key is near it."
     raise UserError(f"unknown key {key} ({source}): {hint} `megatron-tropd train --help-keys` lists all keys.")
 

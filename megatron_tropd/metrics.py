@@ -1,0 +1,156 @@
+"""One record a step: metrics.jsonl, TensorBoard, and a progress bar; written by one rank.
+
+Lines are flushed as they are written, so a killed run keeps what it measured; on resume the steps that will run again
+are dropped first. `evaluations.jsonl` and `samples.jsonl` lie beside it, one object an evaluation or a sampled rollout.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+_BAR_KEYS = {"loss": "loss", "trust_fraction": "trust", "mean_rho": "rho", "response_length": "length"}
+_LOG_SECONDS = 10.0  # at most one line in so many seconds where the bar would fill a log file
+
+
+class MetricsWriter:
+    """Writes a run's records into its folder; every method does nothing where `enabled` is false.
+
+    Args:
+        folder: the run's folder; made if missing.
+        tensorboard: whether to write TensorBoard events to folder/tensorboard, too.
+        start: the first step that will be written; records of it and of later steps, left by a killed run, are dropped.
+        total: planned number of steps, for the progress bar; None: no bar.
+        enabled: whether this is the rank that writes.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        tensorboard: bool = True,
+        start: int = 0,
+        total: int | None = None,
+        enabled: bool = True,
+    ):
+        self.enabled = enabled
+        if not enabled:
+            return
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # An evaluation bears the number of steps done before it: that of `start` stands, unless the run starts anew.
+        last_steps = {"metrics": start - 1, "samples": start - 1, "evaluations": start if start else -1}
+        self._files = {name: _open(self._folder / f"{name}.jsonl", last) for name, last in last_steps.items()}
+        self._tensorboard = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start)
+        self._total, self._last_line = total, 0.0
+        self._bar = None
+        if total is not None and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=start, desc="train", unit="step", dynamic_ncols=True)
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Write one step's numbers (Python or zero-dimensional tensors); not-a-number and infinity become null."""
+        if not self.enabled:
+            return
+        record = {"step": step, **{key: _number(value) for key, value in metrics.items()}}
+        self._append("metrics", record)
+        self._scalars(step, record)
+        self._show(step, record)
+
+    def write_evaluation(self, record: dict[str, Any]) -> None:
+        """Write one evaluation; `record["step"]` is the number of steps done before it."""
+        if not self.enabled:
+            return
+        record = {key: _number(value) for key, value in record.items()}
+        self._append("evaluations", record)
+        self._scalars(record["step"], {f"evaluation/{key}": value for key, value in record.items()})
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in record.items() if isinstance(value, float))
+        tqdm.write(f"evaluation after {record['step']} steps: {shown}", file=sys.stderr)
+
+    def write_samples(self, step: int, records: list[dict[str, Any]]) -> None:
+        """Write rollouts with their tokens' gate, as `tools/inspect_rollouts.py` reads them."""
+        for record in records if self.enabled else ():
+            self._append("samples", _finite({"step": step, **record}))
+
+    def close(self) -> None:
+        """Close files, events and bar."""
+        if not self.enabled:
+            return
+        for file in self._files.values():
+            file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._bar:
+            self._bar.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        self._files[name].write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        self._files[name].flush()
+
+    def _scalars(self, step: int, record: dict[str, Any]) -> None:
+        for key, value in record.items() if self._tensorboard else ():
+            if key not in ("step", "evaluation/step") and isinstance(value, int | float):
+                self._tensorboard.add_scalar(key, value, step)
+
+    def _show(self, step: int, record: dict[str, Any]) -> None:
+        shown = {short: f"{record[key]:.4g}" for key, short in _BAR_KEYS.items() if record.get(key) is not None}
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(1)
+        elif self._total is not None:
+            now = time.monotonic()
+            if now - self._last_line >= _LOG_SECONDS or step + 1 == self._total:
+                self._last_line = now
+                line = ", ".join(f"{key} {value}" for key, value in shown.items())
+                print(f"step {step + 1}/{self._total}: {line}", file=sys.stderr, flush=True)
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """Read a JSONL file of records; a last line that a killed run left incomplete is passed over."""
+    records = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _open(path: Path, last_step: int) -> Any:
+    """Open for appending without the records later than `last_step`; the old file stands until the new is whole."""
+    if path.exists():
+        kept = [record for record in read_records(path) if record["step"] <= last_step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), encoding="utf-8")
+        partial.replace(path)
+    return open(path, "a", encoding="utf-8")
+
+
+def _number(value: Any) -> Any:
+    if hasattr(value, "item"):
+        value = value.item()
+    return _finite(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,159 @@
+"""Recipes: where values come from, what is refused and how the refusal reads."""
+
+import dataclasses
+
+import pytest
+
+import megatron_tropd
+from megatron_tropd.config import Recipe
+from megatron_tropd.errors import UserError
+from megatron_tropd.recipe import describe, load_recipe, save_recipe, shipped_recipes
+from megatron_tropd.validation import validate
+
+PATHS = ["student.hf_path=student", "teacher.hf_path=teacher", "data.prompts=prompts.jsonl"]
+
+
+def _refused(*overrides, name=None):
+    with pytest.raises(UserError) as error:
+        validate(load_recipe(name, [*PATHS, *overrides]))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_defaults_are_valid_and_overrides_are_typed():
+    recipe = load_recipe(None, [*PATHS, "training.lr=1e-3", "rollout.stop=[a,b]", "data.seed=7", "logging.dir=7"])
+    validate(recipe)
+    assert recipe.training.lr == 1e-3
+    assert recipe.rollout.stop == ["a", "b"]
+    assert (recipe.data.seed, recipe.logging.dir) == (7, "7")
+    assert load_recipe(None, ["evaluation.answer_pattern=A: {(\\d+)}=#"]).evaluation.answer_pattern == "A: {(\\d+)}=#"
+    assert load_recipe(None, ["data.prompts=x", "data.prompts=null"]).data.prompts is None
+
+
+def test_paper_recipe_is_the_papers():
+    recipe = load_recipe("tropd_paper", PATHS)
+    validate(recipe)
+    rollout, training, objective = recipe.rollout, recipe.training, recipe.objective
+    assert (training.steps, training.prompts_per_step, rollout.samples_per_prompt) == (200, 128, 4)
+    assert (training.lr, training.lr_schedule, training.weight_decay, training.clip_grad) == (
+        5e-6,
+        "constant",
+        0.1,
+        1.0,
+    )
+    assert (rollout.temperature, rollout.top_p, rollout.max_new_tokens) == (1.0, 1.0, 8096)
+    assert (objective.name, objective.gate, objective.outlier, objective.topk) == ("tropd", "bernoulli", "fkl", 64)
+    assert (recipe.guidance.schedule, recipe.guidance.beta, recipe.evaluation.samples) == ("cosine", 0.001, 32)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_are_valid_and_saved_ones_read_back_equal(name, tmp_path):
+    recipe = load_recipe(name, PATHS)
+    validate(recipe)
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+def test_file_and_base(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: other.yaml\ntraining:\n  steps: 3\nrollout:\n")
+    (tmp_path / "other.yaml").write_text("base: tropd_paper\ntraining: {steps: 5, lr: 1e-4}\n")
+    recipe = load_recipe(tmp_path / "mine.yaml", ["training.seed=9"])
+    assert (recipe.training.steps, recipe.training.lr, recipe.training.seed) == (3, 1e-4, 9)
+    assert recipe.evaluation.samples == 32
+    (tmp_path / "other.yaml").write_text("base: mine.yaml\n")
+    with pytest.raises(UserError, match="leads back to this file"):
+        load_recipe(tmp_path / "mine.yaml")
+
+
+def test_unknown_keys_name_the_nearest_and_the_file(tmp_path):
+    path = tmp_path / "typo.yaml"
+    path.write_text("training:\n  stepz: 3\n")
+    with pytest.raises(UserError, match=rf"unknown key training.stepz \({path}\): did you mean training.steps\?"):
+        load_recipe(path)
+    assert "did you mean training.steps?" in _refused("steps=3")
+    assert "did you mean objective.outlier?" in _refused("guidance.outlier=fkl")
+    assert "no known key is near it" in _refused("nonsense.qqq=3")
+    assert "is a section" in _refused("training=3")
+    assert "not of the form section.key=value" in _refused("training.steps")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.steps=1.5", "training.steps=1.5 (override 'training.steps=1.5'): expected int"),
+        ("training.lr=fast", "expected float"),
+        ("data.shuffle=perhaps", "expected bool"),
+        ("training.steps=null", "expected int"),
+        ("objective.gate=bernouli", "one of bernoulli, threshold, soft (did you mean bernoulli?)"),
+        ("training.steps=0", "expected at least 1"),
+        ("training.micro_batch_size=-1", "expected at least 1"),
+        ("rollout.top_p=0", "expected more than 0"),
+        ("guidance.start=1.5", "expected at most 1"),
+        ("training.lr=nan", "expected at least 0"),
+        ("rollout.stop=x", "expected list[str]"),
+        ("teacher.hf_path=${student.nothing}", "mend the ${section.key}"),
+        ("training.lr=[1", "not valid YAML"),
+    ],
+)
+def test_wrong_values(override, message):
+    assert message in _refused(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["student.hf_path=null"], "student.hf_path or student.checkpoint is missing"),
+        (["teacher.hf_path=null"], "teacher.hf_path or teacher.checkpoint is missing"),
+        (["data.prompts=null"], "data.prompts is missing"),
+        (["evaluation.interval=5"], "evaluation.problems is missing"),
+        (["teacher.hf_path=./student"], "teacher and student have the same weights"),
+        (["student.tensor_model_parallel_size=2"], "teacher and student must have one layout"),
+        (["student.context_parallel_size=2"], "student.context_parallel_size=2: only 1 is supported"),
+        (["student.sequence_parallel=true"], "needs student.tensor_model_parallel_size of at least 2"),
+        (["student.virtual_pipeline_model_parallel_size=2"], "needs student.pipeline_model_parallel_size"),
+        (["rollout.temperature=0"], "rollout.temperature=0 (greedy) contradicts objective.importance=tis"),
+        (["rollout.temperature=0.7"], "rollout.temperature=0.7 and objective.temperature=1.0 contradict"),
+        (["objective.name=opd", "guidance.schedule=linear"], "contradicts objective.name=opd"),
+        (["objective.name=opd", "guidance.responses=r.jsonl"], "guidance.responses=r.jsonl has no use"),
+        (["training.min_lr=1", "training.lr_schedule=cosine"], "training.min_lr=1.0 is above training.lr"),
+        (["training.min_lr=1e-7"], "has no use with training.lr_schedule=constant"),
+        (["training.lr_warmup_steps=300"], "training.lr_warmup_steps=300 is more than training.steps=200"),
+    ],
+)
+def test_contradictions(overrides, message):
+    assert message in _refused(*overrides)
+
+
+def test_what_is_no_contradiction():
+    validate(load_recipe(None, [*PATHS, "rollout.temperature=0.7", "objective.importance=off"]))
+    validate(load_recipe(None, [*PATHS, "objective.name=sft", "teacher.hf_path=null"]))
+    opd = load_recipe(None, [*PATHS, "objective.name=opd"])
+    validate(opd)
+    assert opd.guidance.schedule == "none"
+
+
+def test_unreadable_recipes(tmp_path):
+    with pytest.raises(UserError, match=r"recipe 'tinny': .*Did you mean tiny\?"):
+        load_recipe("tinny")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("training: [")
+    with pytest.raises(UserError, match=r"broken.yaml cannot be read as YAML"):
+        load_recipe(broken)
+    broken.write_text("- 1\n")
+    with pytest.raises(UserError, match="expected sections"):
+        load_recipe(broken)
+
+
+def test_every_key_is_described():
+    text = describe()
+    for section, config in vars(Recipe()).items():
+        for field in dataclasses.fields(config):
+            assert f"{section}.{field.name} = " in text
+            assert field.metadata["help"] in text
+
+
+def test_package_exports():
+    assert megatron_tropd.load_recipe is load_recipe
+    assert megatron_tropd.UserError is UserError
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        megatron_tropd.nothing

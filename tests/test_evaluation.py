@@ -1,0 +1,120 @@
+"""Answers are found, compared and counted by hand-written cases; the reduction is checked on two real ranks."""
+
+import json
+from fractions import Fraction
+
+import pytest
+from helpers import run_distributed
+
+from megatron_tropd.config import EvaluationConfig, ModelConfig
+from megatron_tropd.errors import UserError
+from megatron_tropd.evaluation import evaluate, extract_answer, is_correct, load_problems, normalise_answer
+from megatron_tropd.types import Prompt, Rollouts
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"so \boxed{12} or rather \boxed{13}.", "13"),
+        (r"nested \boxed{\frac{1}{2}} end 7", r"\frac{1}{2}"),
+        (r"cut short \boxed{5} then \boxed{6", "5"),
+        ("3 + 4 = 7\n#### 7\n", "7"),
+        ("#### 1\n#### -2,500 ", "-2,500"),
+        ("first 3, then 4.", "4"),
+        ("10-3", "3"),
+        ("it is -3", "-3"),
+        ("costs 1,234.50 in all", "1,234.50"),
+        ("half is 1/2", "1/2"),
+        ("no number here", None),
+        ("", None),
+    ],
+)
+def test_extract_answer(response, answer):
+    assert extract_answer(response) == answer
+
+
+def test_extract_answer_with_a_pattern():
+    assert extract_answer("A: 3 A: 4", r"A: (\d)") == "4"
+    assert extract_answer("x7y8", r"\d") == "8"
+    assert extract_answer("none", r"A: (\d)") is None
+    with pytest.raises(UserError, match="answer_pattern='\\('"):
+        extract_answer("x", "(")
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("1,000", Fraction(1000)),
+        ("3.50", Fraction(7, 2)),
+        (r"\dfrac{7}{2}", Fraction(7, 2)),
+        (r"-\frac{1}{3}", Fraction(-1, 3)),
+        ("x = 5.", Fraction(5)),
+        (r"50\%", Fraction(50)),
+        ("$12$", Fraction(12)),
+        (".5", Fraction(1, 2)),
+        ("5/0", "5/0"),
+        ("(1, 2)", "(1,2)"),
+        (r"\text{Yes}", "yes"),
+        ("1e999999999", "1e999999999"),
+    ],
+)
+def test_normalise_answer(text, normal):
+    assert normalise_answer(text) == normal
+
+
+def test_is_correct():
+    assert is_correct(r"\boxed{0.5}", "1/2")
+    assert is_correct("#### 72", "reasoning\n#### 72.0")
+    assert not is_correct("the answer is 71", "72")
+    assert not is_correct("I do not know", "72")
+
+
+class _WordTokenizer:
+    def encode_prompt(self, prompt):
+        return list(range(len(prompt.text.split())))
+
+
+def test_problems_without_answers_are_named(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("\n".join(json.dumps(p) for p in [{"text": "a", "answer": 3}, {"text": "b"}]))
+    with pytest.raises(UserError, match="line 2: answer is missing"):
+        load_problems(path, _WordTokenizer())
+
+
+class _Parrot:
+    """An engine by rule: problem i is answered with i, and with i + 1 on its second sample."""
+
+    def generate(self, prompts, prefixes, sampling):
+        n = sampling.samples_per_prompt
+        pairs = [(p, j) for p in prompts for j in range(n)]
+        return Rollouts(
+            tokens=[[1, 2, 3] for _ in pairs],
+            prompt_lengths=[1 for _ in pairs],
+            prefix_lengths=[0 for _ in pairs],
+            lengths=[3 + p.index for p, _ in pairs],
+            logprobs=[[0.0, 0.0] for _ in pairs],
+            finish_reasons=["eos" if j == 0 else "length" for _, j in pairs],
+            sample_ids=[p.index * n + j for p, j in pairs],
+            prompts=[p for p, _ in pairs],
+            texts=[f"#### {p.index + j}" for p, j in pairs],
+        )
+
+
+def _evaluate():
+    from megatron_tropd.parallel import initialize, shutdown
+
+    groups = initialize(ModelConfig())
+    problems = [Prompt(id=str(i), text="?", answer=str(i), index=i) for i in range(5)]
+    result = evaluate(_Parrot(), problems, EvaluationConfig(samples=2), groups, batch_size=4, progress=False)
+    shutdown()
+    return result
+
+
+def test_data_parallel_evaluation_counts_every_problem_once():
+    single = run_distributed(_evaluate, 1)[0]
+    assert (single["correct"], single["total"], single["accuracy"]) == (5, 10, 0.5)
+    assert single["mean_response_length"] == 2 + (0 + 1 + 2 + 3 + 4) / 5
+    assert single["finish_reasons"] == {"eos": 5, "length": 5}
+    assert [s["sample_id"] for s in single["samples"]] == list(range(10))
+    for result in run_distributed(_evaluate, 2):
+        assert result == single
