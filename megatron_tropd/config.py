@@ -114,6 +114,7 @@ class TrainingConfig:
     """`training.*`."""
 
     steps: int = _key(200, "optimizer steps", low=1)
+    exit_step: int | None = _key(None, "save and stop after this step, though the schedules go on to `steps`", low=1)
     prompts_per_step: int = _key(128, "prompts of a step, over all data-parallel ranks", low=1)
     micro_batch_size: int = _key(1, "sequences a forward pass", low=1)
     optimizer: str = _key("adam", "Megatron optimizer (adam is AdamW)", ("adam", "sgd"))
@@ -145,6 +146,7 @@ class EvaluationConfig:
     """`evaluation.*`."""
 
     problems: str | None = _key(None, "JSONL of problems with answers")
+    held_out: str | None = _key(None, "JSONL of prompts: forward KL to the teacher before and after training")
     interval: int = _key(0, "steps between evaluations; 0: none during training", low=0)
     samples: int = _key(1, "samples a problem; the accuracy is their mean", low=1)
     temperature: float = _key(0.0, "sampling temperature; 0 is greedy", low=0)
