@@ -74,42 +74,38 @@ class _InertStream:
     record = wait = synchronize = wait_stream = wait_event = record_event = _nothing
 
 
+def _constant(value: object):
+    """Return a new function that ignores its arguments; new each time, since torch.compile wants one object a name."""
+    return lambda *args, **kwargs: value
+
+
 def _patch_torch_cuda() -> None:
-    cpu = torch.device("cpu")
-    nothing = lambda *args, **kwargs: None  # noqa: E731
-    torch.cuda.current_device = lambda: cpu
-    for name in ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats", "ipc_collect"):
-        setattr(torch.cuda, name, nothing)
-    torch.cuda.Event = torch.cuda.Stream = _InertStream
-    torch.cuda.current_stream = torch.cuda.default_stream = lambda *args, **kwargs: _InertStream()
-    torch.cuda.stream = lambda stream=None: contextlib.nullcontext()
-    torch.cuda.memory_allocated = torch.cuda.max_memory_allocated = lambda *args, **kwargs: 0
-    torch.cuda.memory_reserved = torch.cuda.max_memory_reserved = lambda *args, **kwargs: 0
+    answers = {
+        "current_device": torch.device("cpu"),
+        **dict.fromkeys(("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats", "ipc_collect"), None),
+        **dict.fromkeys(("current_stream", "default_stream"), _InertStream()),
+        **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), 0),
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, _constant(answer))
     torch.cuda.memory_stats = lambda *args, **kwargs: {}
+    torch.cuda.stream = lambda stream=None: contextlib.nullcontext()
+    torch.cuda.Event = torch.cuda.Stream = _InertStream
     for name in ("range_push", "range_pop", "mark"):
-        setattr(torch.cuda.nvtx, name, nothing)
-    torch.cuda.FloatTensor = torch.FloatTensor
-    torch.cuda.LongTensor = torch.LongTensor
-    torch.cuda.IntTensor = torch.IntTensor
-    torch.cuda.ByteTensor = torch.ByteTensor
+        setattr(torch.cuda.nvtx, name, _constant(None))
+    for name in ("FloatTensor", "LongTensor", "IntTensor", "ByteTensor"):
+        setattr(torch.cuda, name, getattr(torch, name))
 
 
 def _patch_random_states() -> None:
     """Let Megatron's "CUDA" random-number tracker hold states of the CPU generator."""
     from megatron.core.tensor_parallel import random as megatron_random
 
-    def get_state(*args, **kwargs):
-        return torch.get_rng_state()
-
-    def set_state(new_state, *args, **kwargs):
-        torch.set_rng_state(new_state)
-
-    def seed_cpu(seed):
-        torch.default_generator.manual_seed(seed)
-
-    megatron_random._get_cuda_rng_state = torch.cuda.get_rng_state = get_state
-    megatron_random._set_cuda_rng_state = torch.cuda.set_rng_state = set_state
-    torch.cuda.manual_seed = seed_cpu
+    for module, name in ((megatron_random, "_get_cuda_rng_state"), (torch.cuda, "get_rng_state")):
+        setattr(module, name, lambda *args, **kwargs: torch.get_rng_state())
+    for module, name in ((megatron_random, "_set_cuda_rng_state"), (torch.cuda, "set_rng_state")):
+        setattr(module, name, lambda new_state, *args, **kwargs: torch.set_rng_state(new_state))
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
 
 
 def apply() -> bool:
