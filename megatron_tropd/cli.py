@@ -1,0 +1,239 @@
+"""The command line `megatron-tropd`: train | generate | evaluate | convert | report.
+
+Under torchrun every rank runs it (`torchrun --nproc-per-node 2 -m megatron_tropd train tiny`); without torchrun it is
+one process. A UserError is printed once and ends every rank with status 2; what a rank alone runs into ends that rank
+at once, so that its launcher ends the others. What the commands do is in commands.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from typing import Any
+
+from megatron_tropd import commands
+from megatron_tropd.errors import UserError
+
+_RECIPE_HELP = "YAML file, or the name of a shipped recipe"
+_OVERRIDES_HELP = "recipe keys, such as training.steps=10; `megatron-tropd train --help-keys` lists all"
+_GRACE_SECONDS = 5.0  # rank 0 prints first; see _fail
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit status (0 done, 1 failure, 2 mistake in the input)."""
+    arguments = _parse(argv)
+    _configure_logging()
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        return _fail(f"megatron-tropd: error: {error}", 2)
+    except KeyboardInterrupt:
+        return _fail("megatron-tropd: interrupted", 130)
+    except Exception:
+        return _fail(traceback.format_exc().rstrip(), 1)
+    return 0
+
+
+def _fail(message: str, status: int) -> int:
+    """Print once over all ranks and leave, without waiting for ranks that may wait for this one."""
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if rank > 0:
+        # Nearly always rank 0 stumbles over the same thing, prints it, and the launcher ends this rank while it waits.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_GRACE_SECONDS)
+        message = f"[rank {rank}] {message}"
+    print(message, file=sys.stderr, flush=True)
+    if world_size > 1:
+        os._exit(status)  # an orderly exit would tear down process groups, which waits for the other ranks
+    return status
+
+
+def _configure_logging() -> None:
+    rank = int(os.environ.get("RANK", 0))
+    logging.basicConfig(format="%(message)s", level=logging.WARNING if rank == 0 else logging.ERROR)
+    logging.getLogger("megatron_tropd").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """Parse; overrides may stand before, between and after options."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    unknown = [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]
+    if unknown:
+        parser.error(
+            f"unknown argument {unknown[0]!r}; `megatron-tropd {arguments.command} --help` lists what there is"
+        )
+    if rest:
+        arguments.overrides += rest
+    if hasattr(arguments, "overrides") and arguments.overrides and "=" not in arguments.overrides[0]:
+        arguments.recipe = arguments.overrides.pop(0)
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-tropd",
+        description="Trust Region On-Policy Distillation (TrOPD) on Megatron-Core.",
+        epilog="Each command has its own --help. On several devices: torchrun --nproc-per-node N -m megatron_tropd ...",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(subcommands)
+    _add_generate(subcommands)
+    _add_evaluate(subcommands)
+    _add_convert(subcommands)
+    _add_report(subcommands)
+    return parser
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("megatron-tropd")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _command(subcommands: Any, name: str, run: Any, summary: str, epilog: str = "") -> argparse.ArgumentParser:
+    parser = subcommands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="[RECIPE] key=value", help=f"{_RECIPE_HELP}; {_OVERRIDES_HELP}")
+    parser.set_defaults(recipe=None)
+
+
+def _add_train(subcommands: Any) -> None:
+    parser = _command(
+        subcommands,
+        "train",
+        commands.train,
+        "distil the teacher into the student as a recipe says",
+        "examples:\n"
+        "  megatron-tropd train tiny --dry-run\n"
+        "  torchrun --nproc-per-node 2 -m megatron_tropd train tiny training.steps=10 logging.dir=runs/short\n\n"
+        "A run that was killed continues when the same command is given again. The run's folder (logging.dir) holds\n"
+        "recipe.yaml, metrics.jsonl, evaluations.jsonl, samples.jsonl, summary.json, tensorboard/ and checkpoints/.",
+    )
+    _add_recipe_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe, checked, and stop")
+    parser.add_argument(
+        "--help-keys", action=_HelpKeys, nargs=0, help="list every recipe key with its default and stop"
+    )
+
+
+class _HelpKeys(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from megatron_tropd.recipe import describe
+
+        print(describe())
+        parser.exit()
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_recipe_arguments(parser)
+    parser.add_argument(
+        "--model", choices=("student", "teacher"), default="student", help="which of the recipe's models (%(default)s)"
+    )
+    parser.add_argument("--hf-path", help="Hugging Face folder of the model, in place of the recipe's")
+    parser.add_argument("--checkpoint", help="Megatron checkpoint of the weights, in place of the recipe's")
+    parser.add_argument("--max-new-tokens", type=_positive, help="longest response")
+    parser.add_argument("--temperature", type=_not_negative, help="sampling temperature; 0 is greedy")
+    parser.add_argument(
+        "--samples", type=_positive, help="responses a prompt (generate: 1; evaluate: evaluation.samples)"
+    )
+    parser.add_argument("--limit", type=_positive, help="only the first so many prompts")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
+def _add_generate(subcommands: Any) -> None:
+    parser = _command(
+        subcommands,
+        "generate",
+        commands.generate,
+        "write a model's responses to prompts as JSONL",
+        "example:\n"
+        "  megatron-tropd generate --hf-path examples/tiny/teacher --prompts examples/tiny/prompts.jsonl \\\n"
+        "    --output runs/responses.jsonl --max-new-tokens 64 student.dtype=float32\n\n"
+        "Prompts that the output answers already are passed over: the same command completes a killed run.",
+    )
+    _add_model_arguments(parser)
+    parser.add_argument("--prompts", help="JSONL of prompts (default: the recipe's data.prompts)")
+    parser.add_argument("--output", required=True, help="JSONL to write or to complete")
+    parser.add_argument("--field", default="response", help="name of the response's field (%(default)s)")
+
+
+def _add_evaluate(subcommands: Any) -> None:
+    parser = _command(
+        subcommands,
+        "evaluate",
+        commands.evaluate,
+        "measure the share of problems with verifiable answers that a model gets right",
+        "examples:\n"
+        "  megatron-tropd evaluate tiny --model teacher --output runs/teacher.json\n"
+        "  megatron-tropd evaluate --hf-path MODEL --problems problems.jsonl --samples 32 --temperature 1.0\n\n"
+        'A problem is a line {"text" or "messages", "answer", perhaps "id"}. The answer of a response is its last\n'
+        "\\boxed{...}, else what follows ####, else its last number (evaluation.answer_pattern: your own regex).",
+    )
+    _add_model_arguments(parser)
+    parser.add_argument("--problems", help="JSONL of problems (default: the recipe's evaluation.problems)")
+    parser.add_argument("--output", help="JSON file for the result with every response")
+
+
+def _add_convert(subcommands: Any) -> None:
+    parser = _command(subcommands, "convert", None, "convert weights between Hugging Face and Megatron")
+    directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
+    there = _command(
+        directions, "hf-to-mcore", commands.hf_to_mcore, "write a Megatron distributed checkpoint of a HF folder"
+    )
+    there.add_argument("--hf-path", required=True, help="Hugging Face folder: config.json, safetensors, tokenizer")
+    there.add_argument("--output", required=True, help="checkpoint folder to write; loads under every TP and PP")
+    there.add_argument("--verify", action="store_true", help="compare logits with transformers and fail if they differ")
+    back = _command(
+        directions, "mcore-to-hf", commands.mcore_to_hf, "write a Hugging Face folder of a Megatron checkpoint"
+    )
+    back.add_argument("--checkpoint", required=True, help="weights checkpoint, or a training checkpoint's model folder")
+    back.add_argument("--output", required=True, help="Hugging Face folder to write")
+
+
+def _add_report(subcommands: Any) -> None:
+    parser = _command(
+        subcommands,
+        "report",
+        commands.report,
+        "draw runs' records as plots and one HTML page; several runs are overlaid",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder (the recipe's logging.dir)")
+    parser.add_argument(
+        "--output", help="folder to write to (default: the run's own; several: `comparison` beside them)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
