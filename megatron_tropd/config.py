@@ -147,6 +147,7 @@ class EvaluationConfig:
 
     problems: str | None = _key(None, "JSONL of problems with answers")
     held_out: str | None = _key(None, "JSONL of prompts: forward KL to the teacher before and after training")
+    held_out_responses: str | None = _key(None, "JSONL of teacher responses to held_out; default: its own")
     interval: int = _key(0, "steps between evaluations; 0: none during training", low=0)
     samples: int = _key(1, "samples a problem; the accuracy is their mean", low=1)
     temperature: float = _key(0.0, "sampling temperature; 0 is greedy", low=0)
