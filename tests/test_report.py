@@ -1,0 +1,127 @@
+"""The report holds what was recorded, alone and overlaid; the tools that read records tell equal from different."""
+
+import base64
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib import image
+
+from megatron_tropd.errors import UserError
+from megatron_tropd.metrics import MetricsWriter
+from megatron_tropd.plots import draw, plot_accuracy
+from megatron_tropd.report import read_run, write_report
+
+TOOLS = Path(__file__).parents[1] / "tools"
+
+
+def _write_run(folder, scale=1.0, steps=4, **extra):
+    with MetricsWriter(folder, tensorboard=False) as writer:
+        writer.write_evaluation({"step": 0, "accuracy": 0.25})
+        for step in range(steps):
+            record = {"loss": scale / (step + 1), "trust_fraction": 0.5 + 0.1 * step, "tokens_per_second": 100.0 + step}
+            stages = {"seconds_rollout": 2.0, "seconds_teacher": 1.0, "seconds_update": 1.5}
+            writer.write(step, record | stages | {"rho_histogram": [1, 2, 3 + step]} | extra)
+        writer.write_evaluation({"step": steps, "accuracy": 0.75})
+    (folder / "recipe.yaml").write_text("training:\n  steps: 4 # <&>\n")
+    (folder / "summary.json").write_text(json.dumps({"seconds": 12.4}))
+    return folder
+
+
+def test_report_is_self_contained_and_complete(tmp_path):
+    page = write_report(_write_run(tmp_path / "one"))
+    assert page == tmp_path / "one" / "report.html"
+    text = page.read_text()
+    for cell in (
+        "<td>4</td>",
+        "1 → 0.25",
+        "0.5 → 0.8",
+        "0.25 → 0.75",
+        "<td>102</td>",
+        "<td>12</td>",
+        "# &lt;&amp;&gt;",
+    ):
+        assert cell in text
+    plots = {p.stem for p in (tmp_path / "one" / "plots").iterdir()}
+    assert plots == {"accuracy", "loss", "trust", "seconds", "throughput", "rho"}
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    assert len(pictures) == len(plots)
+    assert not re.findall(r'(?:src|href)="(?!data:)', text)
+    for data in pictures:
+        pixels = image.imread(io.BytesIO(base64.b64decode(data)))
+        assert pixels.shape[1] >= 700
+        assert pixels.std() > 0.01  # something is drawn
+
+
+def test_the_lines_are_the_records(tmp_path):
+    runs = [read_run(_write_run(tmp_path / name, scale)) for name, scale in (("one", 1.0), ("two", 2.0))]
+    figures = {name: figure for name, _, figure in draw(runs)}
+    lines = figures["loss"].axes[0].get_lines()
+    assert [line.get_label() for line in lines] == ["one", "two"]
+    assert list(lines[1].get_xdata()) == [0, 1, 2, 3]
+    assert list(lines[1].get_ydata()) == [2.0, 1.0, 2 / 3, 0.5]
+    heights = [bar.get_height() for bar in figures["seconds"].axes[0].patches]
+    assert heights == [2.0, 2.0, 1.0, 1.0, 1.5, 1.5]
+
+
+def test_several_runs_get_a_page_beside_them(tmp_path):
+    page = write_report([_write_run(tmp_path / "one"), _write_run(tmp_path / "two", 2.0)])
+    assert page == tmp_path / "comparison" / "report.html"
+    assert "one · two" in page.read_text()
+    assert write_report(tmp_path / "one", tmp_path / "else").parent == tmp_path / "else"
+
+
+def test_a_folder_without_records_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"holds no metrics.jsonl"):
+        write_report(tmp_path)
+
+
+def test_plot_accuracy(tmp_path):
+    summary = {name: {"accuracy": 0.5} for name in ("teacher", "student_before", "student_after")}
+    plot_accuracy(summary | {"trust_fraction": [0.5, 0.6]}, tmp_path / "deep" / "both.png")
+    plot_accuracy(summary, tmp_path / "one.png")
+    assert image.imread(tmp_path / "deep" / "both.png").shape[1] > image.imread(tmp_path / "one.png").shape[1]
+
+
+def _tool(name, *arguments):
+    command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_compare_runs(tmp_path):
+    one, same = _write_run(tmp_path / "one", seconds_rollout=1.0), _write_run(tmp_path / "same", seconds_rollout=9.0)
+    near, short = _write_run(tmp_path / "near", 1.0 + 1e-6), _write_run(tmp_path / "short", steps=3)
+    equal = _tool("compare_runs.py", one, same, "--assert-equal")
+    assert equal.returncode == 0, equal.stderr
+    assert "seconds_rollout" not in equal.stdout
+    different = _tool("compare_runs.py", one, near / "metrics.jsonl", "--assert-equal")
+    assert different.returncode == 1
+    assert "loss differs by 1e-06" in different.stderr
+    assert _tool("compare_runs.py", one, near, "--assert-equal", "--rtol", "1e-5").returncode == 0
+    assert _tool("compare_runs.py", one, near).returncode == 0
+    assert "1 steps are in one run only" in _tool("compare_runs.py", one, short, "--assert-equal").stderr
+    assert _tool("compare_runs.py", one, tmp_path / "none").returncode == 2
+
+
+def test_inspect_rollouts(tmp_path):
+    kinds = [("guidance", "Well"), ("trust", " then"), ("outlier", " 7")]
+    tokens = [
+        {"text": text, "kind": kind, "rho": 0.5, "weight": 1.0, "student_logprob": -1.0, "teacher_logprob": None}
+        for kind, text in kinds
+    ]
+    record = {"sample_id": 3, "prompt": "3 + 4?", "finish_reason": "eos", "tokens": tokens}
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write_samples(0, [record | {"prompt": "first"}])
+        writer.write_samples(1, [record])
+    last = _tool("inspect_rollouts.py", tmp_path)
+    assert "-> <Well> then[ 7]" in last.stdout
+    assert "first" not in last.stdout
+    assert "first" in _tool("inspect_rollouts.py", tmp_path, "--step", "0").stdout
+    coloured = _tool("inspect_rollouts.py", tmp_path, "--all", "--colour", "always", "--numbers").stdout
+    assert "\033[34mWell\033[0m\033[32m then\033[0m\033[1;31m 7\033[0m" in coloured
+    assert coloured.count("0.500") == 6
+    assert _tool("inspect_rollouts.py", tmp_path, "--step", "7").returncode == 2
