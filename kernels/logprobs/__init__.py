@@ -1,0 +1,1 @@
+"""Gathered log-probabilities over a sharded vocabulary."""

@@ -1,0 +1,1 @@
+"""Most probable tokens over a sharded vocabulary."""

@@ -1,0 +1,63 @@
+"""vocab_parallel_logprobs: the one differentiable primitive over which every token-level objective is written."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megatron_tropd.kernels.logprobs import chunked, reference
+from megatron_tropd.kernels.sharding import VocabShard, as_rows, choose
+
+
+def vocab_parallel_logprobs(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    vocab_size: int,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    mask: torch.Tensor | None = None,
+    inplace_backward: bool = False,
+    implementation: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return log softmax(logits / temperature) at a few ids a token.
+
+    One packed all-gather forward, none backward. Statistics are fp32 whatever the dtype of the logits.
+
+    Args:
+        logits: [..., V/tp] fp32, bf16 or fp16, this rank's shard; its leading dimensions must merge without a copy.
+        ids: [..., j] int64 global token ids in [0, vocab_size); repeats are fine. Not checked (that would synchronise):
+            an id on padding or beyond gives a log-prob of -lse, as if its logit were 0.
+        group: the ranks that share the vocabulary; None for a single one.
+        vocab_size: true vocabulary size; columns beyond it are padding and carry no probability.
+        temperature: divides the logits.
+        with_entropy: also return each row's entropy in nats, in the same pass, without gradient.
+        mask: [...] bool; rows where it is False are skipped: zeros, and no gradient.
+        inplace_backward: let the gradient overwrite `logits`; only if nothing else reads them afterwards.
+        implementation: auto, chunked or reference (float64).
+
+    Returns:
+        log-probs [..., j] fp32, differentiable, the same on every rank; entropy [...] fp32 or None. Given an upstream
+        gradient g the logits receive (sum_j g_j 1[v = id_j] - (sum_j g_j) softmax_v) / temperature.
+
+    Raises:
+        ValueError: shapes that do not fit, logits that would have to be copied, an unknown implementation.
+    """
+    if ids.shape[:-1] != logits.shape[:-1] or (mask is not None and mask.shape != logits.shape[:-1]):
+        raise ValueError(
+            f"logits {tuple(logits.shape)}, ids {tuple(ids.shape)} and mask "
+            f"{None if mask is None else tuple(mask.shape)} must share their leading dimensions"
+        )
+    rows_of_logits, flat_ids = as_rows(logits), ids.reshape(-1, ids.size(-1))
+    flat_mask = None if mask is None else mask.reshape(-1)
+    shard = VocabShard.of(logits.size(-1), group, vocab_size)
+    compute = choose("vocab_parallel_logprobs", implementation, {"chunked": chunked, "reference": reference})
+    if compute is reference:
+        result = reference.logprobs(rows_of_logits, flat_ids, group, vocab_size, temperature, with_entropy, flat_mask)
+    else:
+        every_row = torch.arange(flat_ids.size(0), device=logits.device)
+        rows = every_row if flat_mask is None else every_row[flat_mask]
+        result = chunked.logprobs(rows_of_logits, flat_ids, rows, shard, temperature, with_entropy, inplace_backward)
+    logprobs, entropy = result
+    return logprobs.view(ids.shape), None if entropy is None else entropy.view(ids.shape[:-1])

@@ -1,0 +1,38 @@
+"""The definition: log-softmax in float64 over the gathered true vocabulary, differentiated by autograd."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+
+class _Gather(torch.autograd.Function):
+    """All shards side by side; backward hands a rank the gradient of its own columns (the loss is replicated)."""
+
+    @staticmethod
+    def forward(ctx, shard: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.width, ctx.rank = shard.size(-1), group.rank()
+        parts = [torch.empty_like(shard) for _ in range(group.size())]
+        dist.all_gather(parts, shard.contiguous(), group=group)
+        return torch.cat(parts, -1)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return gradient[..., ctx.rank * ctx.width : (ctx.rank + 1) * ctx.width].contiguous(), None
+
+
+def all_logprobs(logits: torch.Tensor, group: dist.ProcessGroup | None, vocab_size: int, temperature: float):
+    """Return log-softmax [n, vocab_size] in float64 of sharded logits [n, V/tp]."""
+    whole = logits.double() if group is None or group.size() == 1 else _Gather.apply(logits.double(), group)
+    return torch.log_softmax(whole[..., :vocab_size] / temperature, -1)
+
+
+def logprobs(logits, ids, group, vocab_size, temperature, with_entropy, mask):
+    """See op.vocab_parallel_logprobs; logits [n, V/tp], ids [n, j], mask [n] or None."""
+    everything = all_logprobs(logits, group, vocab_size, temperature)
+    picked = everything.gather(-1, ids)
+    entropy = torch.special.entr(everything.detach().exp()).sum(-1) if with_entropy else None
+    if mask is not None:
+        picked = torch.where(mask.unsqueeze(-1), picked, 0.0)
+        entropy = torch.where(mask, entropy, 0.0) if with_entropy else None
+    return picked.float(), entropy.float() if with_entropy else None
