@@ -1,0 +1,259 @@
+"""Objectives by name: student log-probs at {sampled token} + the teacher's top-k, and the teacher's scores -> loss.
+
+Plain PyTorch over [..., 1 + k], differentiated by autograd on top of one kernel (kernels/logprobs); a new method is a
+line in METHODS or a few in this file, never a kernel. Formulas: arXiv 2606.01249, sections A (gate), B (outliers), C
+(guidance). Everything off the loss tokens is exactly zero, whatever garbage stands there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
+from megatron_tropd.errors import UserError
+from megatron_tropd.trust_region import TrustGate, trust_gate
+from megatron_tropd.types import LOSS_GUIDANCE, LOSS_STUDENT, TeacherScores, TrainingBatch
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a name stands for; None where the recipe's key decides or where the part does not apply."""
+
+    gated: bool = True  # part A; without it every student token is in the trust region
+    outlier: str | None = None  # part B, fixed by the name; None: objective.outlier, default fkl
+    guided: bool = False  # part C
+    data: bool = False  # cross-entropy on given responses; no rollouts, no teacher
+
+
+METHODS: dict[str, Method] = {
+    "opd": Method(gated=False),
+    "mask_outlier": Method(outlier="mask"),
+    "clip_outlier": Method(outlier="clip"),
+    "fkl_outlier": Method(outlier="fkl"),
+    "tropd_mask": Method(outlier="mask", guided=True),
+    "tropd_clip": Method(outlier="clip", guided=True),
+    "tropd": Method(guided=True),
+    "sft": Method(gated=False, data=True),
+    "seqkd": Method(gated=False, data=True),
+}
+
+
+@dataclass
+class TokenDetails:
+    """What one wants to see of single tokens; all [b, s]."""
+
+    student_logprobs: torch.Tensor
+    teacher_logprobs: torch.Tensor
+    gate: TrustGate
+
+
+@dataclass
+class ObjectiveResult:
+    """A micro-batch's losses and statistics; name -> (sum, count) where a mean over the global batch is wanted."""
+
+    loss: torch.Tensor  # [b, s] fp32, zero on tokens without loss
+    metrics: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    maxima: dict[str, torch.Tensor] = field(default_factory=dict)
+    minima: dict[str, torch.Tensor] = field(default_factory=dict)
+    details: TokenDetails | None = None
+
+
+def build_objective(config: ObjectiveConfig, guidance: GuidanceConfig, seed: int) -> Objective:
+    """Return the objective that the recipe names.
+
+    Raises:
+        UserError: an unknown name, or keys that contradict it.
+    """
+    method = METHODS.get(config.name)
+    if method is None:
+        raise UserError(f"objective.name={config.name!r} is unknown; choose one of {', '.join(METHODS)}.")
+    if not method.gated and (config.gate or config.outlier):
+        key = "gate" if config.gate else "outlier"
+        raise UserError(
+            f"objective.name={config.name} has no trust region, so objective.{key}={getattr(config, key)} has no "
+            f"meaning; remove the key or choose objective.name=tropd."
+        )
+    if method.outlier and config.outlier not in (None, method.outlier):
+        raise UserError(
+            f"objective.name={config.name} fixes objective.outlier={method.outlier}, but the recipe says "
+            f"{config.outlier}; remove the key, or choose tropd or fkl_outlier by what you want on outliers."
+        )
+    outlier = (method.outlier or config.outlier or "fkl") if method.gated else None
+    return Objective(config, method, outlier, config.gate or "bernoulli", guidance.beta, seed)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A pure function of log-probs, scores and batch; holds only settings."""
+
+    config: ObjectiveConfig
+    method: Method
+    outlier: str | None
+    gate: str
+    guidance_beta: float
+    seed: int
+
+    @property
+    def uses_guidance(self) -> bool:
+        """Whether responses may begin with a teacher's prefix."""
+        return self.method.guided
+
+    @property
+    def needs_rollout(self) -> bool:
+        """Whether the student writes responses; if not, it learns from given ones."""
+        return not self.method.data
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss reads the teacher's scores."""
+        return not self.method.data
+
+    @property
+    def topk(self) -> int:
+        """How many of the teacher's most probable tokens the loss reads."""
+        return self.config.topk if self.outlier in ("fkl", "fkl_advantage") else 0
+
+    def ids(self, batch: TrainingBatch, scores: TeacherScores | None) -> torch.Tensor:
+        """Return the ids [b, s, 1 + k] at which the student is read: the sampled token, then the teacher's top-k."""
+        labels = batch.labels.unsqueeze(-1)
+        return labels if scores is None or not self.topk else torch.cat([labels, scores.topk_ids], dim=-1)
+
+    def loss(
+        self,
+        student_logprobs: torch.Tensor,
+        scores: TeacherScores | None,
+        batch: TrainingBatch,
+        step: int,
+        student_entropy: torch.Tensor | None = None,
+    ) -> ObjectiveResult:
+        """Return each token's loss, method.loss = student tokens: M K1 + (1 - M) outlier; prefix: -beta log pi_S.
+
+        Args:
+            student_logprobs: [b, s, 1 + k] fp32 trainer's log pi_S at `ids`, differentiable.
+            scores: the teacher's, of the same micro-batch and temperature; None if not `needs_teacher`.
+            batch: the micro-batch.
+            step: global step, an argument of the gate's random numbers.
+            student_entropy: [b, s], only reported.
+        """
+        is_student, is_guidance = batch.loss_kind == LOSS_STUDENT, batch.loss_kind == LOSS_GUIDANCE
+        beta = 1.0 if self.method.data else self.guidance_beta
+        given = torch.where(is_guidance, student_logprobs[..., 0], 0.0)
+        result = ObjectiveResult(loss=-beta * given)
+        if self.needs_teacher:
+            student = self._student_tokens(student_logprobs, scores, batch, step, is_student)
+            result = dataclasses.replace(student, loss=student.loss + result.loss)
+        result.metrics["loss_guidance"] = _total(-beta * given, is_guidance)
+        result.metrics["guidance_fraction"] = _total(is_guidance, is_student | is_guidance)
+        if student_entropy is not None:
+            kept = is_student if self.needs_rollout else is_guidance
+            result.metrics["student_entropy"] = _total(torch.where(kept, student_entropy, 0.0), kept)
+        return result
+
+    def _student_tokens(self, logprobs, scores, batch, step: int, kept: torch.Tensor) -> ObjectiveResult:
+        """Parts A and B on the student's own tokens; `kept` [b, s] marks them."""
+        # Zeros off the loss tokens first: garbage times zero may be NaN, in the gradient even where the loss is masked.
+        sampled = torch.where(kept, logprobs[..., 0], 0.0)
+        teacher = torch.where(kept, scores.logprobs, 0.0)
+        gate = self._gate(sampled, teacher, batch, step)
+        trusted = gate.weight * kept
+        outlying = (1.0 - gate.weight) * kept
+        advantage = (teacher - sampled).detach()
+        importance = self._importance(sampled, batch, kept)
+
+        trust_loss = -importance * advantage * sampled  # K1, -sg(A) log pi_S(x)
+        outlier_loss, forward_kl = self._outlier(logprobs, scores, sampled, advantage, importance, kept)
+        loss = trusted * trust_loss + outlying * outlier_loss
+        mismatch = torch.where(kept, sampled.detach() - batch.old_logprobs, 0.0).abs()
+        metrics = {
+            "loss_trust": _total(trusted * trust_loss, trusted),
+            "loss_outlier": _total(outlying * outlier_loss, outlying),
+            "trust_fraction": _total(trusted, kept),
+            "outlier_fraction": _total(outlying, kept),
+            "mean_rho": _total(torch.where(kept, gate.rho, 0.0), kept),
+            "advantage": _total(torch.where(kept, advantage, 0.0), kept),
+            "reverse_kl": _total(torch.where(kept, -advantage, 0.0), kept),
+            "logprob_mismatch": _total(mismatch, kept),
+            "importance_weight": _total(torch.where(kept, importance, 0.0), kept),
+        }
+        if forward_kl is not None:
+            metrics["outlier_forward_kl"] = _total(outlying * forward_kl, outlying)
+        if scores.entropy is not None:
+            metrics["teacher_entropy"] = _total(torch.where(kept, scores.entropy, 0.0), kept)
+        return ObjectiveResult(
+            loss=loss,
+            metrics=metrics,
+            maxima={"advantage_max": torch.where(kept, advantage, -torch.inf).amax()},
+            minima={"advantage_min": torch.where(kept, advantage, torch.inf).amin()},
+            details=TokenDetails(sampled.detach(), teacher, gate),
+        )
+
+    def _gate(self, sampled, teacher, batch: TrainingBatch, step: int) -> TrustGate:
+        gate = trust_gate(
+            sampled,
+            teacher,
+            self.gate,
+            self.config.gate_threshold,
+            seed=self.seed,
+            step=step,
+            sample_ids=batch.sample_ids,
+            positions=batch.position_ids + 1,  # of the label
+        )
+        return gate if self.method.gated else TrustGate(gate.rho, torch.ones_like(gate.weight))
+
+    def _importance(self, sampled, batch: TrainingBatch, kept: torch.Tensor) -> torch.Tensor:
+        """Weight of the policy-gradient terms: min(pi_S / pi_old, C) (tis), or the ratio within [1/C, C] (icepop)."""
+        if self.config.importance == "off":
+            return torch.ones_like(sampled).detach()
+        ratio = torch.where(kept, sampled.detach() - batch.old_logprobs, 0.0).exp()
+        cap = self.config.importance_cap
+        if self.config.importance == "tis":
+            return ratio.clamp(max=cap)
+        return torch.where((ratio <= cap) & (ratio >= 1.0 / cap), ratio, 0.0)
+
+    def _outlier(self, logprobs, scores, sampled, advantage, importance, kept):
+        """Part B: loss [b, s] of every token as if it were an outlier, and the forward KL where it was computed."""
+        if self.outlier is None or self.outlier == "mask":
+            return torch.zeros_like(sampled), None
+        if self.outlier == "clip":
+            return -importance * advantage.clamp(min=self.config.clip) * sampled, None
+        student_topk = torch.where(kept.unsqueeze(-1), logprobs[..., 1:], -1.0)
+        teacher_topk = torch.where(kept.unsqueeze(-1), scores.topk_logprobs, -1.0)
+        forward_kl = topk_forward_kl(student_topk, teacher_topk, self.config.tail)
+        if self.outlier == "fkl":
+            return forward_kl, forward_kl.detach()
+        return importance * forward_kl.detach() * sampled, forward_kl.detach()  # A = -sg(KL)
+
+
+def topk_forward_kl(student_logprobs: torch.Tensor, teacher_logprobs: torch.Tensor, tail: str) -> torch.Tensor:
+    """Return the forward KL over the teacher's top-k, [..., k] x [..., k] -> [...], differentiable in the student.
+
+    truncated: sum_k p (log p - log q), as the paper prints it; may be negative, and keeps its gradient where it is.
+    renormalized: both distributions normalised within the k first (the authors' script).
+    tail: one more bucket for all the rest; the exact KL of two (k + 1)-way distributions, never negative.
+
+    Raises:
+        ValueError: `tail` is none of the three.
+    """
+    if tail == "renormalized":
+        student_logprobs = student_logprobs.log_softmax(-1)
+        teacher_logprobs = teacher_logprobs.log_softmax(-1)
+    kl = (teacher_logprobs.exp() * (teacher_logprobs - student_logprobs)).sum(-1)
+    if tail in ("truncated", "renormalized"):
+        return kl
+    if tail != "tail":
+        raise ValueError(f"tail {tail!r} is none of truncated, renormalized, tail")
+    student_rest, teacher_rest = _log_rest(student_logprobs), _log_rest(teacher_logprobs)
+    return kl + teacher_rest.exp() * (teacher_rest - student_rest)
+
+
+def _log_rest(logprobs: torch.Tensor) -> torch.Tensor:
+    """log(1 - sum exp(logprobs)), exact when the sum is nearly one; rounding beyond one counts as fp32's epsilon."""
+    covered = logprobs.logsumexp(-1).clamp(max=-torch.finfo(torch.float32).eps)
+    return torch.log(-torch.expm1(covered))
+
+
+def _total(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return values.detach().sum(dtype=torch.float64), weights.sum(dtype=torch.float64)
