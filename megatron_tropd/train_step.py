@@ -1,0 +1,247 @@
+"""The seam to Megatron: forward_step, loss_func, gradients, optimizer — one call a training step.
+
+The student's output layer is hooked (output_hook.py), so that a micro-batch's `[s, b, V/tp]` logits become the
+`[s, b, 1 + k]` log-probs that the objective reads. Megatron's schedule, DDP, finalize_model_grads and optimizer do the
+rest. `loss_func` returns Megatron's triple (loss sum, number of tokens, report) with calculate_per_token_loss, so every
+loss token of the global batch weighs the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_tropd.batching import microbatches
+from megatron_tropd.config import ObjectiveConfig, TrainingConfig
+from megatron_tropd.kernels import vocab_parallel_logprobs
+from megatron_tropd.megatron_compat import keep_adam_step_on_load, run_schedule, unwrap_model
+from megatron_tropd.objectives import Objective
+from megatron_tropd.output_hook import OutputHook
+from megatron_tropd.parallel import ParallelGroups
+from megatron_tropd.types import LOSS_NONE, TeacherScores, TrainingBatch
+
+
+@dataclass
+class Student:
+    """The model that trains, with everything Megatron needs to train it."""
+
+    chunks: list[DistributedDataParallel]
+    optimizer: Any
+    scheduler: OptimizerParamScheduler
+    groups: ParallelGroups
+    hook: OutputHook
+    vocab_size: int
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """The bare GPTModel chunks: the very parameters that train."""
+        return [unwrap_model(chunk) for chunk in self.chunks]
+
+
+@dataclass
+class StepResult:
+    """Metrics of one step, reduced over the whole job; the same on every data-parallel rank of the last stage."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    num_loss_tokens: int = 0
+    grad_norm: float = 0.0
+    learning_rate: float = 0.0
+
+
+def build_student(
+    modules: list[torch.nn.Module], training: TrainingConfig, groups: ParallelGroups, vocab_size: int
+) -> Student:
+    """Wrap model chunks in Megatron's DDP and build its optimizer and learning-rate schedule."""
+    config = modules[0].config
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=training.use_distributed_optimizer,
+        check_for_nan_in_grad=True,
+    )
+    chunks = [
+        DistributedDataParallel(config, ddp_config, module, disable_bucketing=i > 0, pg_collection=groups.collection)
+        for i, module in enumerate(modules)
+    ]
+    optimizer = get_megatron_optimizer(
+        _optimizer_config(training, config), chunks, use_gloo_process_groups=False, pg_collection=groups.collection
+    )
+    keep_adam_step_on_load(optimizer)
+    config.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    min_lr = training.lr if training.lr_schedule == "constant" else (training.min_lr or 0.0)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=training.lr,
+        min_lr=min_lr,
+        lr_warmup_steps=training.lr_warmup_steps,
+        lr_decay_steps=max(training.steps, training.lr_warmup_steps + 1),
+        lr_decay_style=training.lr_schedule,
+        start_wd=training.weight_decay,
+        end_wd=training.weight_decay,
+        wd_incr_steps=training.steps,
+        wd_incr_style="constant",
+    )
+    return Student(chunks, optimizer, scheduler, groups, OutputHook(chunks), vocab_size)
+
+
+def _optimizer_config(training: TrainingConfig, config: Any) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer=training.optimizer,
+        lr=training.lr,
+        min_lr=training.min_lr or 0.0,
+        weight_decay=training.weight_decay,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        adam_eps=training.adam_eps,
+        clip_grad=training.clip_grad,
+        bf16=config.bf16,
+        fp16=config.fp16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=training.use_distributed_optimizer,
+    )
+
+
+def train_step(
+    student: Student,
+    batch: TrainingBatch,
+    scores: TeacherScores | None,
+    objective: Objective,
+    config: ObjectiveConfig,
+    step: int,
+    micro_batch_size: int,
+) -> StepResult:
+    """Run one optimizer step over this data-parallel rank's `batch`.
+
+    Args:
+        student: from `build_student`.
+        batch: this rank's rows [b, s]; b a multiple of micro_batch_size, the same number on every rank.
+        scores: the teacher's, aligned with `batch`; None on stages without the output layer.
+        objective: from `objectives.build_objective`.
+        config: `objective.*` of the recipe (temperature and kernel are read here).
+        step: global step, an argument of the gate's random numbers.
+        micro_batch_size: rows a forward pass.
+
+    Returns:
+        Reduced metrics (see `reduce_reports`) with gradient norm and learning rate.
+    """
+    for chunk in student.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    student.optimizer.zero_grad()
+    rows = microbatches(batch, micro_batch_size)
+    starts = range(0, batch.tokens.size(0), micro_batch_size)
+    work = [
+        (m, None if scores is None else scores.rows(i, i + micro_batch_size)) for m, i in zip(rows, starts, strict=True)
+    ]
+    reports = run_schedule(
+        student.groups,
+        partial(forward_step, student=student, objective=objective, config=config, step=step),
+        work,
+        student.chunks,
+        seq_length=batch.tokens.size(1),
+        micro_batch_size=micro_batch_size,
+        forward_only=False,
+    )
+    updated, grad_norm, _ = student.optimizer.step()
+    if updated:
+        student.scheduler.step(increment=1)
+    result = reduce_reports(reports, student.groups)
+    result.grad_norm = float(grad_norm or 0.0)
+    result.learning_rate = student.optimizer.param_groups[0]["lr"]
+    result.metrics["update_skipped"] = float(not updated)
+    return result
+
+
+def forward_step(
+    data_iterator: Iterator[tuple[TrainingBatch, TeacherScores | None]],
+    model: torch.nn.Module,
+    *,
+    student: Student,
+    objective: Objective,
+    config: ObjectiveConfig,
+    step: int,
+):
+    """Megatron's forward_step: one micro-batch through this stage; returns (output, loss_func)."""
+    batch, scores = next(data_iterator)
+
+    def gather_logprobs(logits: torch.Tensor) -> torch.Tensor:
+        ids = objective.ids(batch, scores).transpose(0, 1)  # [s, b, 1 + k]
+        logprobs, entropy = vocab_parallel_logprobs(
+            logits,
+            ids,
+            student.groups.tp,
+            student.vocab_size,
+            temperature=config.temperature,
+            with_entropy=True,
+            mask=(batch.loss_kind != LOSS_NONE).t(),
+            inplace_backward=True,  # nothing else reads the logits: their gradient may overwrite them
+            implementation=config.kernel,
+        )
+        return torch.cat([logprobs, entropy.unsqueeze(-1)], dim=-1)  # [s, b, 1 + k + 1]
+
+    with student.hook.armed(gather_logprobs):
+        output = model(batch.tokens, batch.position_ids, None)
+    return output, partial(loss_func, batch=batch, scores=scores, objective=objective, step=step)
+
+
+def loss_func(
+    output: torch.Tensor, *, batch: TrainingBatch, scores: TeacherScores | None, objective: Objective, step: int
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Megatron's loss function: `output` [b, s, 1 + k + 1] to (loss sum, number of loss tokens, report).
+
+    The sum is left undivided: with calculate_per_token_loss Megatron divides the gradients by the number of tokens of
+    the global batch. A micro-batch without loss tokens contributes a zero that still runs backward, since every
+    data-parallel rank must take part in the gradient reduction.
+    """
+    logprobs, entropy = output[..., :-1], output[..., -1].detach()
+    result = objective.loss(logprobs, scores, batch, step, student_entropy=entropy)
+    loss_sum = result.loss.sum()
+    num_tokens = batch.num_loss_tokens.to(torch.int)
+    sums = {"loss": (loss_sum.detach(), num_tokens), **result.metrics}
+    return loss_sum, num_tokens, {"sums": sums, "maxima": result.maxima, "minima": result.minima}
+
+
+def reduce_reports(reports: list[dict[str, Any]], groups: ParallelGroups) -> StepResult:
+    """Reduce the micro-batches' reports over data- and context-parallel ranks, in two small collectives.
+
+    `sums` (name -> (sum, count)) become means over the global batch, whatever the layout; `maxima` and `minima` the
+    extremes. Stages without the output layer have no reports and return an empty result.
+    """
+    if not groups.is_last_stage:
+        return StepResult()
+    sums = _stack(reports, "sums", lambda values: torch.stack([torch.stack(v) for v in values]).sum(0))
+    extremes = _stack(reports, "maxima", lambda values: torch.stack(values).amax(0))
+    lowest = _stack(reports, "minima", lambda values: torch.stack(values).amin(0))
+    extremes.update({f"-{name}": -value for name, value in lowest.items()})
+    packed_sums = torch.stack(list(sums.values()))  # [metrics, 2]
+    torch.distributed.all_reduce(packed_sums, group=groups.dp_cp)
+    metrics = {}
+    for name, (total, count) in zip(sums, packed_sums.tolist(), strict=True):
+        if count or name == "loss":
+            metrics[name] = total / max(count, 1)
+        if name == "loss":
+            num_tokens = int(count)
+    if extremes:
+        packed = torch.stack(list(extremes.values()))
+        torch.distributed.all_reduce(packed, op=torch.distributed.ReduceOp.MAX, group=groups.dp_cp)
+        for name, value in zip(extremes, packed.tolist(), strict=True):
+            if abs(value) != float("inf"):  # no token of that kind anywhere
+                metrics[name.lstrip("-")] = -value if name.startswith("-") else value
+    return StepResult(metrics=metrics, num_loss_tokens=num_tokens)
+
+
+def _stack(reports: list[dict[str, Any]], part: str, combine: Any) -> dict[str, torch.Tensor]:
+    def as_double(value: Any) -> Any:
+        return tuple(v.double() for v in value) if isinstance(value, tuple) else value.double()
+
+    return {name: combine([as_double(r[part][name]) for r in reports]) for name in reports[0][part]}
