@@ -56,7 +56,7 @@ def _check_required(recipe: Recipe) -> None:
         require(recipe, "teacher.hf_path|teacher.checkpoint")
     require(recipe, "data.prompts", "logging.dir")
     if recipe.evaluation.interval:
-        require(recipe, "evaluation.problems")
+        require(recipe, "evaluation.problems|evaluation.held_out")
 
 
 def check_layout(role: str, model: ModelConfig) -> None:

@@ -105,7 +105,7 @@ def test_wrong_values(override, message):
         (["student.hf_path=null"], "student.hf_path or student.checkpoint is missing"),
         (["teacher.hf_path=null"], "teacher.hf_path or teacher.checkpoint is missing"),
         (["data.prompts=null"], "data.prompts is missing"),
-        (["evaluation.interval=5"], "evaluation.problems is missing"),
+        (["evaluation.interval=5"], "evaluation.problems or evaluation.held_out is missing"),
         (["teacher.hf_path=./student"], "teacher and student have the same weights"),
         (["student.tensor_model_parallel_size=2"], "teacher and student must have one layout"),
         (["student.context_parallel_size=2"], "student.context_parallel_size=2: only 1 is supported"),

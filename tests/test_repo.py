@@ -1,0 +1,222 @@
+"""The repository keeps its own rules: tree, links, quoted commands, import directions, sizes, and what is installed."""
+
+import ast
+import importlib.metadata
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_tropd.cli import _parser
+from megatron_tropd.config import Recipe
+from megatron_tropd.recipe import shipped_recipes
+
+ROOT = Path(__file__).parents[1]
+TOP_LEVEL = {
+    *("megatron_tropd", "examples", "kernels", "tools", "tests", "setup.py", "README.md"),
+    *("pyproject.toml", "LICENSE", "CHANGELOG.md", ".ci"),
+}
+UNTRACKED = {"runs", "build", "dist", "megatron_tropd.egg-info"}
+
+
+def _files(*suffixes):
+    """The repository's files: what git tracks or would track, else (an unpacked archive) all that is not generated."""
+    try:
+        command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        listed = [str(p.relative_to(ROOT)) for p in ROOT.rglob("*") if p.is_file()]
+        listed = [f for f in listed if f.split("/")[0] not in UNTRACKED and "__pycache__" not in f]
+        listed = [f for f in listed if not f.startswith(".") or f.startswith(".ci/")]
+    files = [Path(f) for f in listed if (ROOT / f).is_file()]
+    return [f for f in files if not suffixes or f.suffix in suffixes]
+
+
+SOURCES = [
+    f for f in _files(".py") if f.parts[0] in ("megatron_tropd", "kernels", "tools", "examples") or len(f.parts) == 1
+]
+DOCUMENTS = _files(".md")
+
+
+def _read(file):
+    return (ROOT / file).read_text(encoding="utf-8")
+
+
+def test_top_level_is_as_agreed():
+    names = {file.parts[0] for file in _files()}
+    assert {name for name in names if not name.startswith(".")} <= TOP_LEVEL
+    assert {n for n in TOP_LEVEL if not (ROOT / n).exists()} == set()
+
+
+def test_nothing_global_is_installed_but_the_package():
+    distribution = importlib.metadata.distribution("megatron-tropd")
+    assert (distribution.read_text("top_level.txt") or "").split() == ["megatron_tropd"]
+
+
+def test_setup_lists_every_package():
+    call = next(node for node in ast.walk(ast.parse(_read("setup.py"))) if isinstance(node, ast.Call))
+    keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+    listed = set(ast.literal_eval(keywords["packages"]))
+    homes = {"megatron_tropd": "megatron_tropd", "kernels": "megatron_tropd.kernels"}
+    homes["examples"] = "megatron_tropd"  # only examples/recipes is installed
+    folders = [f.parent.parts for f in _files(".py") if f.name == "__init__.py" and f.parts[0] in homes]
+    assert listed == {".".join((homes[parts[0]], *parts[1:])) for parts in folders}
+    assert all(name.split(".")[0] == "megatron_tropd" for name in listed)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", _read(document)):
+        path = target.split("#")[0]
+        if path and "://" not in target:
+            assert (ROOT / document.parent / path).exists(), f"{document}: {target}"
+
+
+def _quoted_commands(text):
+    """Command lines of the fenced shell blocks, continuation lines joined, prompts and comments left out."""
+    for block in re.findall(r"```(?:bash|sh|shell|console)\n(.*?)```", text, flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = line.strip().removeprefix("$ ")
+            if line and not line.startswith("#"):
+                yield shlex.split(line, comments=True)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_quoted_commands_are_true(document):
+    for words in _quoted_commands(_read(document)):
+        for word in words:
+            if re.match(r"(examples|tools|tests|kernels|megatron_tropd)/[\w./-]+$", word):
+                assert (ROOT / word).exists(), f"{document}: {word} in {' '.join(words)}"
+            _check_override(document, word)
+        start = next((i for i, w in enumerate(words) if w.split(".")[0] in ("megatron-tropd", "megatron_tropd")), None)
+        if start is not None and "pip" not in words and "--help" not in words:
+            options = [w for w in words[start + 1 :] if "=" not in w]
+            arguments, rest = _parser().parse_known_args(options)
+            assert not [w for w in rest if w.startswith("-")], f"{document}: {' '.join(words)}"
+
+
+def _check_override(document, word):
+    match = re.match(r"(\w+)\.(\w+)=", word)
+    if match and match[1] in vars(Recipe()):
+        assert hasattr(getattr(Recipe(), match[1]), match[2]), f"{document}: {word}"
+
+
+def test_every_recipe_key_is_documented_and_read():
+    """A key without help is undocumented; a key that no module reads promises what does not happen."""
+    readers = [f for f in SOURCES if f.parts[0] == "megatron_tropd" and f.name not in ("config.py", "recipe.py")]
+    code = "\n".join(_read(f) for f in readers)
+    for section, config in vars(Recipe()).items():
+        for name, field in config.__dataclass_fields__.items():
+            assert field.metadata["help"], f"{section}.{name}"
+            assert re.search(rf"\.{name}\b", code) or f'"{name}"' in code, f"{section}.{name} is read nowhere"
+
+
+def test_recipes_shipped_are_those_in_examples():
+    assert set(shipped_recipes()) == {f.stem for f in _files(".yaml") if f.parent == Path("examples/recipes")}
+    assert {"tiny", "smollm2", "tropd_paper"} <= set(shipped_recipes())
+
+
+def _imports(file):
+    """Yield (module, imported name or None) of every import outside `if TYPE_CHECKING`."""
+    tree = ast.parse(_read(file))
+    typing_only = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield from ((module, alias.name) for alias in node.names)
+
+
+def _module(file):
+    parts = file.with_suffix("").parts
+    parts = ("megatron_tropd", *parts) if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+PACKAGE = {_module(f): f for f in SOURCES if f.parts[0] in ("megatron_tropd", "kernels")}
+
+
+def _own_imports(file):
+    """The package's modules that `file` imports."""
+    for module, name in _imports(file):
+        for candidate in (f"{module}.{name}", module):
+            if candidate in PACKAGE and candidate != "megatron_tropd":
+                yield candidate
+                break
+
+
+def test_kernels_import_nothing_of_ours():
+    for module, file in PACKAGE.items():
+        if file.parts[0] == "kernels":
+            assert all(m.startswith("megatron_tropd.kernels") for m in _own_imports(file)), module
+
+
+def test_lowest_modules_import_only_each_other():
+    lowest = {"megatron_tropd.errors", "megatron_tropd.types", "megatron_tropd.config", "megatron_tropd.counter_rng"}
+    for module in lowest:
+        assert set(_own_imports(PACKAGE[module])) <= lowest, module
+
+
+def test_imports_have_no_cycle():
+    graph = {module: set(_own_imports(file)) for module, file in PACKAGE.items()}
+    done: set[str] = set()
+
+    def visit(module, path):
+        assert module not in path, " -> ".join([*path, module])
+        if module not in done:
+            for other in graph[module] - {module}:
+                visit(other, [*path, module])
+            done.add(module)
+
+    for module in graph:
+        visit(module, [])
+
+
+def test_stages_do_not_know_the_loop():
+    top = {f"megatron_tropd.{name}" for name in ("cli", "commands", "train", "run", "__main__")}
+    for module, file in PACKAGE.items():
+        if module not in top | {"megatron_tropd"}:
+            assert not top & set(_own_imports(file)), module
+
+
+def test_only_parallel_reads_parallel_state():
+    for module, file in PACKAGE.items():
+        if module != "megatron_tropd.parallel":
+            assert not [m for m, name in _imports(file) if "parallel_state" in (name, m.split(".")[-1])], module
+
+
+def test_no_private_name_crosses_modules():
+    for file in SOURCES:
+        private = [
+            f"{m}.{n}" for m, n in _imports(file) if m.startswith("megatron_tropd") and n and re.match("_[a-z]", n)
+        ]
+        assert not private, f"{file}: {private}"
+
+
+def test_files_and_functions_fit_on_a_screen():
+    for file in SOURCES:
+        text = _read(file)
+        if file.parts[0] != "kernels":
+            assert len(text.splitlines()) <= 350, f"{file} has {len(text.splitlines())} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and "triton" not in file.name:
+                assert node.end_lineno - node.lineno < 60, (
+                    f"{file}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
+                )
+
+
+def test_nothing_speaks_of_one_machine():
+    paths = re.compile("/" + r"(?:root|work|home/\w+)/" + "|" + r"py" + r"pi\.")
+    for file in _files(".py", ".md", ".sh", ".yaml", ".toml", ".json", ".txt"):
+        found = paths.search(_read(file))
+        assert not found, f"{file}: {found[0]}"
