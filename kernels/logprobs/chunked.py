@@ -7,7 +7,6 @@ collective. Kept for backward: ids, one log-sum-exp a row, and the logits themse
 from __future__ import annotations
 
 import torch
-
 from megatron_tropd.kernels.sharding import VocabShard, row_chunks
 
 
@@ -30,6 +29,7 @@ class GatheredLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient, _entropy_gradient):
+        """Return the gradient of the logits shard: sum_j g_j 1[v = id_j] - (sum_j g_j) softmax(v)."""
         logits, ids, rows, lse = ctx.saved_tensors
         # In place every value is read before its place is written, a chunk at a time.
         out = logits.detach() if ctx.inplace else torch.empty_like(logits)

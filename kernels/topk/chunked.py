@@ -7,7 +7,6 @@ the same tokens.
 from __future__ import annotations
 
 import torch
-
 from megatron_tropd.kernels.sharding import VocabShard, row_chunks
 
 _LOW = (1 << 32) - 1

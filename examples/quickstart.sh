@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# The main job, small, on a CPU: convert a teacher and a student, distil with TrOPD under torchrun, evaluate, export.
+#
+#   bash examples/quickstart.sh                 # two gloo processes, tensor_model_parallel_size=2
+#   SEED=7 bash examples/quickstart.sh          # another seed
+#   RUN=runs/other bash examples/quickstart.sh  # another folder
+#   bash examples/quickstart.sh training.steps=20 objective.gate=soft   # any recipe key
+#
+# Sets up its own .venv unless a virtual environment with the package is active. Starts anew in $RUN each time.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source examples/setup_env.sh
+
+RUN=${RUN:-runs/quickstart}
+SEED=${SEED:-1234}
+TP=${TP:-2}
+PP=${PP:-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one thread a process: two processes share two cores
+STARTED=$(date +%s)
+rm -rf "$RUN"
+mkdir -p "$RUN"
+
+for model in teacher student; do
+  echo "== Converting the $model from Hugging Face to Megatron's distributed checkpoint"
+  python tools/convert_hf_to_mcore.py --hf-path "examples/tiny/$model" --output "$RUN/$model" --verify
+done
+
+echo "== Evaluating the teacher on unseen problems"
+torchrun --nproc-per-node $((TP * PP)) -m megatron_tropd evaluate tiny \
+  --model teacher --output "$RUN/teacher.json" \
+  student.tensor_model_parallel_size="$TP" student.pipeline_model_parallel_size="$PP" \
+  teacher.tensor_model_parallel_size="$TP" teacher.pipeline_model_parallel_size="$PP" \
+  student.checkpoint="$RUN/student" teacher.checkpoint="$RUN/teacher"
+
+echo "== Distilling: the student writes, the teacher scores, the trust region decides"
+torchrun --nproc-per-node $((TP * PP)) -m megatron_tropd train tiny \
+  student.tensor_model_parallel_size="$TP" student.pipeline_model_parallel_size="$PP" \
+  teacher.tensor_model_parallel_size="$TP" teacher.pipeline_model_parallel_size="$PP" \
+  student.checkpoint="$RUN/student" teacher.checkpoint="$RUN/teacher" \
+  training.seed="$SEED" logging.dir="$RUN/train" "$@"
+
+echo "== Exporting the student to Hugging Face format"
+CHECKPOINT=$(ls -d "$RUN"/train/checkpoints/step_* | tail -n 1)
+python tools/convert_mcore_to_hf.py --checkpoint "$CHECKPOINT/model" --output "$RUN/student_hf"
+
+megatron-tropd report "$RUN/train"
+python examples/tiny/summarize.py --run "$RUN" --seconds $(($(date +%s) - STARTED))

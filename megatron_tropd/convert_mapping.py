@@ -1,0 +1,122 @@
+"""Which Hugging Face tensors make up which Megatron parameter, and how a tensor-parallel rank's shard is cut of them.
+
+Pure functions of names and tensors: nothing of files, processes or models. `d` is the head width, `a` the query heads
+and `g` the key/value heads of the whole model; Megatron interleaves the fused projection by key/value group:
+[g, a / g + 2, d] rows are (queries of the group, key, value).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+# A lazily read Hugging Face tensor: `read(name, rows, columns)` with slices of its first and second axis.
+Read = Callable[[str, slice, slice], torch.Tensor]
+_ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that the mapping needs."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    tied: bool
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`sources`: Hugging Face names, with {i} for the layer. `kind`: how they are cut and joined."""
+
+    sources: tuple[str, ...]
+    kind: str  # replicated | rows | columns | gated | qkv | vocab
+
+
+_LAYER = "model.layers.{i}."
+_QKV = tuple(_LAYER + f"self_attn.{p}_proj" for p in "qkv")
+_NORM_1 = Rule((_LAYER + "input_layernorm.weight",), "replicated")
+_NORM_2 = Rule((_LAYER + "post_attention_layernorm.weight",), "replicated")
+_RULES = {
+    "input_layernorm.weight": _NORM_1,
+    "self_attention.linear_qkv.layer_norm_weight": _NORM_1,  # Transformer Engine fuses the norm into the projection
+    "pre_mlp_layernorm.weight": _NORM_2,
+    "mlp.linear_fc1.layer_norm_weight": _NORM_2,
+    "self_attention.linear_qkv.weight": Rule(tuple(f"{n}.weight" for n in _QKV), "qkv"),
+    "self_attention.linear_qkv.bias": Rule(tuple(f"{n}.bias" for n in _QKV), "qkv"),
+    "self_attention.q_layernorm.weight": Rule((_LAYER + "self_attn.q_norm.weight",), "replicated"),
+    "self_attention.k_layernorm.weight": Rule((_LAYER + "self_attn.k_norm.weight",), "replicated"),
+    "self_attention.linear_proj.weight": Rule((_LAYER + "self_attn.o_proj.weight",), "columns"),
+    "mlp.linear_fc1.weight": Rule((_LAYER + "mlp.gate_proj.weight", _LAYER + "mlp.up_proj.weight"), "gated"),
+    "mlp.linear_fc2.weight": Rule((_LAYER + "mlp.down_proj.weight",), "columns"),
+}
+_EMBEDDING = "model.embed_tokens.weight"
+_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)$")
+
+
+def rule_of(name: str, first_layer: int, tied: bool) -> Rule:
+    """Return the rule of Megatron's parameter `name`, whose chunk starts at global layer `first_layer`."""
+    if name == "embedding.word_embeddings.weight":
+        return Rule((_EMBEDDING,), "vocab")
+    if name == "output_layer.weight":
+        return Rule((_EMBEDDING if tied else "lm_head.weight",), "vocab")
+    if name == "decoder.final_layernorm.weight":
+        return Rule(("model.norm.weight",), "replicated")
+    match = _NAME.match(name)
+    if match is None or match[2] not in _RULES:
+        raise KeyError(f"no Hugging Face counterpart of Megatron's parameter {name}")
+    rule = _RULES[match[2]]
+    layer = int(match[1]) + first_layer
+    return Rule(tuple(source.format(i=layer) for source in rule.sources), rule.kind)
+
+
+def read_shard(rule: Rule, read: Read, shape: Shape, rank: int, size: int, like: torch.Tensor) -> torch.Tensor:
+    """Read rank `rank` of `size`'s shard, of the shape of `like`; rows beyond the vocabulary are zero."""
+    if rule.kind == "replicated":
+        return read(rule.sources[0], _ALL, _ALL)
+    if rule.kind == "columns":
+        width = like.size(1)
+        return read(rule.sources[0], _ALL, slice(rank * width, (rank + 1) * width))
+    if rule.kind == "vocab":
+        start = rank * like.size(0)
+        stop = min(start + like.size(0), shape.vocab)
+        shard = torch.zeros(like.shape, dtype=like.dtype)
+        if start < stop:
+            shard[: stop - start] = read(rule.sources[0], slice(start, stop), _ALL)
+        return shard
+    if rule.kind == "gated":
+        rows = slice(rank * shape.ffn // size, (rank + 1) * shape.ffn // size)
+        return torch.cat([read(source, rows, _ALL) for source in rule.sources])
+    assert rule.kind == "qkv"
+    groups = shape.kv_heads // size
+    per_group = (shape.heads // shape.kv_heads, 1, 1)
+    parts = []
+    for source, heads in zip(rule.sources, per_group, strict=True):
+        rows = groups * heads * shape.head_dim
+        part = read(source, slice(rank * rows, (rank + 1) * rows), _ALL)
+        parts.append(part.reshape(groups, heads * shape.head_dim, *part.shape[1:]))
+    return torch.cat(parts, dim=1).flatten(0, 1)
+
+
+def split_full(rule: Rule, shards: list[torch.Tensor], shape: Shape) -> dict[str, torch.Tensor]:
+    """Turn all ranks' shards of one parameter back into its Hugging Face tensors: the inverse of `read_shard`."""
+    names = rule.sources
+    if rule.kind == "replicated":
+        return {names[0]: shards[0]}
+    if rule.kind == "columns":
+        return {names[0]: torch.cat(shards, dim=1)}
+    if rule.kind == "vocab":
+        return {names[0]: torch.cat(shards)[: shape.vocab]}
+    if rule.kind == "gated":
+        halves = [shard.chunk(2) for shard in shards]
+        return {name: torch.cat([half[i] for half in halves]) for i, name in enumerate(names)}
+    assert rule.kind == "qkv"
+    sizes = [shape.heads // shape.kv_heads * shape.head_dim, shape.head_dim, shape.head_dim]
+    full = torch.cat(shards)
+    grouped = full.reshape(shape.kv_heads, sum(sizes), *full.shape[1:]).split(sizes, dim=1)
+    return {name: part.flatten(0, 1) for name, part in zip(names, grouped, strict=True)}

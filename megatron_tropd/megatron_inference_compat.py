@@ -1,0 +1,230 @@
+"""Megatron-Core's inference engines, 0.16 to 0.19, with our Sampler in place of their own sampling.
+
+The other half of `megatron_compat`: nothing else touches the engines' private parts. The engines keep scheduling,
+paging and the forward passes; the controllers below only choose tokens and say which requests end.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
+from megatron.core.inference.engines import static_engine
+from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
+from megatron.core.inference.inference_request import InferenceRequest, Status
+from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
+from megatron.core.inference.sampling_params import SamplingParams
+from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
+from megatron.core.transformer.utils import set_model_to_sequence_parallel
+from tqdm import tqdm
+
+try:  # 0.17 and later
+    from megatron.core.inference.config import InferenceConfig
+except ImportError:
+    InferenceConfig = None
+    from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
+
+_MAX_PREFILL_TOKENS = 16384
+
+
+class _TokenizerAdapter:
+    """What Megatron's controllers ask of a tokenizer; texts are made elsewhere, once a response is whole."""
+
+    def __init__(self, tokenizer: Any):
+        self.eod = tokenizer.eos_id
+        self.bos = tokenizer.bos_id
+        self.vocab_size = tokenizer.vocab_size
+
+    def detokenize(self, tokens: list[int], *args: Any, **kwargs: Any) -> str:
+        return ""
+
+    def tokenize(self, text: str) -> list[int]:
+        raise NotImplementedError("requests are given as token ids")
+
+
+class _DynamicController(TextGenerationController):
+    """Takes the last tokens' logits of the active requests to the sampler; request ids are places in its responses."""
+
+    sampler: Any = None
+
+    def _dynamic_step_sample_logits(self, logits: torch.Tensor | None = None) -> None:
+        context = self.inference_wrapped_model.inference_context
+        active = slice(context.paused_request_count, context.total_request_count)
+        count = active.stop - active.start
+        if logits is None and InferenceConfig is not None:
+            logits = self._all_logits_cuda  # 0.17 and later keep them here; None but on the last stage
+        if logits is not None:
+            logits = logits.squeeze(0)[:count]  # the model materializes only the last tokens' logits
+        rows = context.request_ids[active].tolist()
+        tokens, ended = self.sampler.advance(logits, rows, context.get_active_sequence_lengths())
+        self._sampled_tokens_cuda[:count] = tokens
+        # Megatron ends a request when its token equals its termination id: set so where, and only where, it ends.
+        if InferenceConfig is None:
+            termination_ids = self._request_metadata["termination_id"][active]
+        else:
+            termination_ids = context.active_request_metadata["termination_id"][:count]
+        ended = torch.tensor(ended, device=tokens.device)
+        termination_ids.copy_(torch.where(ended, tokens, -1).to(termination_ids.dtype))
+
+
+class _StaticController(TextGenerationController):
+    """The same for the static engine, whose batch advances one position at a time, shortest prompts first."""
+
+    sampler: Any = None
+    position: int = 0  # the place in the sequences that the next tokens take
+
+    def sample_from_logits(
+        self, last_token_logits: torch.Tensor, *args: Any, generation_started: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        started = generation_started.tolist()
+        rows = [i for i, r in enumerate(self.sampler.responses) if started[i] and r.finish_reason is None]
+        tokens = torch.full((last_token_logits.size(0),), self.tokenizer.eod, device=last_token_logits.device)
+        if rows:  # ended rows repeat EOS until all are done
+            places = torch.tensor(rows, device=tokens.device)
+            positions = torch.full_like(places, self.position)
+            tokens[places] = self.sampler.advance(last_token_logits[places], rows, positions)[0]
+        self.position += 1
+        return tokens
+
+
+@contextmanager
+def inference_model(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Prepare a GPTModel for Megatron's engines and restore it for training, whatever happens in between."""
+    was_training, sequence_parallel = model.training, model.config.sequence_parallel
+    model.eval()
+    if sequence_parallel:  # single tokens cannot be sharded over the sequence
+        set_model_to_sequence_parallel(model, False)
+    try:
+        yield model
+    finally:
+        if sequence_parallel:
+            set_model_to_sequence_parallel(model, True)
+        model.train(was_training)
+        _leave_inference_mode()
+        _forget_rotary_cache(model)
+
+
+def _leave_inference_mode() -> None:
+    """0.19 marks the process as generating until told otherwise, and then refuses sharded logits."""
+    try:
+        from megatron.core.inference.utils import InferenceMode
+    except ImportError:
+        return
+    InferenceMode.unset_active()
+
+
+def _forget_rotary_cache(model: torch.nn.Module) -> None:
+    """Rotary embeddings are cached by length; those made in inference mode cannot take part in a backward pass."""
+    clear = getattr(type(model.rotary_pos_emb).forward, "cache_clear", None)
+    if clear is not None:
+        clear()
+
+
+def run_dynamic_engine(
+    model: torch.nn.Module,
+    sampler: Any,
+    tokenizer: Any,
+    groups: Any,
+    *,
+    max_sequence_length: int,
+    max_requests: int,
+    block_size_tokens: int,
+    buffer_size_gb: float,
+) -> None:
+    """Let Megatron's dynamic engine complete all of `sampler.responses`; collective over the model's ranks.
+
+    The paged key/value cache lives for this call only.
+    """
+    sizes = {
+        "max_sequence_length": max_sequence_length,
+        "max_requests": max_requests,
+        "block_size_tokens": block_size_tokens,
+        "buffer_size_gb": buffer_size_gb,
+        "max_tokens": max(_MAX_PREFILL_TOKENS, max_sequence_length),
+        "pg_collection": groups.collection,
+    }
+    config = model.config
+    if InferenceConfig is None:
+        context = DynamicInferenceContext(
+            params_dtype=config.params_dtype,
+            num_layers=config.num_layers // groups.pp_size,
+            kv_channels=config.kv_channels,
+            num_attention_heads=config.num_query_groups,
+            **sizes,
+        )
+        wrapper = GPTInferenceWrapper(model, _wrapper_config(model, max_requests, max_sequence_length), context)
+        controller = _DynamicController(wrapper, _TokenizerAdapter(tokenizer), pp_group=groups.pp)
+        engine_options = {"enable_cuda_graph": False, "random_seed": 0, "enable_chunked_prefill": False}
+    else:
+        context = DynamicInferenceContext(config, InferenceConfig(**sizes))
+        wrapper = GPTInferenceWrapper(model, context)
+        controller = _DynamicController(wrapper, _TokenizerAdapter(tokenizer))
+        engine_options = {}
+    wrapper.prep_model_for_inference()
+    controller.sampler = sampler
+    controller.model_is_pipeline_parallel = False  # the sampler broadcasts tokens: logits need not leave the last stage
+    engine = DynamicInferenceEngine(controller, context, **engine_options)
+    for i, response in enumerate(sampler.responses):
+        if response.finish_reason is None:
+            engine.add_request(i, response.start, _params(num_tokens=response.budget))
+    while engine.has_unfinished_requests():
+        engine.step_modern()
+    unfinished = [r.sample_id for r in sampler.responses if r.finish_reason is None]
+    assert not unfinished, f"the engine dropped samples {unfinished[:5]}"
+
+
+def run_static_engine(model: torch.nn.Module, sampler: Any, tokenizer: Any, groups: Any) -> None:
+    """Let Megatron's static engine complete all of `sampler.responses` in one batch; collective."""
+    responses = sampler.responses
+    budget = max(r.budget for r in responses)
+    longest = max(len(r.start) for r in responses) + budget
+    if InferenceConfig is None:
+        context = StaticInferenceContext(len(responses), longest)
+        wrapper = GPTInferenceWrapper(model, _wrapper_config(model, len(responses), longest), context)
+        controller = _StaticController(wrapper, _TokenizerAdapter(tokenizer), pp_group=groups.pp)
+    else:
+        context = StaticInferenceContext(len(responses), longest)
+        context.config.pg_collection = groups.collection
+        wrapper = GPTInferenceWrapper(model, context)
+        controller = _StaticController(wrapper, _TokenizerAdapter(tokenizer))
+    controller.sampler = sampler
+    controller.position = min(len(r.start) for r in responses)
+    options = (
+        {"legacy": True}
+        if "legacy" in inspect.signature(static_engine.StaticInferenceEngine.__init__).parameters
+        else {}
+    )
+    engine = static_engine.StaticInferenceEngine(controller, max_batch_size=len(responses), **options)
+    requests = [
+        InferenceRequest(
+            request_id=str(i),
+            prompt="",
+            prompt_tokens=list(response.start),
+            sampling_params=_params(num_tokens=budget),
+            status=Status.WAITING_IN_QUEUE,
+        )
+        for i, response in enumerate(responses)
+    ]
+    static_engine.tqdm = functools.partial(tqdm, disable=True)  # a bar of Megatron's own on every rank
+    engine.generate(inference_requests=requests)
+
+
+def _params(num_tokens: int) -> SamplingParams:
+    return SamplingParams(num_tokens_to_generate=num_tokens, termination_id=-1, top_k=1)
+
+
+def _wrapper_config(model: torch.nn.Module, max_requests: int, max_sequence_length: int) -> Any:
+    return InferenceWrapperConfig(
+        hidden_size=model.config.hidden_size,
+        params_dtype=model.config.params_dtype,
+        inference_batch_times_seqlen_threshold=-1,
+        padded_vocab_size=model.vocab_size,
+        inference_max_requests=max_requests,
+        inference_max_seq_length=max_sequence_length,
+    )

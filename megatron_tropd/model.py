@@ -1,0 +1,282 @@
+"""Hugging Face config to Megatron GPTModel: Llama (2, 3, 3.x), Qwen2 / 2.5 and Qwen3 dense models.
+
+Transformer Engine's layers where it is importable on CUDA, Megatron's local ones otherwise. Weights are not
+initialised here: `convert.load_model_weights` fills every parameter.
+
+    hf_config = load_hf_config("models/Llama-3.1-8B")
+    chunks = build_model(hf_config, recipe.student, groups)     # one GPTModel a virtual pipeline stage
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_tropd.config import ModelConfig
+from megatron_tropd.parallel import ParallelGroups
+from megatron_tropd.types import UserError
+
+SUPPORTED = ("llama", "qwen2", "qwen3")
+_VOCAB_MULTIPLE = 128  # a shard of a multiple of it keeps matrix products aligned
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with the constructor of Megatron's norms; unlike WrappedTorchNorm it knows sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any):
+        """Take `eps` from the caller, dtype and sequence parallelism from `config`."""
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        # Tells finalize_model_grads to sum this weight's gradient over the tensor-parallel ranks.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+def load_hf_config(hf_path: str | Path) -> Any:
+    """Read config.json of a Hugging Face folder; UserError if it is missing or of an unsupported architecture."""
+    from transformers import AutoConfig
+
+    file = Path(hf_path) / "config.json"
+    try:
+        model_type = json.loads(file.read_text()).get("model_type")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}); give the folder of a Hugging Face model.") from error
+    if model_type not in SUPPORTED:
+        raise UserError(f"{file}: model_type {model_type!r} is not supported; expected one of {', '.join(SUPPORTED)}.")
+    config = AutoConfig.from_pretrained(str(hf_path), local_files_only=True)
+    unsupported = {
+        "hidden_act": config.hidden_act not in ("silu", "swish"),
+        "mlp_bias": getattr(config, "mlp_bias", False),
+        "attention_bias": model_type != "qwen2" and getattr(config, "attention_bias", False),
+        "use_sliding_window": getattr(config, "use_sliding_window", False),
+    }
+    for key, refused in unsupported.items():
+        if refused:
+            raise UserError(f"{file}: {key}={getattr(config, key)} is not supported for model_type {model_type}.")
+    _inverse_frequencies(config)  # refuses unknown kinds of rope scaling
+    return config
+
+
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
+    """Round the vocabulary up to a multiple of lcm(128, tp): all padding at the end, never per shard.
+
+    It is the same for every tp that divides 128, so checkpoints need no adjustment between those layouts.
+    """
+    multiple = math.lcm(_VOCAB_MULTIPLE, tensor_model_parallel_size)
+    return -(-vocab_size // multiple) * multiple
+
+
+def head_dim(hf_config: Any) -> int:
+    """Return the width of one attention head."""
+    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+
+
+def transformer_config(hf_config: Any, model: ModelConfig, role: str = "model", **overrides: Any) -> TransformerConfig:
+    """Translate a Hugging Face config and a layout into Megatron's TransformerConfig.
+
+    Args:
+        hf_config: from `load_hf_config`.
+        model: layout and dtype.
+        role: "student" or "teacher", for error messages.
+        overrides: fields of TransformerConfig that go first.
+
+    Raises:
+        UserError: TP does not divide the heads or key/value heads, or PP x VPP does not divide the layers.
+    """
+    _check_layout(hf_config, model, role)
+    dtype = _DTYPES[model.dtype]
+    fields = {
+        "num_layers": hf_config.num_hidden_layers,
+        "hidden_size": hf_config.hidden_size,
+        "ffn_hidden_size": hf_config.intermediate_size,
+        "num_attention_heads": hf_config.num_attention_heads,
+        "num_query_groups": hf_config.num_key_value_heads,
+        "kv_channels": head_dim(hf_config),
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": hf_config.rms_norm_eps,
+        "qk_layernorm": hf_config.model_type == "qwen3",
+        "add_bias_linear": False,
+        "add_qkv_bias": hf_config.model_type == "qwen2",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "attention_softmax_in_fp32": True,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+        # Layout.
+        "tensor_model_parallel_size": model.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": model.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": model.context_parallel_size,
+        "sequence_parallel": model.sequence_parallel,
+        # loss_func returns sums and token counts: every token of the global batch weighs alike.
+        "calculate_per_token_loss": True,
+        # Weights are loaded, not drawn.
+        "perform_initialization": False,
+        **_device_fields(),
+        **_recompute_fields(model.recompute),
+    }
+    return TransformerConfig(**{**fields, **overrides})
+
+
+def build_model(
+    hf_config: Any,
+    model: ModelConfig,
+    groups: ParallelGroups,
+    *,
+    training: bool = True,
+    role: str = "model",
+    **overrides: Any,
+) -> list[GPTModel]:
+    """Build this rank's model chunks on its device, weights unset.
+
+    Args:
+        hf_config: from `load_hf_config`.
+        model: layout and dtype.
+        groups: process groups of that layout.
+        training: train mode; else eval mode without gradients.
+        role: for error messages.
+        overrides: fields of TransformerConfig that go first.
+
+    Returns:
+        One GPTModel a virtual pipeline stage (one in all without interleaving), with `true_vocab_size` set to the
+        config's vocabulary; its `vocab_size` is padded.
+    """
+    virtual_size = model.virtual_pipeline_model_parallel_size
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", module=r"megatron\.core"
+        )  # about Apex, which is optional, and its own defaults
+        config = transformer_config(hf_config, model, role, **overrides)
+        stages = range(virtual_size) if virtual_size else [None]
+        chunks = [_build_chunk(hf_config, config, groups, stage) for stage in stages]
+    for chunk in chunks:
+        chunk.true_vocab_size = hf_config.vocab_size
+        chunk.to(groups.device)
+        chunk.train(training)
+        chunk.requires_grad_(training)
+    return chunks
+
+
+def _build_chunk(hf_config: Any, config: TransformerConfig, groups: ParallelGroups, vp_stage: int | None) -> GPTModel:
+    virtual_size = config.virtual_pipeline_model_parallel_size or 1
+    chunk = GPTModel(
+        config=config,
+        transformer_layer_spec=_layer_spec(config, groups, vp_stage),
+        vocab_size=padded_vocab_size(hf_config.vocab_size, config.tensor_model_parallel_size),
+        max_sequence_length=hf_config.max_position_embeddings,
+        pre_process=groups.is_first_stage and vp_stage in (None, 0),
+        post_process=groups.is_last_stage and vp_stage in (None, virtual_size - 1),
+        parallel_output=True,
+        share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
+        position_embedding_type="rope",
+        rotary_base=_rope_parameters(hf_config)["rope_theta"],
+        pg_collection=groups.collection,
+        vp_stage=vp_stage,
+    )
+    scaled = _inverse_frequencies(hf_config)
+    if scaled is not None:
+        chunk.rotary_pos_emb.inv_freq = scaled.to(chunk.rotary_pos_emb.inv_freq.device)
+    return chunk
+
+
+def uses_transformer_engine() -> bool:
+    """Whether models are built of Transformer Engine's layers: it is importable and there is a CUDA device."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def _layer_spec(config: TransformerConfig, groups: ParallelGroups, vp_stage: int | None) -> Any:
+    if uses_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if config.qk_layernorm:
+        layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = RMSNorm
+    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm)
+
+
+def _device_fields() -> dict[str, Any]:
+    has_cuda = torch.cuda.is_available()
+    return {
+        "use_cpu_initialization": not has_cuda,
+        "bias_activation_fusion": has_cuda,
+        "apply_rope_fusion": uses_transformer_engine(),
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+    }
+
+
+def _recompute_fields(recompute: str | None) -> dict[str, Any]:
+    if recompute is None:
+        return {}
+    if recompute == "selective":
+        return {"recompute_granularity": "selective"}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def _rope_parameters(hf_config: Any) -> dict[str, Any]:
+    """Return rope_theta and rope_type, whose place in the config depends on the version of transformers."""
+    parameters = dict(getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {})
+    parameters.setdefault("rope_theta", getattr(hf_config, "rope_theta", 10000.0))
+    parameters["rope_type"] = parameters.get("rope_type") or parameters.get("type") or "default"
+    return parameters
+
+
+def _inverse_frequencies(hf_config: Any) -> torch.Tensor | None:
+    """Return the scaled inverse frequencies [head_dim / 2] as transformers computes them; None without scaling."""
+    kind = _rope_parameters(hf_config)["rope_type"]
+    if kind == "default":
+        return None
+    if kind not in ("llama3", "linear"):
+        raise UserError(f"rope scaling {kind!r} is not supported; expected default, linear or llama3.")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    frequencies, _ = ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
+    return frequencies.float()
+
+
+def _check_layout(hf_config: Any, model: ModelConfig, role: str) -> None:
+    heads = (hf_config.num_attention_heads, hf_config.num_key_value_heads)
+    tp = model.tensor_model_parallel_size
+    if any(count % tp for count in heads):
+        raise UserError(
+            f"{role}.tensor_model_parallel_size={tp} does not divide the model's {heads[0]} attention heads and "
+            f"{heads[1]} key/value heads; use one of {_divisors(math.gcd(*heads))}."
+        )
+    layers, pp = hf_config.num_hidden_layers, model.pipeline_model_parallel_size
+    if layers % pp:
+        raise UserError(
+            f"{role}.pipeline_model_parallel_size={pp} does not divide the model's {layers} layers; use one of "
+            f"{_divisors(layers)}."
+        )
+    vpp = model.virtual_pipeline_model_parallel_size
+    if vpp and (layers // pp) % vpp:
+        raise UserError(
+            f"{role}.virtual_pipeline_model_parallel_size={vpp} does not divide the {layers // pp} layers of a "
+            f"pipeline stage; use one of {_divisors(layers // pp)[1:]} or null."
+        )
+    if hf_config.intermediate_size % tp:
+        raise UserError(
+            f"{role}.tensor_model_parallel_size={tp} does not divide intermediate_size={hf_config.intermediate_size}."
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

@@ -1,0 +1,168 @@
+"""RolloutEngine: the student's responses, written by the training weights themselves in Megatron's inference path.
+
+Megatron-Core's dynamic engine (paged key/value cache, requests join and leave) on CUDA and on CPU; its static engine
+where asked for. The cache is made for each call and freed with it. Nothing of the loss is known here.
+
+    engine = RolloutEngine(modules, tokenizer, groups, recipe.rollout, max_sequence_length=context)
+    rollouts = engine.generate(prompts, prefixes, Sampling(samples_per_prompt=4, max_new_tokens=512, seed=1, step=7))
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+
+import torch
+
+from megatron_tropd import cpu_compat
+from megatron_tropd.config import RolloutConfig
+from megatron_tropd.megatron_inference_compat import inference_model, run_dynamic_engine, run_static_engine
+from megatron_tropd.parallel import ParallelGroups
+from megatron_tropd.sampling import Response, Sampler
+from megatron_tropd.tokenizer import Tokenizer
+from megatron_tropd.types import Prompt, Rollouts, Sampling, UserError
+
+logger = logging.getLogger(__name__)
+
+_CUDA_BLOCK_TOKENS = 256  # flash-attn's paged cache wants multiples of it
+_CPU_BLOCK_TOKENS = 64
+
+
+class RolloutEngine:
+    """Generates with the model chunks that train; they come back in the mode that they were in."""
+
+    def __init__(
+        self,
+        chunks: list[torch.nn.Module],
+        tokenizer: Tokenizer,
+        groups: ParallelGroups,
+        config: RolloutConfig,
+        max_sequence_length: int,
+    ):
+        """Describe the engine; nothing is allocated yet.
+
+        Args:
+            chunks: this rank's bare GPTModel, in a list of one.
+            tokenizer: its vocabulary bounds what is drawn; its EOS ids end responses.
+            groups: process groups of the model.
+            config: `rollout.*`: engine, max_batch_size, kv_cache_gb.
+            max_sequence_length: the model's context.
+
+        Raises:
+            UserError: the model is split into virtual pipeline stages, which Megatron's engines do not run.
+        """
+        if len(chunks) != 1:
+            raise UserError(
+                f"virtual_pipeline_model_parallel_size={len(chunks)}: Megatron's inference engines run one model chunk "
+                "a stage; set it to null."
+            )
+        self.model = chunks[0]
+        self.tokenizer = tokenizer
+        self.groups = groups
+        self.config = config
+        self.max_sequence_length = max_sequence_length
+
+    def generate(self, prompts: list[Prompt], prefixes: list[list[int]], sampling: Sampling) -> Rollouts:
+        """Write `sampling.samples_per_prompt` responses to each prompt.
+
+        Collective over the tensor- and pipeline-parallel ranks, which all get the same prompts and return the same
+        rollouts; data-parallel ranks work independently. The same seed gives the same responses whatever the layout,
+        the batch or the engine.
+
+        Args:
+            prompts: tokenized prompts; sample ids derive from their `index`.
+            prefixes: per prompt the token ids of the teacher's prefix from which every sample continues, perhaps
+                empty; one that ends with EOS is a whole response, and nothing is generated.
+            sampling: how tokens are drawn.
+
+        Raises:
+            UserError: a prompt and its prefix leave no room in the context.
+        """
+        responses = [
+            self._response(prompt, prefix, prompt.index * sampling.samples_per_prompt + i, sampling)
+            for prompt, prefix in zip(prompts, prefixes, strict=True)
+            for i in range(sampling.samples_per_prompt)
+        ]
+        unfinished = [r for r in responses if r.finish_reason is None]
+        with inference_model(self.model), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"megatron\.core")  # deprecations inside Megatron's own calls
+            if self._use_static():
+                for start in range(0, len(unfinished), self.config.max_batch_size):
+                    self._run_static(unfinished[start : start + self.config.max_batch_size], sampling)
+            elif unfinished:
+                self._run_dynamic(unfinished, sampling)
+        return self._as_rollouts(responses, sampling)
+
+    def _response(self, prompt: Prompt, prefix: list[int], sample_id: int, sampling: Sampling) -> Response:
+        response = Response(prompt, sample_id, prefix, budget=0)
+        if prefix and prefix[-1] in self.tokenizer.eos_ids:
+            response.finish_reason = "prefix"
+            return response
+        room = self.max_sequence_length - len(response.start)
+        response.budget = min(sampling.max_new_tokens - len(prefix), room)
+        if room < 1:
+            raise UserError(
+                f"prompt {prompt.id!r} has {len(prompt.tokens)} tokens and a prefix of {len(prefix)}, and the context "
+                f"is {self.max_sequence_length}: no room for a response. Shorten it, or lower rollout.max_new_tokens."
+            )
+        if response.budget < 1:
+            response.finish_reason = "length"
+        return response
+
+    def _use_static(self) -> bool:
+        return self.config.engine == "static"
+
+    def _run_dynamic(self, responses: list[Response], sampling: Sampling) -> None:
+        cpu_compat.apply_inference()
+        longest = max(len(r.start) + r.budget for r in responses)
+        # Megatron rounds the number of requests to multiples of the tensor-parallel size and of 4.
+        multiple = math.lcm(4, self.groups.tp_size)
+        max_requests = -(-min(len(responses), self.config.max_batch_size) // multiple) * multiple
+        block = _CUDA_BLOCK_TOKENS if self.groups.device.type == "cuda" else _CPU_BLOCK_TOKENS
+        run_dynamic_engine(
+            self.model,
+            self._sampler(responses, sampling),
+            self.tokenizer,
+            self.groups,
+            max_sequence_length=longest,
+            max_requests=max_requests,
+            block_size_tokens=block,
+            buffer_size_gb=self.config.kv_cache_gb or self._cache_gb(max_requests, longest, block),
+        )
+
+    def _cache_gb(self, max_requests: int, longest: int, block: int) -> float:
+        """Return what the key/value cache of `max_requests` whole sequences takes, in GiB."""
+        config = self.model.config
+        heads = config.num_query_groups // self.groups.tp_size
+        token_bytes = 2 * heads * config.kv_channels * (config.num_layers // self.groups.pp_size)
+        token_bytes *= torch.finfo(config.params_dtype).bits // 8
+        blocks = max_requests * -(-longest // block) + 2  # one block is Megatron's dummy, one guards the rounding
+        return blocks * block * token_bytes / 2**30
+
+    def _run_static(self, responses: list[Response], sampling: Sampling) -> None:
+        cpu_compat.apply_inference()
+        run_static_engine(self.model, self._sampler(responses, sampling), self.tokenizer, self.groups)
+
+    def _sampler(self, responses: list[Response], sampling: Sampling) -> Sampler:
+        return Sampler(responses, self.tokenizer, sampling, self.groups, self.tokenizer.vocab_size)
+
+    def _as_rollouts(self, responses: list[Response], sampling: Sampling) -> Rollouts:
+        return Rollouts(
+            tokens=[r.start + r.tokens for r in responses],
+            prompt_lengths=[len(r.prompt.tokens) for r in responses],
+            prefix_lengths=[len(r.prefix) for r in responses],
+            lengths=[len(r.start) + len(r.tokens) for r in responses],
+            logprobs=[r.logprobs for r in responses],
+            finish_reasons=[r.finish_reason for r in responses],
+            sample_ids=[r.sample_id for r in responses],
+            prompts=[r.prompt for r in responses],
+            texts=[self._text(r, sampling.stop) for r in responses],
+        )
+
+    def _text(self, response: Response, stop: tuple[str, ...]) -> str:
+        text = self.tokenizer.decode(response.tokens)
+        if response.finish_reason == "stop":
+            places = [text.find(s) for s in stop if s in text]
+            text = text[: min(places)] if places else text
+        return text

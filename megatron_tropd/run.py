@@ -1,0 +1,199 @@
+"""Everything a training run holds, built from its recipe in an order that finds mistakes before memory is spent.
+
+Configurations, tokenizers and prompt files come first, then models and weights, then a checkpoint to resume from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_tropd import checkpoint
+from megatron_tropd.config import Recipe
+from megatron_tropd.convert import load_model_weights, resolve_hf_path
+from megatron_tropd.guidance import Guidance
+from megatron_tropd.model import build_model, load_hf_config
+from megatron_tropd.objectives import Objective, build_objective
+from megatron_tropd.parallel import ParallelGroups
+from megatron_tropd.prompts import PromptSource, load_prompts
+from megatron_tropd.recipe import save_recipe
+from megatron_tropd.rollout import RolloutEngine
+from megatron_tropd.teacher import TeacherHook
+from megatron_tropd.tokenizer import Tokenizer, check_compatible, load_tokenizer
+from megatron_tropd.train_step import Student, build_student
+from megatron_tropd.types import Prompt, Sampling, UserError
+from megatron_tropd.validation import validate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """The stages of one run, ready to go."""
+
+    recipe: Recipe
+    folder: Path
+    groups: ParallelGroups
+    tokenizer: Tokenizer
+    objective: Objective
+    source: PromptSource
+    problems: list[Prompt]
+    guidance: Guidance
+    student: Student
+    teacher: TeacherHook | None
+    engine: RolloutEngine
+    state: checkpoint.TrainingState
+    hf_path: Path
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank writes metrics and progress."""
+        return self.groups.is_reporter
+
+    @property
+    def pad_multiple(self) -> int:
+        """Sequence lengths are rounded up to it: sequence parallelism shards them over the tensor-parallel ranks."""
+        return 8 * self.groups.tp_size if self.recipe.student.sequence_parallel else 8
+
+    def shard(self, prompts: list[Prompt]) -> list[Prompt]:
+        """Return this data-parallel rank's contiguous share of a step's prompts."""
+        share = len(prompts) // self.groups.dp_size
+        return prompts[self.groups.dp_rank * share : (self.groups.dp_rank + 1) * share]
+
+    def sampling(self, step: int) -> Sampling:
+        """Return how this step's responses are drawn."""
+        rollout = self.recipe.rollout
+        return Sampling(
+            samples_per_prompt=rollout.samples_per_prompt if self.objective.needs_rollout else 1,
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+            stop=tuple(rollout.stop),
+            seed=self.recipe.training.seed,
+            step=step,
+        )
+
+
+def set_up(recipe: Recipe, groups: ParallelGroups) -> Run:
+    """Build a Run; collective over all processes.
+
+    Raises:
+        UserError: something in the recipe or in the files that it names is wrong.
+    """
+    validate(recipe)
+    _check_batch(recipe, groups)
+    objective = build_objective(recipe.objective, recipe.guidance, recipe.training.seed)
+    hf_path = resolve_hf_path(recipe.student, "student")
+    hf_config = load_hf_config(hf_path)
+    tokenizer = load_tokenizer(recipe.tokenizer.path or hf_path, recipe.tokenizer.chat_template)
+    teacher_hf_path = _check_teacher(recipe, tokenizer) if objective.needs_teacher else None
+    context = hf_config.max_position_embeddings
+    max_prompt = _longest_prompt(recipe, context)
+    prompts = load_prompts(recipe.data.prompts, tokenizer, max_prompt)
+    problems = load_prompts(recipe.evaluation.problems, tokenizer, max_prompt) if recipe.evaluation.problems else []
+    guidance = Guidance(
+        recipe.guidance,
+        recipe.training.steps,
+        tokenizer,
+        max_tokens=recipe.rollout.max_new_tokens,
+        whole_response=not objective.needs_rollout,
+        enabled=objective.uses_guidance,
+    )
+    guidance.check(prompts)
+
+    modules = build_model(hf_config, recipe.student, groups, vocab_size=tokenizer.vocab_size, role="student")
+    load_model_weights(modules, recipe.student, groups)
+    student = build_student(modules, recipe.training, groups, hf_config.vocab_size)
+    teacher = _build_teacher(recipe, groups, teacher_hf_path, objective) if teacher_hf_path else None
+    engine = RolloutEngine(modules, tokenizer, groups, recipe.rollout, max_sequence_length=context)
+    source = PromptSource(prompts, seed=recipe.data.seed, shuffle=recipe.data.shuffle)
+    folder = Path(recipe.logging.dir)
+    state = _resume(recipe, groups, student, source, folder)
+    return Run(
+        recipe,
+        folder,
+        groups,
+        tokenizer,
+        objective,
+        source,
+        problems,
+        guidance,
+        student,
+        teacher,
+        engine,
+        state,
+        hf_path,
+    )
+
+
+def checkpoint_folder(recipe: Recipe) -> Path:
+    """Return the folder of the run's checkpoints."""
+    return Path(recipe.checkpoint.dir or Path(recipe.logging.dir) / "checkpoints")
+
+
+def _check_batch(recipe: Recipe, groups: ParallelGroups) -> None:
+    prompts = recipe.training.prompts_per_step
+    if prompts % groups.dp_size:
+        raise UserError(
+            f"training.prompts_per_step={prompts} cannot be split over {groups.dp_size} data-parallel ranks "
+            f"({groups.world_size} processes); use a multiple of {groups.dp_size}"
+        )
+
+
+def _longest_prompt(recipe: Recipe, context: int) -> int:
+    room = context - recipe.rollout.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"rollout.max_new_tokens={recipe.rollout.max_new_tokens} leaves no room for a prompt in the student's "
+            f"context of {context} tokens (max_position_embeddings); lower it below {context}"
+        )
+    return min(room, recipe.data.max_prompt_tokens or room)
+
+
+def _check_teacher(recipe: Recipe, tokenizer: Tokenizer) -> Path:
+    hf_path = resolve_hf_path(recipe.teacher, "teacher")
+    if recipe.tokenizer.check_compatibility:
+        check_compatible(tokenizer, load_tokenizer(hf_path))
+    return hf_path
+
+
+def _build_teacher(recipe: Recipe, groups: ParallelGroups, hf_path: Path, objective: Objective) -> TeacherHook:
+    config = dataclasses.replace(recipe.teacher, recompute=None)
+    hf_config = load_hf_config(hf_path)
+    chunks = build_model(hf_config, config, groups, training=False, role="teacher")
+    load_model_weights(chunks, config, groups)
+    hook = TeacherHook(
+        groups,
+        vocab_size=hf_config.vocab_size,
+        topk=objective.topk,
+        temperature=recipe.objective.temperature,
+        implementation=recipe.objective.kernel,
+    )
+    return hook.attach(chunks)
+
+
+def _resume(
+    recipe: Recipe, groups: ParallelGroups, student: Student, source: PromptSource, folder: Path
+) -> checkpoint.TrainingState:
+    """Load the newest whole checkpoint, or start anew; write the resolved recipe into the run's folder."""
+    checkpoints = checkpoint_folder(recipe)
+    found = [checkpoint.newest(checkpoints) if groups.rank == 0 and recipe.checkpoint.resume else None]
+    dist.broadcast_object_list(found, src=0)
+
+    def write_recipe() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_recipe(recipe, folder / "recipe.yaml")
+
+    on_rank_zero(write_recipe)
+    if found[0] is None:
+        return checkpoint.TrainingState(step=0, cursor=source.state_dict(), layout=checkpoint.layout_of(groups))
+    state = checkpoint.load(found[0], student)
+    source.load_state_dict(state.cursor)
+    state.layout = checkpoint.layout_of(groups)
+    logger.warning("resuming from %s after step %d", found[0], state.step)
+    return state

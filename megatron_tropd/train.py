@@ -1,0 +1,199 @@
+"""The training loop: one visible call a stage, none of a stage's logic.
+
+    prompts -> rollout -> batch -> teacher scores -> student update -> checkpoint
+
+Run it with `megatron-tropd train RECIPE` under torchrun, or call `train(load_recipe("tiny"))` in every process. A run
+killed at any moment continues from its newest whole checkpoint; SIGTERM saves one first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_tropd import checkpoint
+from megatron_tropd.batching import pack
+from megatron_tropd.config import Recipe
+from megatron_tropd.evaluation import evaluate
+from megatron_tropd.metrics import MetricsWriter
+from megatron_tropd.parallel import initialize, shutdown
+from megatron_tropd.run import Run, set_up
+from megatron_tropd.termination import TerminationFlag
+from megatron_tropd.train_step import StepResult, train_step
+from megatron_tropd.types import Rollouts
+
+logger = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Distil the teacher into the student as `recipe` says; collective over all processes.
+
+    Returns:
+        The content of the run's `summary.json`, on every rank.
+
+    Raises:
+        UserError: the recipe, a model, a tokenizer or a prompt file is wrong; nothing was trained.
+    """
+    groups = initialize(recipe.student, seed=recipe.training.seed)
+    try:
+        run = set_up(recipe, groups)
+        with TerminationFlag() as termination:
+            return _train(run, termination)
+    finally:
+        shutdown()
+
+
+def _train(run: Run, termination: TerminationFlag) -> dict[str, Any]:
+    training, started = run.recipe.training, time.perf_counter()
+    last_step = min(training.steps, training.exit_step or training.steps)
+    writer = MetricsWriter(
+        run.folder,
+        tensorboard=run.recipe.logging.tensorboard,
+        start=run.state.step,
+        total=last_step,
+        enabled=run.reports,
+    )
+    if run.state.step == 0:
+        _evaluate(run, writer)
+    for step in range(run.state.step, last_step):
+        clock = _Clock()
+        prompts = run.shard(run.source.next(training.prompts_per_step))
+        rollouts = run.engine.generate(prompts, run.guidance.prefixes(prompts, step), run.sampling(step))
+        clock.lap("seconds_rollout")
+        batch = pack(
+            rollouts,
+            pad_multiple=run.pad_multiple,
+            row_multiple=training.micro_batch_size,
+            pad_id=run.tokenizer.pad_id,
+            device=run.groups.device,
+        )
+        scores = run.teacher.score(batch, training.micro_batch_size) if run.teacher else None
+        clock.lap("seconds_teacher")
+        result = train_step(
+            run.student, batch, scores, run.objective, run.recipe.objective, step, training.micro_batch_size
+        )
+        clock.lap("seconds_update")
+        run.state.step, run.state.cursor = step + 1, run.source.state_dict()
+        _log(run, writer, step, result, rollouts, clock)
+        stop = termination.agreed()
+        if _is_due(run.state.step, run.recipe.evaluation.interval) or step + 1 == training.steps:
+            _evaluate(run, writer)
+        if stop or step + 1 == last_step or _is_due(run.state.step, run.recipe.checkpoint.save_interval):
+            _save(run)
+        if stop:
+            logger.warning("SIGTERM: saved after step %d; run the same command to continue", run.state.step)
+            break
+    writer.close()
+    return _summarise(run, time.perf_counter() - started)
+
+
+class _Clock:
+    """Seconds since the last lap; waits for the device, so that a stage pays for its own work."""
+
+    def __init__(self):
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now
+
+
+def _is_due(steps_done: int, interval: int) -> bool:
+    return interval > 0 and steps_done % interval == 0
+
+
+def _log(run: Run, writer: MetricsWriter, step: int, result: StepResult, rollouts: Rollouts, clock: _Clock) -> None:
+    metrics = _rollout_metrics(run, rollouts)
+    num_tokens = metrics.pop("num_sequence_tokens")
+    seconds = sum(clock.laps.values())
+    if not run.reports:
+        return
+    metrics |= result.metrics | clock.laps
+    metrics |= {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
+    metrics |= {"num_loss_tokens": result.num_loss_tokens, "tokens_per_second": num_tokens / seconds}
+    metrics["prefix_fraction"] = run.guidance.fraction(step)
+    writer.write(step, metrics)
+    if result.details is not None:
+        writer.write_samples(step, sample_records(result.details, run.tokenizer, run.recipe.logging.samples))
+
+
+def _rollout_metrics(run: Run, rollouts: Rollouts) -> dict[str, float]:
+    """Reduce response lengths and finish reasons over the data-parallel ranks, in one small collective."""
+    reasons = ("eos", "stop", "length", "prefix")
+    responses = [
+        n - p - q for n, p, q in zip(rollouts.lengths, rollouts.prompt_lengths, rollouts.prefix_lengths, strict=True)
+    ]
+    counts = [rollouts.finish_reasons.count(reason) for reason in reasons]
+    local = [len(rollouts), sum(rollouts.lengths), sum(responses), sum(rollouts.prefix_lengths), *counts]
+    total = torch.tensor(local, dtype=torch.float64, device=run.groups.device)
+    dist.all_reduce(total, group=run.groups.dp)
+    samples, sequence_tokens, response_tokens, prefix_tokens, *counts = total.tolist()
+    return {
+        "num_sequence_tokens": sequence_tokens,
+        "response_length": response_tokens / samples,
+        "prefix_length": prefix_tokens / samples,
+        **{f"finish_{reason}": count / samples for reason, count in zip(reasons, counts, strict=True)},
+    }
+
+
+def _evaluate(run: Run, writer: MetricsWriter) -> None:
+    """Measure accuracy on the recipe's problems and divergence on its held-out prompts, as far as it names them."""
+    record: dict[str, Any] = {"step": run.state.step}
+    if run.problems:
+        config = run.recipe.evaluation
+        result = evaluate(
+            run.engine, run.problems, config, run.groups, max_new_tokens=run.recipe.rollout.max_new_tokens
+        )
+        record |= {"accuracy": result["accuracy"], "evaluation_response_length": result["mean_response_length"]}
+    if run.held_out:
+        record |= run.held_out.measure()
+    if len(record) > 1:
+        run.state.evaluations.append(record)
+        if run.reports:
+            writer.write_evaluation(record)
+
+
+def _save(run: Run) -> None:
+    path = checkpoint.save(
+        checkpoint.checkpoint_folder(run.recipe),
+        run.student,
+        run.state,
+        run.hf_path,
+        run.folder / "recipe.yaml",
+        run.recipe.checkpoint.keep,
+    )
+    logger.info("saved %s", path)
+
+
+def _summarise(run: Run, seconds: float) -> dict[str, Any]:
+    """Write summary.json on the reporting rank and return it on all."""
+    summary = {
+        "steps": run.state.step,
+        "finished": run.state.step >= run.recipe.training.steps,
+        "seconds": seconds,
+        "evaluations": run.state.evaluations,
+        "checkpoint": str(checkpoint.checkpoint_folder(run.recipe) / f"step_{run.state.step:06d}"),
+        **{name: getattr(run.recipe.student, name) for name in _LAYOUT_KEYS},
+        "data_parallel_size": run.groups.dp_size,
+    }
+
+    def write() -> None:
+        (run.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+    on_rank_zero(write)
+    return summary
+
+
+_LAYOUT_KEYS = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+)
