@@ -22,6 +22,12 @@ from megatron_tropd.errors import UserError
 
 _RECIPE_HELP = "YAML file, or the name of a shipped recipe"
 _OVERRIDES_HELP = "recipe keys, such as training.steps=10; `megatron-tropd train --help-keys` lists all"
+# Of Megatron-Core and PyTorch about each other; nothing that a user could mend. Apex and Transformer Engine are optional.
+_EXPECTED_WARNINGS = (
+    ".*Apex (is|are) not installed",
+    r".*torch\.distributed\..* is deprecated",
+    r"The \.grad attribute of a Tensor that is not a leaf",
+)
 _GRACE_SECONDS = 5.0  # rank 0 prints first; see _fail
 
 
@@ -57,7 +63,9 @@ def _fail(message: str, status: int) -> int:
 def _configure_logging() -> None:
     rank = int(os.environ.get("RANK", 0))
     logging.basicConfig(format="%(message)s", level=logging.WARNING if rank == 0 else logging.ERROR)
-    warnings.filterwarnings("ignore", message="Apex is not installed")  # it is optional
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     logging.getLogger("megatron_tropd").setLevel(logging.INFO if rank == 0 else logging.ERROR)
 
 

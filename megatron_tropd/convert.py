@@ -127,7 +127,8 @@ def load_checkpoint_weights(chunks: list[torch.nn.Module], directory: str | Path
     for i, chunk in enumerate(chunks):
         missing, unexpected = chunk.load_state_dict(loaded[f"model{i}"], strict=False)
         lacking = [name for name in missing if not name.endswith("_extra_state")]
-        assert not lacking and not unexpected, f"{directory}: lacks {lacking}, has unknown {unexpected}"
+        assert not lacking, f"{directory} lacks {lacking}"
+        assert not unexpected, f"{directory} has unknown {unexpected}"
 
 
 def _sharded_weights(chunks: list[torch.nn.Module]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Random numbers as a pure function of (seed, stream, step, sample id, position): no state, no layout, no device.
 
 Every rank that evaluates the same arguments gets the same number, so the gate and the sampler agree under every
-parallel layout and after a resume. The mixing is splitmix64's finalizer (Steele, Lea & Flood 2014), applied once per argument.
+parallel layout and after a resume. The mixing is splitmix64's finalizer (Steele, Lea & Flood
+2014), applied once per argument.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ def evaluate(
             batch = mine[start : start + chunk]
             graded += _grade(engine.generate(batch, [[] for _ in batch], sampling), config.answer_pattern)
             bar.update(len(batch))
-            bar.set_postfix(accuracy=f"{sum(s['correct'] for s in graded) / len(graded):.3f}")
+            bar.set_postfix(accuracy=f"{sum(s['correct'] for s in graded) / len(graded):.3f}", refresh=False)
     if groups.dp_size > 1:
         gathered: list[Any] = [None] * groups.dp_size
         dist.all_gather_object(gathered, graded, group=groups.dp)

@@ -35,7 +35,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with the constructor of Megatron's norms; unlike WrappedTorchNorm it knows sequence parallelism."""
+    """torch's RMSNorm with the constructor of Megatron's norms; knows sequence parallelism, unlike WrappedTorchNorm."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any):
         """Take `eps` from the caller, dtype and sequence parallelism from `config`."""

@@ -9,16 +9,19 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron_tropd import checkpoint
 from megatron_tropd.config import Recipe
 from megatron_tropd.convert import load_model_weights, resolve_hf_path
+from megatron_tropd.evaluation import extract_answer, load_problems
 from megatron_tropd.guidance import Guidance
+from megatron_tropd.held_out import HeldOut, load_held_out
 from megatron_tropd.model import build_model, load_hf_config
 from megatron_tropd.objectives import Objective, build_objective
-from megatron_tropd.parallel import ParallelGroups
+from megatron_tropd.parallel import ParallelGroups, on_rank_zero
 from megatron_tropd.prompts import PromptSource, load_prompts
 from megatron_tropd.recipe import save_recipe
 from megatron_tropd.rollout import RolloutEngine
@@ -42,6 +45,7 @@ class Run:
     objective: Objective
     source: PromptSource
     problems: list[Prompt]
+    held_out: HeldOut | None
     guidance: Guidance
     student: Student
     teacher: TeacherHook | None
@@ -56,8 +60,8 @@ class Run:
 
     @property
     def pad_multiple(self) -> int:
-        """Sequence lengths are rounded up to it: sequence parallelism shards them over the tensor-parallel ranks."""
-        return 8 * self.groups.tp_size if self.recipe.student.sequence_parallel else 8
+        """Sequence lengths are rounded up to it."""
+        return pad_multiple(self.recipe, self.groups)
 
     def shard(self, prompts: list[Prompt]) -> list[Prompt]:
         """Return this data-parallel rank's contiguous share of a step's prompts."""
@@ -91,11 +95,13 @@ def set_up(recipe: Recipe, groups: ParallelGroups) -> Run:
     hf_path = resolve_hf_path(recipe.student, "student")
     hf_config = load_hf_config(hf_path)
     tokenizer = load_tokenizer(recipe.tokenizer.path or hf_path, recipe.tokenizer.chat_template)
+    _check_vocabulary(tokenizer, hf_config, "student")
     teacher_hf_path = _check_teacher(recipe, tokenizer) if objective.needs_teacher else None
     context = hf_config.max_position_embeddings
     max_prompt = _longest_prompt(recipe, context)
     prompts = load_prompts(recipe.data.prompts, tokenizer, max_prompt)
-    problems = load_prompts(recipe.evaluation.problems, tokenizer, max_prompt) if recipe.evaluation.problems else []
+    problems = _load_problems(recipe, tokenizer, context)
+    held_out_prompts = _load_held_out(recipe, tokenizer, max_prompt)
     guidance = Guidance(
         recipe.guidance,
         recipe.training.steps,
@@ -106,12 +112,15 @@ def set_up(recipe: Recipe, groups: ParallelGroups) -> Run:
     )
     guidance.check(prompts)
 
-    modules = build_model(hf_config, recipe.student, groups, vocab_size=tokenizer.vocab_size, role="student")
+    modules = build_model(hf_config, recipe.student, groups, role="student")
     load_model_weights(modules, recipe.student, groups)
-    student = build_student(modules, recipe.training, groups, hf_config.vocab_size)
-    teacher = _build_teacher(recipe, groups, teacher_hf_path, objective) if teacher_hf_path else None
+    student = build_student(modules, recipe.training, groups, tokenizer.vocab_size)
+    teacher = None
+    if teacher_hf_path:
+        teacher = _build_teacher(recipe, groups, teacher_hf_path, objective, tokenizer.vocab_size)
     engine = RolloutEngine(modules, tokenizer, groups, recipe.rollout, max_sequence_length=context)
     source = PromptSource(prompts, seed=recipe.data.seed, shuffle=recipe.data.shuffle)
+    held_out = _build_held_out(recipe, groups, held_out_prompts, tokenizer, modules, teacher)
     folder = Path(recipe.logging.dir)
     state = _resume(recipe, groups, student, source, folder)
     return Run(
@@ -122,6 +131,7 @@ def set_up(recipe: Recipe, groups: ParallelGroups) -> Run:
         objective,
         source,
         problems,
+        held_out,
         guidance,
         student,
         teacher,
@@ -129,6 +139,11 @@ def set_up(recipe: Recipe, groups: ParallelGroups) -> Run:
         state,
         hf_path,
     )
+
+
+def pad_multiple(recipe: Recipe, groups: ParallelGroups) -> int:
+    """Return what sequence lengths are rounded up to: sequence parallelism shards them over tensor-parallel ranks."""
+    return 8 * groups.tp_size if recipe.student.sequence_parallel else 8
 
 
 def checkpoint_folder(recipe: Recipe) -> Path:
@@ -157,19 +172,73 @@ def _longest_prompt(recipe: Recipe, context: int) -> int:
 
 def _check_teacher(recipe: Recipe, tokenizer: Tokenizer) -> Path:
     hf_path = resolve_hf_path(recipe.teacher, "teacher")
+    _check_vocabulary(tokenizer, load_hf_config(hf_path), "teacher")
     if recipe.tokenizer.check_compatibility:
         check_compatible(tokenizer, load_tokenizer(hf_path))
     return hf_path
 
 
-def _build_teacher(recipe: Recipe, groups: ParallelGroups, hf_path: Path, objective: Objective) -> TeacherHook:
+def _check_vocabulary(tokenizer: Tokenizer, hf_config: Any, role: str) -> None:
+    if tokenizer.vocab_size > hf_config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids and the {role} embeds only {hf_config.vocab_size}; give the "
+            f"{role}'s own tokenizer in tokenizer.path, or resize its embeddings."
+        )
+
+
+def _load_problems(recipe: Recipe, tokenizer: Tokenizer, context: int) -> list[Prompt]:
+    config = recipe.evaluation
+    if not config.problems:
+        return []
+    extract_answer("", config.answer_pattern)  # refuses a pattern that does not compile
+    return load_problems(config.problems, tokenizer, context - (config.max_new_tokens or recipe.rollout.max_new_tokens))
+
+
+def _load_held_out(recipe: Recipe, tokenizer: Tokenizer, max_prompt: int) -> list[Prompt]:
+    config = recipe.evaluation
+    if not config.held_out:
+        return []
+    return load_held_out(config.held_out, config.held_out_responses, tokenizer, max_prompt)
+
+
+def _build_held_out(
+    recipe: Recipe,
+    groups: ParallelGroups,
+    prompts: list[Prompt],
+    tokenizer: Tokenizer,
+    modules: list[Any],
+    teacher: TeacherHook | None,
+) -> HeldOut | None:
+    if not prompts:
+        return None
+    if teacher is None:
+        raise UserError(
+            f"evaluation.held_out measures the divergence from a teacher, and objective.name={recipe.objective.name} "
+            "has none; remove the key."
+        )
+    return HeldOut(
+        prompts,
+        tokenizer,
+        modules,
+        teacher.chunks,
+        groups,
+        vocab_size=tokenizer.vocab_size,
+        micro_batch_size=recipe.training.micro_batch_size,
+        max_response_tokens=recipe.rollout.max_new_tokens,
+        pad_multiple=pad_multiple(recipe, groups),
+    )
+
+
+def _build_teacher(
+    recipe: Recipe, groups: ParallelGroups, hf_path: Path, objective: Objective, vocab_size: int
+) -> TeacherHook:
     config = dataclasses.replace(recipe.teacher, recompute=None)
     hf_config = load_hf_config(hf_path)
     chunks = build_model(hf_config, config, groups, training=False, role="teacher")
     load_model_weights(chunks, config, groups)
     hook = TeacherHook(
         groups,
-        vocab_size=hf_config.vocab_size,
+        vocab_size=vocab_size,
         topk=objective.topk,
         temperature=recipe.objective.temperature,
         implementation=recipe.objective.kernel,

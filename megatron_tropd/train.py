@@ -21,8 +21,9 @@ from megatron_tropd.batching import pack
 from megatron_tropd.config import Recipe
 from megatron_tropd.evaluation import evaluate
 from megatron_tropd.metrics import MetricsWriter
-from megatron_tropd.parallel import initialize, shutdown
-from megatron_tropd.run import Run, set_up
+from megatron_tropd.parallel import initialize, on_rank_zero, shutdown
+from megatron_tropd.run import Run, checkpoint_folder, set_up
+from megatron_tropd.samples import sample_records
 from megatron_tropd.termination import TerminationFlag
 from megatron_tropd.train_step import StepResult, train_step
 from megatron_tropd.types import Rollouts
@@ -120,8 +121,7 @@ def _log(run: Run, writer: MetricsWriter, step: int, result: StepResult, rollout
     metrics |= {"num_loss_tokens": result.num_loss_tokens, "tokens_per_second": num_tokens / seconds}
     metrics["prefix_fraction"] = run.guidance.fraction(step)
     writer.write(step, metrics)
-    if result.details is not None:
-        writer.write_samples(step, sample_records(result.details, run.tokenizer, run.recipe.logging.samples))
+    writer.write_samples(step, sample_records(rollouts, result.details, run.tokenizer, run.recipe.logging.samples))
 
 
 def _rollout_metrics(run: Run, rollouts: Rollouts) -> dict[str, float]:
@@ -149,7 +149,13 @@ def _evaluate(run: Run, writer: MetricsWriter) -> None:
     if run.problems:
         config = run.recipe.evaluation
         result = evaluate(
-            run.engine, run.problems, config, run.groups, max_new_tokens=run.recipe.rollout.max_new_tokens
+            run.engine,
+            run.problems,
+            config,
+            run.groups,
+            max_new_tokens=run.recipe.rollout.max_new_tokens,
+            batch_size=run.recipe.rollout.max_batch_size,
+            seed=run.recipe.training.seed,
         )
         record |= {"accuracy": result["accuracy"], "evaluation_response_length": result["mean_response_length"]}
     if run.held_out:
@@ -162,7 +168,7 @@ def _evaluate(run: Run, writer: MetricsWriter) -> None:
 
 def _save(run: Run) -> None:
     path = checkpoint.save(
-        checkpoint.checkpoint_folder(run.recipe),
+        checkpoint_folder(run.recipe),
         run.student,
         run.state,
         run.hf_path,
@@ -179,7 +185,7 @@ def _summarise(run: Run, seconds: float) -> dict[str, Any]:
         "finished": run.state.step >= run.recipe.training.steps,
         "seconds": seconds,
         "evaluations": run.state.evaluations,
-        "checkpoint": str(checkpoint.checkpoint_folder(run.recipe) / f"step_{run.state.step:06d}"),
+        "checkpoint": str(checkpoint_folder(run.recipe) / f"step_{run.state.step:06d}"),
         **{name: getattr(run.recipe.student, name) for name in _LAYOUT_KEYS},
         "data_parallel_size": run.groups.dp_size,
     }

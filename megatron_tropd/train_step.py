@@ -22,7 +22,7 @@ from megatron_tropd.batching import microbatches
 from megatron_tropd.config import ObjectiveConfig, TrainingConfig
 from megatron_tropd.kernels import vocab_parallel_logprobs
 from megatron_tropd.megatron_compat import keep_adam_step_on_load, run_schedule, unwrap_model
-from megatron_tropd.objectives import Objective
+from megatron_tropd.objectives import Objective, TokenDetails
 from megatron_tropd.output_hook import OutputHook
 from megatron_tropd.parallel import ParallelGroups
 from megatron_tropd.types import LOSS_NONE, TeacherScores, TrainingBatch
@@ -53,6 +53,7 @@ class StepResult:
     num_loss_tokens: int = 0
     grad_norm: float = 0.0
     learning_rate: float = 0.0
+    details: TokenDetails | None = None  # of this rank's first micro-batch
 
 
 def build_student(
@@ -208,7 +209,8 @@ def loss_func(
     loss_sum = result.loss.sum()
     num_tokens = batch.num_loss_tokens.to(torch.int)
     sums = {"loss": (loss_sum.detach(), num_tokens), **result.metrics}
-    return loss_sum, num_tokens, {"sums": sums, "maxima": result.maxima, "minima": result.minima}
+    report = {"sums": sums, "maxima": result.maxima, "minima": result.minima, "details": result.details}
+    return loss_sum, num_tokens, report
 
 
 def reduce_reports(reports: list[dict[str, Any]], groups: ParallelGroups) -> StepResult:
@@ -237,7 +239,7 @@ def reduce_reports(reports: list[dict[str, Any]], groups: ParallelGroups) -> Ste
         for name, value in zip(extremes, packed.tolist(), strict=True):
             if abs(value) != float("inf"):  # no token of that kind anywhere
                 metrics[name.lstrip("-")] = -value if name.startswith("-") else value
-    return StepResult(metrics=metrics, num_loss_tokens=num_tokens)
+    return StepResult(metrics=metrics, num_loss_tokens=num_tokens, details=reports[0]["details"])
 
 
 def _stack(reports: list[dict[str, Any]], part: str, combine: Any) -> dict[str, torch.Tensor]:
