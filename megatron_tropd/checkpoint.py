@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_tropd.convert import load_checkpoint_weights, save_checkpoint_weights
 from megatron_tropd.manifest import find_damage, write_manifest
-from megatron_tropd.megatron_compat import save_sharded
+from megatron_tropd.megatron_compat import allocate_optimizer_state, save_sharded
 from megatron_tropd.parallel import ParallelGroups, on_rank_zero
 from megatron_tropd.train_step import Student
 
@@ -87,6 +87,7 @@ def load(path: str | Path, student: Student) -> TrainingState:
     """
     path = Path(path)
     load_checkpoint_weights(student.modules, path / "model")
+    allocate_optimizer_state(student.optimizer)
     sharded = _optimizer_state(student, is_loading=True)
     loaded = dist_checkpointing.load(sharded, str(path / "optimizer"))
     student.optimizer.load_state_dict(loaded["optimizer"])

@@ -22,7 +22,7 @@ from megatron_tropd.errors import UserError
 
 _RECIPE_HELP = "YAML file, or the name of a shipped recipe"
 _OVERRIDES_HELP = "recipe keys, such as training.steps=10; `megatron-tropd train --help-keys` lists all"
-# Of Megatron-Core and PyTorch about each other; nothing that a user could mend. Apex and Transformer Engine are optional.
+# Megatron-Core and PyTorch about each other and about optional parts: nothing that a user could mend.
 _EXPECTED_WARNINGS = (
     ".*Apex (is|are) not installed",
     r".*torch\.distributed\..* is deprecated",

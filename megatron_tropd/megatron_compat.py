@@ -46,6 +46,24 @@ def keep_adam_step_on_load(optimizer: Any) -> None:
         distributed._set_main_param_and_optimizer_states = set_states
 
 
+def allocate_optimizer_state(optimizer: Any) -> None:
+    """Give a fresh distributed optimizer the (dummy) state that loading a checkpoint overwrites.
+
+    With torch's AdamW, Megatron-Core reads the step off the existing state even while it loads. The parameters do not
+    move: the learning rate is 0 meanwhile.
+    """
+    for distributed in _distributed_optimizers(optimizer):
+        if len(distributed.optimizer.state):
+            continue
+        groups = distributed.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = 0.0
+        distributed._init_optimizer_states_with_dummy_values()
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+
+
 def _distributed_optimizers(optimizer: Any) -> list[Any]:
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     return [o for o in chained if isinstance(o, DistributedOptimizer)]
