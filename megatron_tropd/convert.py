@@ -105,15 +105,16 @@ def save_checkpoint_weights(chunks: list[torch.nn.Module], directory: str | Path
     """
     directory = Path(directory)
 
-    def prepare() -> None:
-        (directory / HF_FOLDER).mkdir(parents=True)
+    def complete() -> None:
+        (directory / HF_FOLDER).mkdir()
         for file in sorted(Path(hf_path).iterdir()):
             if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in _CARRIED):
                 shutil.copy(file, directory / HF_FOLDER / file.name)
+        write_manifest(directory)
 
-    on_rank_zero(prepare)
-    save_sharded(_sharded_weights(chunks), str(directory))
-    on_rank_zero(lambda: write_manifest(directory))
+    on_rank_zero(lambda: directory.mkdir(parents=True))
+    save_sharded(_sharded_weights(chunks), str(directory))  # first: Megatron warns of a folder that is not empty
+    on_rank_zero(complete)
 
 
 def load_checkpoint_weights(chunks: list[torch.nn.Module], directory: str | Path) -> None:
@@ -183,6 +184,10 @@ def convert_hf_to_mcore(
             _verify(temporary, hf_path, layout, groups, bound)
         on_rank_zero(lambda: os.rename(temporary, output))
         _report(groups, f"wrote {output} ({layout.dtype}, {hf_config.model_type})")
+    except UserError:
+        if groups.rank == 0:  # raised on every rank: nobody uses it any more
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     finally:
         shutdown()
 
