@@ -37,10 +37,12 @@ def full_logits(
             output = model(rows, position_ids, None)
         return output, lambda output, non_loss_data=True: None
 
+    microbatches = [tokens] * (groups.pp_size if groups.virtual_pipeline_size else 1)  # interleaving wants that many
+    rows, length = tokens.shape
     try:
         with torch.no_grad():
             run_schedule(
-                groups, forward_step, [tokens], chunks, tokens.size(1), tokens.size(0), True, collect_non_loss_data=True
+                groups, forward_step, microbatches, chunks, length, rows, forward_only=True, collect_non_loss_data=True
             )
     finally:
         hook.remove()
