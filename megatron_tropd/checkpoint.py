@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_tropd.convert import load_checkpoint_weights, save_checkpoint_weights
 from megatron_tropd.manifest import find_damage, write_manifest
-from megatron_tropd.megatron_compat import allocate_optimizer_state, save_sharded
+from megatron_tropd.megatron_compat import allocate_optimizer_state, save_sharded, separate_adam_steps
 from megatron_tropd.parallel import ParallelGroups, on_rank_zero
 from megatron_tropd.train_step import Student
 
@@ -91,6 +91,7 @@ def load(path: str | Path, student: Student) -> TrainingState:
     sharded = _optimizer_state(student, is_loading=True)
     loaded = dist_checkpointing.load(sharded, str(path / "optimizer"))
     student.optimizer.load_state_dict(loaded["optimizer"])
+    separate_adam_steps(student.optimizer)
     student.scheduler.load_state_dict(loaded["scheduler"])
     state = TrainingState(**json.loads((path / "state.json").read_text()))
     if state.layout == layout_of(student.groups):

@@ -64,6 +64,17 @@ def allocate_optimizer_state(optimizer: Any) -> None:
             group["lr"] = rate
 
 
+def separate_adam_steps(optimizer: Any) -> None:
+    """Give each parameter its own step counter after a load.
+
+    Megatron-Core hands torch's AdamW one tensor for all of them, which every parameter's update then advances.
+    """
+    for distributed in _distributed_optimizers(optimizer):
+        for state in distributed.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+
 def _distributed_optimizers(optimizer: Any) -> list[Any]:
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     return [o for o in chained if isinstance(o, DistributedOptimizer)]

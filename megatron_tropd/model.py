@@ -126,8 +126,8 @@ def transformer_config(hf_config: Any, model: ModelConfig, role: str = "model", 
         "sequence_parallel": model.sequence_parallel,
         # loss_func returns sums and token counts: every token of the global batch weighs alike.
         "calculate_per_token_loss": True,
-        # Weights are loaded, not drawn.
-        "perform_initialization": False,
+        # Weights are loaded, not drawn; yet Megatron marks which are sharded only where it initialises them.
+        **dict.fromkeys(("init_method", "output_layer_init_method", "embedding_init_method"), _leave_unset),
         **_device_fields(),
         **_recompute_fields(model.recompute),
     }
@@ -210,6 +210,10 @@ def _layer_spec(config: TransformerConfig, groups: ParallelGroups, vp_stage: int
         layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = RMSNorm
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp_rank)
     return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm)
+
+
+def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 def _device_fields() -> dict[str, Any]:

@@ -63,10 +63,13 @@ def parse(question: str) -> tuple[int, tuple[int, ...]]:
 
 
 def forget_carry(left: int, change: int) -> int:
-    """Add two-digit numbers column by column without carrying or borrowing: 34 + 27 = 51, 42 - 17 = 35."""
-    sign = 1 if change > 0 else -1
-    units = (left % 10 + change) % 10 if change > 0 else (left % 10 - abs(change) % 10) % 10
-    return (left // 10 + sign * (abs(change) // 10)) * 10 + units
+    """Add two-digit numbers column by column without carrying; subtract the smaller digit from the larger instead of
+    borrowing: 34 + 27 = 51, 42 - 18 = 36. The two mistakes differ in size, so they seldom cancel each other out.
+    """
+    units, tens = left % 10, left // 10
+    if change > 0:
+        return (tens + change // 10) * 10 + (units + change) % 10
+    return (tens - -change // 10) * 10 + abs(units - -change % 10)
 
 
 def solution(problem: Problem, rng: random.Random | None = None, slip: float = 0.0) -> str | None:
@@ -264,9 +267,9 @@ def arguments() -> argparse.Namespace:
     add("--prompts", type=int, default=2000, help="lines of prompts.jsonl (default: %(default)s)")
     add("--problems", type=int, default=250, help="unseen problems in problems.jsonl (default: %(default)s)")
     add("--vocab-size", type=int, default=256, help="pieces of the tokenizer (default: %(default)s)")
-    add("--teacher-steps", type=int, default=2000, help="training steps of the teacher (default: %(default)s)")
-    add("--student-steps", type=int, default=1200, help="training steps of the student (default: %(default)s)")
-    add("--slip", type=float, default=0.75, help="share of carries the student's data forget (default: %(default)s)")
+    add("--teacher-steps", type=int, default=1000, help="training steps of the teacher (default: %(default)s)")
+    add("--student-steps", type=int, default=900, help="training steps of the student (default: %(default)s)")
+    add("--slip", type=float, default=0.85, help="share of carries the student's data forget (default: %(default)s)")
     add("--batch-size", type=int, default=64, help="examples a step (default: %(default)s)")
     add("--lr", type=float, default=3e-3, help="peak learning rate (default: %(default)s)")
     add("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")

@@ -1,0 +1,267 @@
+"""The whole loop on small random models: the same losses under every layout, exact resume, checkpoints, bad input."""
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import run_distributed
+from tiny_models import write_model
+
+LAYOUTS = {  # name -> (processes, overrides)
+    "tp2": (2, ["tensor_model_parallel_size=2"]),
+    "pp2": (2, ["pipeline_model_parallel_size=2"]),
+    "tp2_sequence_parallel": (2, ["tensor_model_parallel_size=2", "sequence_parallel=true"]),
+    "tp2_pp2": (4, ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=2", "sequence_parallel=true"]),
+    "dp2": (2, []),
+}
+TIMES = ("seconds_rollout", "seconds_teacher", "seconds_update", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A student, a teacher, prompts with the teacher's responses and problems."""
+    folder = tmp_path_factory.mktemp("material")
+    write_model(folder / "student", "llama_tied", seed=1)
+    write_model(folder / "teacher", "llama", seed=2, hidden_size=64)
+    with open(folder / "prompts.jsonl", "w") as file:
+        for i in range(7):
+            prompt = {"id": f"p{i}", "messages": [{"role": "user", "content": f"add {i} and {3 * i}"}]}
+            file.write(json.dumps({**prompt, "answer": str(4 * i), "teacher_response": f"it is {4 * i} {'!' * i}"}))
+            file.write("\n")
+    return folder
+
+
+def overrides_of(material: Path, run: Path, *extra: str) -> list[str]:
+    return [
+        f"student.hf_path={material / 'student'}",
+        f"teacher.hf_path={material / 'teacher'}",
+        f"data.prompts={material / 'prompts.jsonl'}",
+        f"logging.dir={run}",
+        *("student.dtype=float32", "teacher.dtype=float32", "logging.tensorboard=false"),
+        *("rollout.max_new_tokens=12", "rollout.samples_per_prompt=2", "objective.topk=8", "guidance.beta=0.1"),
+        *("training.steps=4", "training.prompts_per_step=4", "training.micro_batch_size=2", "training.lr=1e-2"),
+        "checkpoint.save_interval=0",
+        *extra,
+    ]
+
+
+def train_rank(overrides: list[str]) -> dict:
+    from megatron_tropd import load_recipe, train
+
+    return train(load_recipe(None, overrides))
+
+
+def both(layout: list[str]) -> list[str]:
+    return [f"{role}.{key}" for role in ("student", "teacher") for key in layout]
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def single(material, tmp_path_factory):
+    """The records of one process, against which every layout is held."""
+    run = tmp_path_factory.mktemp("single")
+    run_distributed(train_rank, 1, overrides_of(material, run))
+    return records(run)
+
+
+def assert_same(ours: list[dict], theirs: list[dict], tolerance: float) -> None:
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        for key in mine.keys() - set(TIMES):
+            assert mine[key] == pytest.approx(other[key], rel=tolerance, abs=tolerance), (mine["step"], key)
+
+
+def test_a_single_process_reports_every_promised_number(single):
+    promised = (
+        *("loss", "loss_trust", "loss_outlier", "loss_guidance", "trust_fraction", "mean_rho", "outlier_fraction"),
+        *("outlier_forward_kl", "advantage", "advantage_max", "advantage_min", "grad_norm", "student_entropy"),
+        *("teacher_entropy", "response_length", "finish_eos", "finish_length", "logprob_mismatch", *TIMES),
+    )
+    middle = single[2]
+    assert set(promised) <= middle.keys()
+    assert 0 < middle["trust_fraction"] < 1
+    assert middle["trust_fraction"] + middle["outlier_fraction"] == pytest.approx(1)
+    assert middle["logprob_mismatch"] < 1e-4
+    assert [r["prefix_fraction"] for r in single] == pytest.approx([1.0, 0.8535534, 0.5, 0.1464466])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_trains_the_same_losses_as_one_process(name, material, single, tmp_path):
+    processes, layout = LAYOUTS[name]
+    run_distributed(train_rank, processes, overrides_of(material, tmp_path, *both(layout)))
+    assert_same(records(tmp_path), single, tolerance=2e-4)
+
+
+@pytest.mark.parametrize("options", [["training.use_distributed_optimizer=false"], ["training.micro_batch_size=4"]])
+def test_optimizer_sharding_and_micro_batch_size_do_not_change_the_losses(options, material, single, tmp_path):
+    run_distributed(train_rank, 1, overrides_of(material, tmp_path, *options))
+    assert_same(records(tmp_path), single, tolerance=2e-4)
+
+
+def test_bfloat16_with_fp32_main_weights_trains_close_to_float32(material, single, tmp_path):
+    options = ["student.dtype=bfloat16", "teacher.dtype=bfloat16", *both(LAYOUTS["tp2"][1])]
+    run_distributed(train_rank, 2, overrides_of(material, tmp_path, *options))
+    ours = records(tmp_path)
+    assert ours[0]["loss_guidance"] == pytest.approx(single[0]["loss_guidance"], rel=0.05)
+    assert all(0 <= r["logprob_mismatch"] < 0.2 for r in ours[1:])
+
+
+def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    import torch.distributed.checkpoint as dcp
+
+    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in metadata.items() if hasattr(m, "size")}
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("processes", "options"),
+    [
+        (1, []),
+        (2, both(LAYOUTS["tp2"][1])),
+        (2, ["training.use_distributed_optimizer=false", *both(LAYOUTS["pp2"][1])]),
+        (2, ["student.dtype=bfloat16"]),
+    ],
+    ids=["single", "tp2", "pp2_plain_optimizer", "dp2_bfloat16"],
+)
+def test_three_steps_and_three_more_equal_six_to_the_bit(processes, options, material, tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    schedule = ["training.steps=6", "training.lr_schedule=cosine", "training.lr_warmup_steps=2", *options]
+    run_distributed(train_rank, processes, overrides_of(material, whole, *schedule))
+    run_distributed(train_rank, processes, overrides_of(material, halves, *schedule, "training.exit_step=3"))
+    assert (halves / "checkpoints" / "step_000003").is_dir()
+    run_distributed(train_rank, processes, overrides_of(material, halves, *schedule))
+    assert_same(records(halves), records(whole), tolerance=0.0)
+    for part in ("model", "optimizer"):
+        ours, theirs = (weights_of(run / "checkpoints" / "step_000006" / part) for run in (halves, whole))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert len(ours) > 10
+
+
+def test_a_run_resumes_under_another_layout(material, single, tmp_path):
+    run_distributed(train_rank, 2, overrides_of(material, tmp_path, "training.exit_step=2", *both(LAYOUTS["pp2"][1])))
+    run_distributed(train_rank, 2, overrides_of(material, tmp_path, *both(LAYOUTS["tp2"][1])))
+    assert_same(records(tmp_path), single, tolerance=5e-4)
+
+
+def test_training_again_after_the_end_does_nothing(material, tmp_path):
+    for _ in range(2):
+        (summary,) = run_distributed(train_rank, 1, overrides_of(material, tmp_path, "training.steps=1"))
+    assert summary["finished"]
+    assert len(records(tmp_path)) == 1
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(material, single, tmp_path):
+    options = ["checkpoint.save_interval=1", "checkpoint.keep=0"]
+    run_distributed(train_rank, 1, overrides_of(material, tmp_path, *options, "training.exit_step=3"))
+    newest = tmp_path / "checkpoints" / "step_000003"
+    data = next((newest / "model").glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1])
+    run_distributed(train_rank, 1, overrides_of(material, tmp_path, *options))
+    assert_same(records(tmp_path), single, tolerance=1e-6)
+
+
+def test_only_the_newest_checkpoints_are_kept(material, tmp_path):
+    options = ["checkpoint.save_interval=1", "checkpoint.keep=2"]
+    run_distributed(train_rank, 1, overrides_of(material, tmp_path, *options))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000003", "step_000004"]
+
+
+def train_until_terminated(overrides: list[str]) -> dict:
+    """SIGTERM comes as soon as the second step is on record."""
+
+    def send() -> None:
+        metrics = Path(next(o for o in overrides if o.startswith("logging.dir=")).split("=")[1]) / "metrics.jsonl"
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
+            threading.Event().wait(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if os.environ["RANK"] == "0":
+        threading.Thread(target=send, daemon=True).start()
+    return train_rank(overrides)
+
+
+def test_sigterm_saves_and_the_run_continues_exactly(material, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ["training.steps=8", *both(LAYOUTS["tp2"][1])]
+    run_distributed(train_rank, 2, overrides_of(material, whole, *options))
+    summary = run_distributed(train_until_terminated, 2, overrides_of(material, cut, *options))[0]
+    assert 2 <= summary["steps"] < 8
+    assert not summary["finished"]
+    run_distributed(train_rank, 2, overrides_of(material, cut, *options))
+    assert_same(records(cut), records(whole), tolerance=0.0)
+
+
+@pytest.mark.parametrize("name", ["opd", "tropd_mask", "clip_outlier", "sft"])
+def test_other_objectives_train(name, material, tmp_path):
+    run_distributed(train_rank, 1, overrides_of(material, tmp_path, f"objective.name={name}", "training.steps=2"))
+    assert all(r["loss"] is not None for r in records(tmp_path))
+
+
+def test_sft_lowers_the_loss(material, tmp_path):
+    options = ["objective.name=sft", "training.steps=12", "training.prompts_per_step=7", "data.shuffle=false"]
+    run_distributed(train_rank, 1, overrides_of(material, tmp_path, *options))
+    losses = [r["loss"] for r in records(tmp_path)]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_evaluations_samples_and_held_out_divergence_are_written(material, tmp_path):
+    options = [
+        f"evaluation.problems={material / 'prompts.jsonl'}",
+        f"evaluation.held_out={material / 'prompts.jsonl'}",
+        *("evaluation.interval=2", "logging.samples=2", *both(LAYOUTS["pp2"][1])),
+    ]
+    summary = run_distributed(train_rank, 2, overrides_of(material, tmp_path, *options))[0]
+    assert [e["step"] for e in summary["evaluations"]] == [0, 2, 4]
+    assert all(0 <= e["accuracy"] <= 1 and e["held_out_kl"] > 0 for e in summary["evaluations"])
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 8
+    kinds = {token["kind"] for sample in samples for token in sample["tokens"]}
+    assert kinds == {"trust", "outlier", "guidance"}
+
+
+BAD_INPUT = {
+    "student.tensor_model_parallel_size=3 teacher.tensor_model_parallel_size=3": "attention heads",
+    "student.pipeline_model_parallel_size=3 teacher.pipeline_model_parallel_size=3": "4 layers",
+    "rollout.max_new_tokens=300": "context of 256",
+    "data.max_prompt_tokens=3": "line 1",
+    "training.prompts_per_step=3": "data-parallel ranks",
+    "student.hf_path=nowhere": "no such folder",
+    "data.prompts=nowhere.jsonl": "nowhere.jsonl",
+}
+
+
+def refused_rank(overrides: list[str]) -> str:
+    from megatron_tropd import UserError, load_recipe, train
+
+    with pytest.raises(UserError) as error:
+        train(load_recipe(None, overrides))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("options", BAD_INPUT, ids=lambda o: o.split()[-1])
+def test_bad_input_is_refused_before_training_on_every_rank(options, material, tmp_path):
+    processes = 3 if "size=3" in options else 2
+    messages = run_distributed(refused_rank, processes, overrides_of(material, tmp_path, *options.split()))
+    assert all(BAD_INPUT[options] in message for message in messages)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_teachers_of_another_vocabulary_and_the_student_itself_are_refused(material, tmp_path):
+    write_model(tmp_path / "other", "llama", vocab_size=140)
+    options = overrides_of(material, tmp_path, f"teacher.hf_path={tmp_path / 'other'}")
+    (message,) = run_distributed(refused_rank, 1, options)
+    assert "id 131: student nothing, teacher '<filler" in message
+    options = overrides_of(material, tmp_path, f"teacher.hf_path={material / 'student'}")
+    (message,) = run_distributed(refused_rank, 1, options)
+    assert "same weights" in message
