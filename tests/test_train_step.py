@@ -1,0 +1,168 @@
+"""Scores of the hooked teacher and weight gradients of a training step against float64 transformers models."""
+
+from functools import partial
+
+import pytest
+import torch
+from helpers import run_distributed
+from tiny_models import VOCAB_SIZE, write_model
+
+LAYOUTS = [(1, 1, False), (2, 1, False), (1, 2, False), (2, 1, True), (2, 2, True)]
+IDS = ["single", "tp2", "pp2", "tp2_sequence_parallel", "tp2_pp2"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    write_model(folder / "tied", "llama_tied", seed=1)
+    write_model(folder / "biased", "qwen2", seed=3)
+    write_model(folder / "teacher", "llama", seed=2, hidden_size=64)
+    return folder
+
+
+def make_batch():
+    """Four rows of 16 positions, one of them without any loss, all kinds of tokens in the others."""
+    from megatron_tropd.types import LOSS_NONE, TrainingBatch
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(VOCAB_SIZE, (4, 16), generator=generator)
+    kind = torch.randint(0, 3, (4, 16), generator=generator).to(torch.int8)
+    kind[:, -1] = kind[2] = LOSS_NONE
+    old = -3.0 * torch.rand(4, 16, generator=generator)
+    positions = torch.arange(16).expand(4, 16).contiguous()
+    return TrainingBatch(tokens, tokens.roll(-1, 1), positions, kind, old, torch.arange(4))
+
+
+def make_objective():
+    from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
+    from megatron_tropd.objectives import build_objective
+
+    config = ObjectiveConfig(topk=8, temperature=1.3)
+    return config, build_objective(config, GuidanceConfig(beta=0.1), seed=7)
+
+
+def layout(tp: int, pp: int, sequence_parallel: bool, path):
+    from megatron_tropd.config import ModelConfig
+
+    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    return ModelConfig(hf_path=str(path), dtype="float32", sequence_parallel=sequence_parallel, **sizes)
+
+
+def load(config, groups, training: bool):
+    from megatron_tropd.convert import load_model_weights
+    from megatron_tropd.model import build_model, load_hf_config
+
+    chunks = build_model(load_hf_config(config.hf_path), config, groups, training=training)
+    load_model_weights(chunks, config, groups)
+    return chunks
+
+
+def megatron_step(models, student_name, tp, pp, sequence_parallel):
+    """One step; returns the teacher's scores (last stage), the loss, and the weight gradients under HF names (rank 0)."""
+    from megatron_tropd import parallel
+    from megatron_tropd.config import TrainingConfig
+    from megatron_tropd.teacher import TeacherHook
+    from megatron_tropd.train_step import build_student, train_step
+
+    student_config = layout(tp, pp, sequence_parallel, models / student_name)
+    teacher_config = layout(tp, pp, sequence_parallel, models / "teacher")
+    groups = parallel.initialize(student_config)
+    config, objective = make_objective()
+    teacher = TeacherHook(groups, VOCAB_SIZE, topk=objective.topk, temperature=config.temperature)
+    teacher.attach(load(teacher_config, groups, training=False))
+    before = [p.clone() for c in teacher.chunks for p in c.parameters()]
+    training = TrainingConfig(steps=2, lr=0.0, clip_grad=0.0, micro_batch_size=2, weight_decay=0.0)
+    student = build_student(load(student_config, groups, training=True), training, groups, VOCAB_SIZE)
+    batch = make_batch()
+    scores = teacher.score(batch, micro_batch_size=2)
+    result = train_step(student, batch, scores, objective, config, step=5, micro_batch_size=2)
+    assert all(torch.equal(a, b) for a, b in zip(before, (p for c in teacher.chunks for p in c.parameters())))
+    assert not any(p.requires_grad or p.grad is not None for c in teacher.chunks for p in c.parameters())
+    return scores, result.metrics, result.grad_norm, gradients(student, groups, student_config.hf_path)
+
+
+def gradients(student, groups, hf_path) -> dict[str, torch.Tensor]:
+    """Gather every parameter's gradient and cut it back into its Hugging Face tensors."""
+    from megatron_tropd.convert_mapping import split_full
+    from megatron_tropd.hf_weights import _gather, named_parameters, shape_of
+    from megatron_tropd.model import load_hf_config
+
+    shape = shape_of(load_hf_config(hf_path))
+    found = {}
+    for _, parameter, rule in named_parameters(student.modules, shape.tied):
+        found.update(split_full(rule, _gather(parameter.main_grad, rule.kind, groups), shape))
+    return found
+
+
+def reference_step(models, student_name):
+    """The same in one process, float64, with transformers and autograd."""
+    from transformers import AutoModelForCausalLM
+
+    from megatron_tropd.types import TeacherScores
+
+    config, objective = make_objective()
+    load = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float64, attn_implementation="eager")
+    teacher, student = load(models / "teacher"), load(models / student_name)
+    batch = make_batch()
+    with torch.no_grad():
+        logprobs = (teacher(batch.tokens).logits / config.temperature).log_softmax(-1)
+    topk = logprobs.topk(objective.topk, -1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    sampled = logprobs.gather(-1, batch.labels.unsqueeze(-1)).squeeze(-1)
+    scores = TeacherScores(sampled, topk.indices, topk.values, entropy)
+    student_logprobs = (student(batch.tokens).logits / config.temperature).log_softmax(-1)
+    result = objective.loss(student_logprobs.gather(-1, objective.ids(batch, scores)), scores, batch, step=5)
+    loss = result.loss.sum() / batch.num_loss_tokens
+    loss.backward()
+    return scores, loss.item(), {name: p.grad for name, p in student.named_parameters()}
+
+
+@pytest.mark.parametrize("student", ["tied", "biased"])
+@pytest.mark.parametrize(("tp", "pp", "sequence_parallel"), LAYOUTS, ids=IDS)
+def test_scores_loss_and_weight_gradients_equal_float64_autograd(student, tp, pp, sequence_parallel, models):
+    expected_scores, expected_loss, expected_gradients = reference_step(models, student)
+    results = run_distributed(megatron_step, tp * pp, models, student, tp, pp, sequence_parallel)
+    kept = make_batch().loss_kind != 0
+    scores, metrics, grad_norm, _ = results[-1]  # the last rank is on the last stage
+    for name in ("logprobs", "topk_logprobs", "entropy"):
+        ours, theirs = getattr(scores, name)[kept].double(), getattr(expected_scores, name)[kept]
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
+    assert torch.equal(scores.topk_ids[kept], expected_scores.topk_ids[kept])
+    assert metrics["loss"] == pytest.approx(expected_loss, rel=1e-5)
+    ours = {}
+    for *_, found in results:
+        ours.update(found)
+    if "lm_head.weight" not in expected_gradients:  # tied: every stage that holds the embedding has the whole gradient
+        ours.pop("lm_head.weight", None)
+    assert ours.keys() == expected_gradients.keys()
+    largest = max(g.abs().max() for g in expected_gradients.values())
+    for name, gradient in expected_gradients.items():
+        error = (ours[name].double() - gradient).abs().max() / largest
+        assert error < 1e-5, (name, error)
+    norm = torch.stack([g.norm() for g in expected_gradients.values()]).norm().item()
+    assert grad_norm == pytest.approx(norm, rel=1e-5)
+
+
+def test_hook_comes_off_and_refuses_misuse(models):
+    run_distributed(misuse_rank, 1, models)
+
+
+def misuse_rank(models):
+    from megatron_tropd import parallel
+    from megatron_tropd.teacher import TeacherHook
+
+    config = layout(1, 1, False, models / "teacher")
+    groups = parallel.initialize(config)
+    hook = TeacherHook(groups, VOCAB_SIZE, topk=4)
+    with pytest.raises(RuntimeError, match="attach"):
+        hook.score(make_batch(), 2)
+    chunks = load(config, groups, training=False)
+    hook.attach(chunks)
+    with pytest.raises(RuntimeError, match="detach"):
+        hook.attach(chunks)
+    tokens = make_batch().tokens
+    positions = torch.arange(16).expand(4, 16).contiguous()
+    assert chunks[0](tokens, positions, None).shape == (4, 16, 256)  # not armed: whole logits, as without the hook
+    assert hook.score(make_batch(), 4).logprobs.shape == (4, 16)
+    hook.detach()
+    assert not chunks[0].output_layer._forward_hooks
