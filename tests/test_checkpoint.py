@@ -15,6 +15,7 @@ from test_train import single as single  # a fixture
 
 from megatron_tropd.checkpoint import newest
 from megatron_tropd.manifest import MANIFEST, find_damage, write_manifest
+from megatron_tropd.recipe import load_recipe, save_recipe
 
 MOMENTS = {  # a file or folder of the second checkpoint, whose appearance is the moment of the kill
     "as_it_begins": ".step_000002.tmp",
@@ -24,11 +25,12 @@ MOMENTS = {  # a file or folder of the second checkpoint, whose appearance is th
 }
 
 
-def train_and_kill(overrides: list[str], moment) -> None:
+def train_and_kill(overrides: list[str], moment, recipe_file) -> None:
+    save_recipe(load_recipe(None, overrides), recipe_file)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
-    command = [sys.executable, "-m", "megatron_tropd", "train", *overrides]
+    command = [sys.executable, "-m", "megatron_tropd", "train", str(recipe_file)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment) as process:
         started = time.monotonic()
         while not moment.exists():
@@ -41,7 +43,7 @@ def train_and_kill(overrides: list[str], moment) -> None:
 def test_after_a_kill_during_a_checkpoint_the_one_before_is_used(name, material, single, tmp_path):
     options = ["checkpoint.save_interval=1", "checkpoint.keep=0"]
     checkpoints = tmp_path / "checkpoints"
-    train_and_kill(overrides_of(material, tmp_path, *options), checkpoints / MOMENTS[name])
+    train_and_kill(overrides_of(material, tmp_path, *options), checkpoints / MOMENTS[name], tmp_path / "killed.yaml")
     found = newest(checkpoints)
     assert found is not None
     assert find_damage(found) is None

@@ -269,7 +269,7 @@ def arguments() -> argparse.Namespace:
     add("--vocab-size", type=int, default=256, help="pieces of the tokenizer (default: %(default)s)")
     add("--teacher-steps", type=int, default=1000, help="training steps of the teacher (default: %(default)s)")
     add("--student-steps", type=int, default=1100, help="training steps of the student (default: %(default)s)")
-    add("--slip", type=float, default=0.6, help="share of carries the student's data forget (default: %(default)s)")
+    add("--slip", type=float, default=0.7, help="share of carries the student's data forget (default: %(default)s)")
     add("--batch-size", type=int, default=64, help="examples a step (default: %(default)s)")
     add("--lr", type=float, default=3e-3, help="peak learning rate (default: %(default)s)")
     add("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
