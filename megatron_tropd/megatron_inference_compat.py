@@ -21,6 +21,7 @@ from megatron.core.inference.inference_request import InferenceRequest, Status
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
+from megatron.core.tensor_parallel.layers import get_global_memory_buffer
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from tqdm import tqdm
 
@@ -108,6 +109,7 @@ def inference_model(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
         model.train(was_training)
         _leave_inference_mode()
         _forget_rotary_cache(model)
+        _drop_inference_buffers()
 
 
 def _leave_inference_mode() -> None:
@@ -124,6 +126,13 @@ def _forget_rotary_cache(model: torch.nn.Module) -> None:
     clear = getattr(type(model.rotary_pos_emb).forward, "cache_clear", None)
     if clear is not None:
         clear()
+
+
+def _drop_inference_buffers() -> None:
+    """Megatron's scratch buffers outlive a call; one made in inference mode refuses to be written to in training."""
+    buffers = get_global_memory_buffer().buffer
+    for key in [key for key, buffer in buffers.items() if buffer is not None and buffer.is_inference()]:
+        del buffers[key]
 
 
 def run_dynamic_engine(
@@ -173,6 +182,8 @@ def run_dynamic_engine(
     controller.sampler = sampler
     controller.model_is_pipeline_parallel = False  # the sampler broadcasts tokens: logits need not leave the last stage
     engine = DynamicInferenceEngine(controller, context, **engine_options)
+    if groups.device.type == "cpu":
+        context.memory_buffer.zero_()  # uninitialised memory may hold NaN, which no attention mask hides
     for i, response in enumerate(sampler.responses):
         if response.finish_reason is None:
             engine.add_request(i, response.start, _params(num_tokens=response.budget))

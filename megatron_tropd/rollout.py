@@ -128,16 +128,32 @@ class RolloutEngine:
             max_sequence_length=longest,
             max_requests=max_requests,
             block_size_tokens=block,
-            buffer_size_gb=self.config.kv_cache_gb or self._cache_gb(max_requests, longest, block),
+            buffer_size_gb=self._cache_gb(max_requests, longest, block),
         )
 
     def _cache_gb(self, max_requests: int, longest: int, block: int) -> float:
-        """Return what the key/value cache of `max_requests` whole sequences takes, in GiB."""
+        """Return the size of the key/value cache in GiB: the recipe's, or what `max_requests` whole sequences take.
+
+        With less than that the engine evicts responses and computes them anew later; one whole sequence must fit.
+
+        Raises:
+            UserError: it does not.
+        """
+        asked = self.config.kv_cache_gb
+        least = self._sequences_gb(1, longest, block)
+        if asked is not None and asked < least:
+            raise UserError(
+                f"rollout.kv_cache_gb={asked:g} cannot hold one response of {longest} tokens, prompt included, which "
+                f"takes {least:.3g} GiB on each rank; raise it or set it to null."
+            )
+        return asked or self._sequences_gb(max_requests, longest, block)
+
+    def _sequences_gb(self, sequences: int, longest: int, block: int) -> float:
         config = self.model.config
         heads = config.num_query_groups // self.groups.tp_size
         token_bytes = 2 * heads * config.kv_channels * (config.num_layers // self.groups.pp_size)
         token_bytes *= torch.finfo(config.params_dtype).bits // 8
-        blocks = max_requests * -(-longest // block) + 2  # one block is Megatron's dummy, one guards the rounding
+        blocks = sequences * -(-longest // block) + 2  # one block is Megatron's dummy, one guards the rounding
         return blocks * block * token_bytes / 2**30
 
     def _run_static(self, responses: list[Response], sampling: Sampling) -> None:
