@@ -13,7 +13,7 @@
 #   bash examples/distill_70b_to_8b.sh training.steps=400 objective.gate=soft   # any recipe key
 #   REHEARSAL=1 bash examples/distill_70b_to_8b.sh  # both models shrunk and random, two CPU processes, one minute
 #
-# Start it again after a failure or a time limit: what is whole is passed over, and training goes on from its newest
+# Paths are relative to the repository. Start it again after a failure or a time limit: what is whole is passed over, and training goes on from its newest
 # checkpoint. More variables, with their defaults:
 #
 #   RUN=runs/llama_70b_to_8b   all output; on several nodes a folder that all of them see
@@ -31,12 +31,14 @@ if [[ $REHEARSAL == 1 ]]; then
   NPROC=${NPROC:-2}
   TEACHER=$RUN/inputs/teacher STUDENT=$RUN/inputs/student
   PROMPTS=$RUN/inputs/prompts.jsonl PROBLEMS=$RUN/inputs/problems.jsonl
+  # Random bytes become several when they are read as text: with all of a response given nothing would be left to write.
   set -- training.steps=2 training.prompts_per_step=4 rollout.samples_per_prompt=2 rollout.max_new_tokens=16 \
-    evaluation.samples=2 "$@"
+    evaluation.samples=2 guidance.start=0.2 "$@"
+  export TORCHDYNAMO_DISABLE=1 # compilation is not worth its seconds here
 fi
 RUN=${RUN:-runs/llama_70b_to_8b}
 RECIPE=${RECIPE:-llama_70b_to_8b}
-IS_FIRST=$([[ ${RANK:-0} == 0 ]] && echo 1 || echo 0) # one process speaks for all
+IS_FIRST=$([[ ${RANK:-${NODE_RANK:-${SLURM_NODEID:-0}}} == 0 ]] && echo 1 || echo 0) # one process speaks for all
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # as Megatron wants it for tensor parallelism
 
@@ -74,7 +76,7 @@ start_processes() { # bash started this file: let torchrun start it once a GPU
   fi
   NPROC=${NPROC:-$(nvidia-smi -L 2>/dev/null | grep -c GPU || true)}
   [[ $NPROC -gt 0 ]] || fail "no GPU was found; set NPROC, or try the script out with REHEARSAL=1."
-  exec torchrun "${launcher[@]}" --nproc-per-node "$NPROC" --no-python bash "${BASH_SOURCE[0]}" "$@"
+  exec torchrun "${launcher[@]}" --nproc-per-node "$NPROC" --no-python bash examples/distill_70b_to_8b.sh "$@"
 }
 
 STAGE=0
@@ -100,7 +102,7 @@ main() {
     until [[ -d $RUN/inputs ]]; do sleep 0.2; done # torchrun ends this process if the first one fails
   fi
   check_inputs
-  [[ -n ${RANK:-} ]] || start_processes "$@"
+  [[ -n ${TORCHELASTIC_RUN_ID:-} ]] || start_processes "$@"
 
   # From here on every process of every node does the same.
   local tp=${TP:-$LOCAL_WORLD_SIZE} pp=${PP:-$GROUP_WORLD_SIZE}
@@ -162,6 +164,7 @@ main() {
   say "== All stages are whole after $SECONDS s: $export, $evaluation, $RUN/train/report.html"
 }
 
+trap 'exit 143' TERM # when the command that runs has ended: training saves a checkpoint first
 main "$@"
 exit
 ''' # Python comes here, when torchrun has handed it this file, and hands it on to bash.
