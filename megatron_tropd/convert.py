@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from megatron_tropd.megatron_compat import save_sharded
 from megatron_tropd.model import build_model, load_hf_config
 from megatron_tropd.parallel import ParallelGroups, initialize, on_rank_zero, shutdown
 from megatron_tropd.types import UserError
+from megatron_tropd.verify import logit_difference
 
 logger = logging.getLogger(__name__)
 
@@ -193,9 +195,9 @@ def convert_hf_to_mcore(
 
 
 def _verify(checkpoint: Path, hf_path: Path, layout: ModelConfig, groups: ParallelGroups, bound: float) -> None:
-    from megatron_tropd.verify import logit_difference
-
-    difference = logit_difference(checkpoint, hf_path, layout, groups)
+    chunks = build_model(load_hf_config(hf_path), replace(layout, dtype="float32"), groups, training=False)
+    load_checkpoint_weights(chunks, checkpoint)
+    difference = logit_difference(chunks, hf_path, groups)
     _report(groups, f"largest absolute logit difference to transformers (fp32): {difference:.3g}, bound {bound:g}")
     if not difference <= bound:
         raise UserError(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megatron_tropd.config import ModelConfig
 from megatron_tropd.megatron_compat import run_schedule
-from megatron_tropd.model import build_model, load_hf_config
+from megatron_tropd.model import load_hf_config
 from megatron_tropd.output_hook import OutputHook
 from megatron_tropd.parallel import ParallelGroups
 
@@ -49,16 +47,12 @@ def full_logits(
     return kept[0] if kept else None
 
 
-def logit_difference(checkpoint: str | Path, hf_path: str | Path, layout: ModelConfig, groups: ParallelGroups) -> float:
-    """Return the largest absolute difference between a checkpoint's logits and transformers', both in fp32.
+def logit_difference(chunks: list[torch.nn.Module], hf_path: str | Path, groups: ParallelGroups) -> float:
+    """Return the largest absolute difference between fp32 chunks' logits and transformers' in fp32.
 
     Over random token ids; collective, the same number on every rank.
     """
-    from megatron_tropd.convert import load_checkpoint_weights
-
     hf_config = load_hf_config(hf_path)
-    chunks = build_model(hf_config, replace(layout, dtype="float32"), groups, training=False)
-    load_checkpoint_weights(chunks, checkpoint)
     generator = torch.Generator().manual_seed(0)
     length = min(_LENGTH, hf_config.max_position_embeddings)
     tokens = torch.randint(hf_config.vocab_size, (_ROWS, length), generator=generator).to(groups.device)
