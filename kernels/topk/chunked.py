@@ -7,6 +7,7 @@ the same tokens.
 from __future__ import annotations
 
 import torch
+
 from megatron_tropd.kernels.sharding import VocabShard, row_chunks
 
 _LOW = (1 << 32) - 1
@@ -55,9 +56,9 @@ def _merge(gathered: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge [tp, m, 2 + 2k] into log-probs [m, k] and ids [m, k]."""
     tops, totals = gathered[..., 0], gathered[..., 1]
     top = tops.amax(0)
-    lse = top + (totals * (tops - top).exp()).sum(0).log()
+    rest = (totals * (tops - top).exp()).sum(0).log()
     values = gathered[..., 2 : 2 + k].transpose(0, 1).flatten(1)
     ids = gathered[..., 2 + k :].transpose(0, 1).flatten(1).to(torch.int64)
     best = _keys(values, ids).topk(k, dim=1).values
     values, ids = _unpack(best)
-    return values - lse.unsqueeze(1), ids
+    return values.sub_(top[:, None]).sub_(rest[:, None]), ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+
 from megatron_tropd.kernels.sharding import VocabShard, as_rows, choose
 from megatron_tropd.kernels.topk import chunked, reference
 

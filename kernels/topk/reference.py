@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from megatron_tropd.kernels.logprobs.reference import all_logprobs
 
 

@@ -1,0 +1,204 @@
+"""vocab_parallel_logprobs against float64 autograd over the whole vocabulary: values, gradients, collectives, memory."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import assert_close, run_distributed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_tropd.kernels import vocab_parallel_logprobs
+from megatron_tropd.kernels.sharding import CHUNK_ELEMENTS
+
+VOCAB, PADDED, ROWS = 61, 64, 9
+
+
+def reference(logits, ids, vocab_size, temperature, mask, upstream):
+    """float64: log-probs [n, j], entropy [n] and the gradient of the whole logits [n, V]."""
+    whole = logits.double().requires_grad_()
+    everything = (whole[:, :vocab_size] / temperature).log_softmax(-1)
+    picked = torch.where(mask[:, None], everything.gather(-1, ids), 0.0)
+    entropy = torch.where(mask, -(everything.exp() * everything).sum(-1), 0.0)
+    picked.backward(upstream.double())
+    return picked.detach(), entropy.detach(), whole.grad
+
+
+def case(name: str):
+    """Whole logits, ids, mask, temperature and upstream gradient by name."""
+    generator = torch.Generator().manual_seed(len(name))
+    logits = 3 * torch.randn(ROWS, PADDED, generator=generator)
+    ids = torch.randint(VOCAB, (ROWS, 5), generator=generator)
+    ids[:, 3] = ids[:, 0]  # a repeated id collects both gradients
+    mask = torch.ones(ROWS, dtype=torch.bool)
+    upstream = torch.randn(ROWS, 5, generator=generator)
+    temperature = 1.0
+    if name == "temperature":
+        temperature = 0.7
+    elif name == "masked":
+        mask[::2] = False
+    elif name == "all_masked":
+        mask[:] = False
+    elif name == "large":
+        logits[:, ::3] = 1e4
+        logits[:, 1::3] = -1e4
+    elif name == "padding_would_win":
+        logits[:, VOCAB:] = 1e4
+    return logits, ids, mask, temperature, upstream
+
+
+CASES = ("plain", "temperature", "masked", "all_masked", "large", "padding_would_win")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def rank_main(size: int):
+    """Every case and dtype on this rank; returns [(case, dtype, log-probs, entropy, gradient shard, collectives)]."""
+    dist.init_process_group("gloo")
+    group, rank = dist.group.WORLD, dist.get_rank()
+    results = []
+    for name in CASES:
+        logits, ids, mask, temperature, upstream = case(name)
+        for dtype in DTYPES:
+            whole = logits.clamp(-6e4, 6e4).to(dtype)
+            shard = whole.chunk(size, dim=1)[rank].clone()
+            for inplace in (False, True):
+                leaf = shard.clone().requires_grad_()
+                with count_collectives() as forward:
+                    picked, entropy = vocab_parallel_logprobs(
+                        leaf * 1,  # not a leaf: the gradient may overwrite it
+                        ids,
+                        group,
+                        VOCAB,
+                        temperature=temperature,
+                        with_entropy=True,
+                        mask=mask,
+                        inplace_backward=inplace,
+                    )
+                with count_collectives() as backward:
+                    picked.backward(upstream)
+                counts = (len(forward), len(backward))
+                results.append((name, dtype, picked.detach(), entropy, leaf.grad, counts))
+    return results
+
+
+class count_collectives:  # noqa: N801 - used like a function
+    """Context manager that records the names of the torch.distributed collectives called inside."""
+
+    NAMES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "all_to_all")
+
+    def __enter__(self):
+        self.calls, self.originals = [], {name: getattr(dist, name) for name in self.NAMES}
+        for name, original in self.originals.items():
+            setattr(dist, name, self.wrap(name, original))
+        return self.calls
+
+    def wrap(self, name, original):
+        def call(*args, **kwargs):
+            self.calls.append(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    def __exit__(self, *exc):
+        for name, original in self.originals.items():
+            setattr(dist, name, original)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_values_entropy_and_gradients_equal_float64_under_every_sharding(size):
+    ranks = run_distributed(rank_main, size, size)
+    for i, (name, dtype, picked, entropy, _, counts) in enumerate(ranks[0]):
+        logits, ids, mask, temperature, upstream = case(name)
+        whole = logits.clamp(-6e4, 6e4).to(dtype)
+        expected = reference(whole, ids, VOCAB, temperature, mask, upstream)
+        gradient = torch.cat([rank[i][4] for rank in ranks], dim=1)
+        # Statistics are fp32 whatever the logits' dtype; only the gradient is rounded to it.
+        torch.testing.assert_close(picked.double(), expected[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(entropy.double(), expected[1], rtol=1e-5, atol=2e-5)
+        assert_close(gradient, expected[2], dtype)
+        assert all(torch.equal(rank[i][2], picked) for rank in ranks), "ranks disagree"
+        assert counts[0] <= 2, "more than two collectives forward"
+        assert counts[1] == 0, "a collective in the backward pass"
+        assert gradient[:, VOCAB:].abs().max() == 0, "padding received a gradient"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 12), st.integers(1, 40), st.integers(0, 7), st.integers(1, 6), st.floats(0.3, 3.0), st.integers(0, 99)
+)
+def test_any_shape_equals_float64(rows, vocab, padding, picks, temperature, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 5 * torch.randn(rows, vocab + padding, generator=generator)
+    ids = torch.randint(vocab, (rows, picks), generator=generator)
+    mask = torch.rand(rows, generator=generator) < 0.7
+    upstream = torch.randn(rows, picks, generator=generator)
+    leaf = logits.clone().requires_grad_()
+    picked, entropy = vocab_parallel_logprobs(
+        leaf, ids, None, vocab, temperature=temperature, mask=mask, with_entropy=True
+    )
+    picked.backward(upstream)
+    expected = reference(logits, ids, vocab, temperature, mask, upstream)
+    for ours, theirs in zip((picked, entropy, leaf.grad), expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-5)
+
+
+def test_rows_beyond_a_chunk_are_computed_alike():
+    rows, vocab = 7, CHUNK_ELEMENTS // 3  # three rows a chunk
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(rows)[:, None] * 11
+    upstream = torch.ones(rows, 1)
+    leaf = logits.clone().requires_grad_()
+    picked, _ = vocab_parallel_logprobs(leaf, ids, None, vocab)
+    picked.backward(upstream)
+    expected = reference(logits, ids, vocab, 1.0, torch.ones(rows, dtype=torch.bool), upstream)
+    torch.testing.assert_close(picked.double(), expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(leaf.grad.double(), expected[2], rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_of_the_size_of_the_logits_is_kept_or_copied():
+    logits = torch.randn(64, 512, dtype=torch.bfloat16).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        vocab_parallel_logprobs(logits, torch.zeros(64, 3, dtype=torch.int64), None, 512, with_entropy=True)
+    large = [t for t in kept if t.numel() >= logits.numel()]
+    assert all(t.data_ptr() == logits.data_ptr() for t in large), "a copy of the logits is kept"
+    assert sum(t.numel() for t in kept) < logits.numel() + 64 * 8
+
+
+def test_inplace_backward_reuses_the_logits_memory():
+    leaf = torch.randn(8, 32).requires_grad_()
+    logits = leaf * 1
+    gradients = []
+    logits.register_hook(gradients.append)
+    picked, _ = vocab_parallel_logprobs(logits, torch.ones(8, 1, dtype=torch.int64), None, 32, inplace_backward=True)
+    picked.sum().backward()
+    assert gradients[0].data_ptr() == logits.data_ptr()
+
+
+def test_the_reference_passes_a_finite_difference_check():
+    logits = torch.randn(3, 8, dtype=torch.float64).requires_grad_()
+    ids = torch.tensor([[0, 5], [1, 1], [6, 2]])
+
+    def picked(z):
+        from megatron_tropd.kernels.logprobs.reference import all_logprobs
+
+        return all_logprobs(z, None, 7, 1.3).gather(-1, ids)
+
+    assert torch.autograd.gradcheck(picked, logits)
+
+
+def test_implementations_agree_and_unknown_ones_are_refused():
+    logits, ids = torch.randn(4, 16), torch.randint(13, (4, 2))
+    results = [vocab_parallel_logprobs(logits, ids, None, 13, implementation=i)[0] for i in ("chunked", "reference")]
+    assert_close(*results)
+    with pytest.raises(ValueError, match="none of auto"):
+        vocab_parallel_logprobs(logits, ids, None, 13, implementation="magic")
+
+
+def test_shapes_that_do_not_fit_are_refused_with_their_numbers():
+    with pytest.raises(ValueError, match="share their leading dimensions"):
+        vocab_parallel_logprobs(torch.randn(4, 16), torch.zeros(5, 1, dtype=torch.int64), None, 16)
+    with pytest.raises(ValueError, match="fewer than vocab_size=20"):
+        vocab_parallel_logprobs(torch.randn(4, 16), torch.zeros(4, 1, dtype=torch.int64), None, 20)
+    transposed = torch.randn(3, 4, 16).transpose(0, 1)
+    with pytest.raises(ValueError, match="without a copy"):
+        vocab_parallel_logprobs(transposed, torch.zeros(4, 3, 1, dtype=torch.int64), None, 16)
