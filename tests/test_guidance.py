@@ -1,0 +1,92 @@
+"""Prefix schedules by hand, prefixes as token ids, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_models import make_tokenizer
+
+from megatron_tropd.config import GuidanceConfig
+from megatron_tropd.errors import UserError
+from megatron_tropd.guidance import Guidance, load_responses, prefix_fraction
+from megatron_tropd.tokenizer import HuggingFaceTokenizer
+from megatron_tropd.types import Prompt
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return HuggingFaceTokenizer(make_tokenizer(), set())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        ("cosine", [1.0, 0.8535534, 0.5, 0.1464466, 0.0]),
+        ("linear", [1.0, 0.75, 0.5, 0.25, 0.0]),
+        ("constant", [1.0] * 5),
+        ("none", [0.0] * 5),
+    ],
+)
+def test_schedules_at_their_quarters(schedule, shares):
+    assert [prefix_fraction(schedule, step, 8) for step in (0, 2, 4, 6, 8)] == pytest.approx(shares)
+    assert prefix_fraction(schedule, 2, 8, start=0.5) == pytest.approx(0.5 * shares[1])
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match="none of cosine"):
+        prefix_fraction("square", 0, 1)
+
+
+def prompt(response: str | None = "0123456") -> Prompt:
+    return Prompt(id="p", text="?", teacher_response=response, tokens=[1])
+
+
+def test_a_prefix_is_the_floor_of_its_share_of_the_response_with_eos(tokenizer):
+    guidance = Guidance(GuidanceConfig(), 8, tokenizer, max_tokens=100)
+    whole = tokenizer.encode("0123456") + [tokenizer.eos_id]  # 8 tokens
+    (at_start,), (middle,), (late,) = (guidance.prefixes([prompt()], step) for step in (0, 4, 6))
+    assert at_start == whole
+    assert middle == whole[:4]
+    assert late == whole[:1]  # floor(0.146 * 8)
+    assert guidance.prefixes([prompt()], 8) == [[]]
+
+
+def test_prefixes_are_cut_to_the_longest_response(tokenizer):
+    guidance = Guidance(GuidanceConfig(schedule="constant"), 8, tokenizer, max_tokens=5)
+    assert len(guidance.prefixes([prompt()], 3)[0]) == 5
+
+
+def test_without_guidance_every_prefix_is_empty(tokenizer):
+    for options in ({"enabled": False}, {}):
+        config = GuidanceConfig(schedule="none" if not options else "cosine")
+        guidance = Guidance(config, 8, tokenizer, max_tokens=100, **options)
+        guidance.check([prompt(None)])
+        assert guidance.prefixes([prompt()], 0) == [[]]
+        assert guidance.fraction(0) == 0
+
+
+def test_data_objectives_take_the_whole_response_at_every_step(tokenizer):
+    guidance = Guidance(GuidanceConfig(schedule="none"), 8, tokenizer, max_tokens=100, whole_response=True)
+    assert guidance.prefixes([prompt()], 7)[0][-1] == tokenizer.eos_id
+    assert guidance.fraction(7) == 1
+
+
+def test_prompts_without_responses_are_named(tokenizer):
+    guidance = Guidance(GuidanceConfig(), 8, tokenizer, max_tokens=100)
+    with pytest.raises(UserError, match="1 of 2 prompts have no teacher_response, the first is id 'q'"):
+        guidance.check([prompt(), Prompt(id="q", text="?")])
+
+
+def test_a_file_of_responses_goes_before_the_prompts_own(tokenizer, tmp_path: Path):
+    file = tmp_path / "responses.jsonl"
+    file.write_text(json.dumps({"id": "p", "teacher_response": "ab"}) + "\n\n")
+    guidance = Guidance(GuidanceConfig(responses=str(file)), 8, tokenizer, max_tokens=100)
+    assert guidance.prefixes([prompt()], 0)[0] == [*tokenizer.encode("ab"), tokenizer.eos_id]
+
+
+@pytest.mark.parametrize("line", ["{", '{"id": "p"}', "[1]"])
+def test_broken_lines_of_responses_are_named_by_number(line, tmp_path: Path):
+    file = tmp_path / "responses.jsonl"
+    file.write_text(json.dumps({"id": "p", "teacher_response": "ab"}) + "\n" + line + "\n")
+    with pytest.raises(UserError, match=r"responses\.jsonl:2 is no object"):
+        load_responses(file)

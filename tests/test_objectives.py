@@ -1,0 +1,225 @@
+"""Every objective against its formula in float64: losses and logit gradients at TP=1, 2 and 4, and small cases by hand."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import run_distributed
+
+from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
+from megatron_tropd.counter_rng import STREAM_GATE, counter_uniform
+from megatron_tropd.kernels import vocab_parallel_logprobs, vocab_parallel_topk
+from megatron_tropd.objectives import METHODS, build_objective, topk_forward_kl
+from megatron_tropd.types import LOSS_GUIDANCE, LOSS_NONE, LOSS_STUDENT, TeacherScores, TrainingBatch, UserError
+
+VOCAB, PADDED, B, S, K = 61, 64, 3, 7, 6
+SEED, STEP, BETA, CLIP, TAU, CAP = 11, 4, 0.3, -0.7, 0.4, 1.2
+TAILS = ("truncated", "renormalized", "tail")
+
+
+def variants() -> list[ObjectiveConfig]:
+    """Every gate with every outlier treatment, tail and importance correction, and every method by name."""
+    fixed = {"topk": K, "clip": CLIP, "gate_threshold": TAU, "importance_cap": CAP}
+    gated = [
+        ObjectiveConfig(name="tropd", gate=gate, outlier=outlier, tail=tail, importance=importance, **fixed)
+        for gate, outlier, tail, importance in itertools.product(
+            ("bernoulli", "threshold", "soft"), ("fkl", "fkl_advantage"), TAILS, ("off", "tis", "icepop")
+        )
+    ]
+    gated += [
+        ObjectiveConfig(name="tropd", gate=gate, outlier=outlier, importance=importance, **fixed)
+        for gate, outlier, importance in itertools.product(
+            ("bernoulli", "threshold", "soft"), ("mask", "clip"), ("off", "tis", "icepop")
+        )
+    ]
+    return gated + [ObjectiveConfig(name=name, **fixed) for name in METHODS]
+
+
+def inputs():
+    """Whole logits [s, b, V] of student and teacher, and a batch with every kind of token."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (2 * torch.randn(S, B, PADDED, generator=generator) for _ in range(2))
+    labels = torch.randint(VOCAB, (B, S), generator=generator)
+    kind = torch.tensor([[LOSS_NONE, LOSS_GUIDANCE, LOSS_GUIDANCE, *[LOSS_STUDENT] * 4]] * B, dtype=torch.int8)
+    kind[1] = LOSS_STUDENT
+    kind[2, 5:] = LOSS_NONE
+    old = (student[..., :VOCAB].log_softmax(-1).transpose(0, 1).gather(-1, labels[..., None]))[..., 0]
+    old = old + 0.4 * torch.randn(B, S, generator=generator)
+    positions = torch.arange(S).expand(B, S).contiguous()
+    batch = TrainingBatch(labels, labels, positions, kind, old, torch.tensor([5, 900, 77]))
+    return student, teacher, batch
+
+
+def expected(config: ObjectiveConfig, student, teacher, batch):
+    """method.md in float64: loss [b, s] of whole logits [s, b, V], written apart from the code under test."""
+    log_s = student[..., :VOCAB].log_softmax(-1).transpose(0, 1)
+    log_t = teacher.double()[..., :VOCAB].log_softmax(-1).transpose(0, 1)
+    x_s = log_s.gather(-1, batch.labels[..., None])[..., 0]
+    x_t = log_t.gather(-1, batch.labels[..., None])[..., 0]
+    method = METHODS[config.name]
+    if method.data:
+        return torch.where(batch.loss_kind == LOSS_GUIDANCE, -x_s, 0.0)
+    rho = (x_t - x_s.detach()).exp().clamp(max=1.0)
+    gate = config.gate or "bernoulli"
+    if not method.gated:
+        m = torch.ones_like(rho)
+    elif gate == "bernoulli":
+        m = (counter_uniform(SEED, STREAM_GATE, STEP, batch.sample_ids[:, None], batch.position_ids + 1) < rho).double()
+    elif gate == "threshold":
+        m = (rho >= TAU).double()
+    else:
+        m = rho
+    ratio = (x_s.detach() - batch.old_logprobs.double()).exp()
+    weight = {
+        "off": torch.ones_like(ratio),
+        "tis": ratio.clamp(max=CAP),
+        "icepop": torch.where((ratio <= CAP) & (ratio >= 1 / CAP), ratio, 0.0),
+    }[config.importance]
+    k1 = -weight * (x_t - x_s.detach()) * x_s
+    outlier = method.outlier or config.outlier or "fkl"
+    top_t, ids = log_t.topk(K, -1)
+    top_s = log_s.gather(-1, ids)
+    if config.tail == "renormalized":
+        top_t, top_s = top_t.log_softmax(-1), top_s.log_softmax(-1)
+    kl = (top_t.exp() * (top_t - top_s)).sum(-1)
+    if config.tail == "tail":
+        rest_t, rest_s = 1 - top_t.exp().sum(-1), 1 - top_s.exp().sum(-1)
+        kl = kl + rest_t * (rest_t.log() - rest_s.log())
+    outside = {
+        "fkl": kl,
+        "mask": torch.zeros_like(kl),
+        "clip": -weight * (x_t - x_s.detach()).clamp(min=CLIP) * x_s,
+        "fkl_advantage": weight * kl.detach() * x_s,
+    }[outlier]
+    loss = torch.where(batch.loss_kind == LOSS_STUDENT, m * k1 + (1 - m) * outside, 0.0)
+    return loss + torch.where(batch.loss_kind == LOSS_GUIDANCE, -BETA * x_s, 0.0)
+
+
+def sharded_losses(size: int):
+    """Every variant over this rank's logits shard: [(loss [b, s], gradient [s, b, V/tp])]."""
+    dist.init_process_group("gloo")
+    group, rank = dist.group.WORLD, dist.get_rank()
+    student, teacher, batch = inputs()
+    mask = (batch.loss_kind != LOSS_NONE).t()
+    t_shard = teacher.chunk(size, -1)[rank].contiguous()
+    results = []
+    for config in variants():
+        objective = build_objective(config, GuidanceConfig(beta=BETA), SEED)
+        sampled, entropy = vocab_parallel_logprobs(
+            t_shard, batch.labels.t()[..., None], group, VOCAB, with_entropy=True, mask=mask
+        )
+        values, ids = vocab_parallel_topk(t_shard, K, group, VOCAB, mask=mask)
+        scores = TeacherScores(sampled[..., 0].t(), ids.transpose(0, 1), values.transpose(0, 1), entropy.t())
+        leaf = student.chunk(size, -1)[rank].clone().requires_grad_()
+        looked_up = objective.ids(batch, scores).transpose(0, 1)
+        logprobs, _ = vocab_parallel_logprobs(leaf, looked_up, group, VOCAB, mask=mask)
+        result = objective.loss(logprobs.transpose(0, 1), scores, batch, STEP)
+        result.loss.sum().backward()
+        results.append((result.loss.detach(), leaf.grad))
+    return results
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_losses_and_logit_gradients_of_every_variant_equal_float64_autograd(size):
+    ranks = run_distributed(sharded_losses, size, size)
+    student, teacher, batch = inputs()
+    for i, config in enumerate(variants()):
+        whole = student.double().requires_grad_()
+        loss = expected(config, whole, teacher, batch)
+        loss.sum().backward()
+        gradient = torch.cat([rank[i][1] for rank in ranks], dim=-1)
+        kept = batch.loss_kind != LOSS_NONE
+        for ours, theirs in ((ranks[0][i][0][kept], loss.detach()[kept]), (gradient, whole.grad)):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5, msg=lambda m, c=config: f"{c}\n{m}")
+        assert ranks[0][i][0][~kept].abs().max() == 0
+
+
+def one_token(student: float, teacher: float, kind: int = LOSS_STUDENT, **scores):
+    """A batch of one token with given log-probs; returns (log-probs leaf [1, 1, 1], scores, batch)."""
+    batch = TrainingBatch(
+        *(torch.zeros(1, 1, dtype=torch.int64) for _ in range(3)),
+        torch.tensor([[kind]], dtype=torch.int8),
+        torch.tensor([[student]]),
+        torch.tensor([0]),
+    )
+    empty = torch.zeros(1, 1, 0)
+    found = TeacherScores(torch.tensor([[teacher]]), empty.long(), empty, torch.zeros(1, 1))
+    return torch.tensor([[[student]]], requires_grad=True), found, batch
+
+
+def test_the_loss_of_a_trusted_token_by_hand():
+    logprobs, scores, batch = one_token(student=-2.0, teacher=-1.5)  # rho = 1, A = 0.5
+    result = build_objective(ObjectiveConfig(name="opd"), GuidanceConfig(), 0).loss(logprobs, scores, batch, 0)
+    assert result.loss.item() == pytest.approx(1.0)  # -A log pi_S
+    result.loss.sum().backward()
+    assert logprobs.grad.item() == pytest.approx(-0.5)  # -A
+    assert result.metrics["mean_rho"][0].item() == pytest.approx(1.0)
+    assert result.metrics["advantage"][0].item() == pytest.approx(0.5)
+
+
+def test_the_loss_of_a_clipped_outlier_by_hand():
+    logprobs, scores, batch = one_token(student=-1.0, teacher=-9.0)  # rho = e^-8, A = -8, clipped to -2
+    config = ObjectiveConfig(name="clip_outlier", gate="threshold", clip=-2.0)
+    result = build_objective(config, GuidanceConfig(), 0).loss(logprobs, scores, batch, 0)
+    assert result.loss.item() == pytest.approx(-2.0)
+    result.loss.sum().backward()
+    assert logprobs.grad.item() == pytest.approx(2.0)
+    assert result.metrics["outlier_fraction"][0].item() == 1
+
+
+def test_a_prefix_token_costs_beta_times_its_surprise():
+    logprobs, scores, batch = one_token(student=-3.0, teacher=-0.1, kind=LOSS_GUIDANCE)
+    result = build_objective(ObjectiveConfig(), GuidanceConfig(beta=0.01), 0).loss(
+        torch.cat([logprobs, torch.zeros(1, 1, 0)], -1), scores, batch, 0
+    )
+    assert result.loss.item() == pytest.approx(0.03)
+
+
+def test_a_negative_truncated_divergence_keeps_its_gradient():
+    student = torch.tensor([math.log(0.5), math.log(0.4)], requires_grad=True)
+    teacher = torch.tensor([math.log(0.3), math.log(0.2)])
+    kl = topk_forward_kl(student, teacher, "truncated")
+    assert kl.item() == pytest.approx(0.3 * math.log(0.6) + 0.2 * math.log(0.5))
+    assert kl.item() < 0
+    kl.backward()
+    assert student.grad.tolist() == pytest.approx([-0.3, -0.2])
+
+
+def test_the_tail_bucket_makes_the_divergence_exact_and_never_negative():
+    generator = torch.Generator().manual_seed(0)
+    log_t, log_s = (torch.randn(200, 20, generator=generator).mul(3).log_softmax(-1) for _ in range(2))
+    assert (topk_forward_kl(log_s[:, :5], log_t[:, :5], "tail") >= 0).all()
+    whole = topk_forward_kl(log_s, log_t, "tail")  # nothing is left for the tail
+    exact = (log_t.exp() * (log_t - log_s)).sum(-1)
+    torch.testing.assert_close(whole, exact, rtol=1e-4, atol=1e-4)
+    assert topk_forward_kl(log_t[:, :5], log_t[:, :5], "tail").abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_batch_without_loss_tokens_gives_zero_and_a_finite_gradient(name):
+    _, teacher, batch = inputs()
+    batch.loss_kind.zero_()
+    objective = build_objective(ObjectiveConfig(name=name, topk=K), GuidanceConfig(), SEED)
+    garbage = torch.full((B, S, K), -torch.inf)
+    scores = TeacherScores(torch.full((B, S), -torch.inf), torch.zeros(B, S, K, dtype=torch.int64), garbage)
+    leaf = torch.zeros(B, S, 1 + objective.topk, requires_grad=True)
+    result = objective.loss(leaf, scores, batch, STEP)
+    result.loss.sum().backward()
+    assert result.loss.abs().max() == 0
+    assert torch.isfinite(leaf.grad).all()
+    assert leaf.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "trop"}, "unknown; choose one of opd"),
+        ({"name": "opd", "gate": "soft"}, "has no trust region"),
+        ({"name": "tropd_mask", "outlier": "clip"}, "fixes objective.outlier=mask"),
+    ],
+)
+def test_contradictions_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        build_objective(ObjectiveConfig(**options), GuidanceConfig(), 0)
