@@ -13,8 +13,8 @@
 #   bash examples/distill_70b_to_8b.sh training.steps=400 objective.gate=soft   # any recipe key
 #   REHEARSAL=1 bash examples/distill_70b_to_8b.sh  # both models shrunk and random, two CPU processes, one minute
 #
-# Paths are relative to the repository. Start it again after a failure or a time limit: what is whole is passed over, and training goes on from its newest
-# checkpoint. More variables, with their defaults:
+# Paths are relative to the repository. Started again after a failure or a time limit it passes over what is whole, and
+# training goes on from its newest checkpoint. More variables, with their defaults:
 #
 #   RUN=runs/llama_70b_to_8b   all output; on several nodes a folder that all of them see
 #   RECIPE=llama_70b_to_8b     where learning rate, lengths and memory are explained: examples/recipes
