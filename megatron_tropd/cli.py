@@ -27,6 +27,8 @@ _EXPECTED_WARNINGS = (
     ".*Apex (is|are) not installed",
     r".*torch\.distributed\..* is deprecated",
     r"The \.grad attribute of a Tensor that is not a leaf",
+    "`load_state_dict` is deprecated",
+    "Please use DTensor instead",
 )
 _GRACE_SECONDS = 5.0  # rank 0 prints first; see _fail
 

@@ -109,8 +109,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     _print(f"accuracy {result['accuracy']:.4f} ({result['correct']} of {result['total']} responses right)")
     _print(f"mean response length {result['mean_response_length']:.1f} tokens; finished by: {reasons}")
     if arguments.output and int(os.environ.get("RANK", 0)) == 0:
-        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.output).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        output = Path(arguments.output)
+        partial = output.with_name(output.name + ".partial")  # the output's existence says that it is whole
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(output)
 
 
 def hf_to_mcore(arguments: argparse.Namespace) -> None:

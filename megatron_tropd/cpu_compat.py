@@ -112,6 +112,17 @@ def _patch_random_states() -> None:
     torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
 
 
+def _patch_backward() -> None:
+    """Keep the mode in force in the backward pass, which runs inside of a handler of it: recomputation needs it."""
+    run_backward = torch.autograd._engine_run_backward
+
+    def run(*args, **kwargs):
+        with _CudaMeansCpu():
+            return run_backward(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = run
+
+
 def apply() -> bool:
     """Make Megatron-Core run on CPU in this process and thread; idempotent; does nothing where CUDA is available.
 
@@ -124,6 +135,7 @@ def apply() -> bool:
     if not _applied:
         _patch_torch_cuda()
         _patch_random_states()
+        _patch_backward()
         _CudaMeansCpu().__enter__()
         logger.info("no CUDA device: Megatron-Core runs on CPU (opt out with use_cpu_compat=False)")
         _applied = True

@@ -39,7 +39,7 @@ def load_responses(path: str | Path) -> dict[str, str]:
     """Read a JSONL of {"id", "teacher_response"}; UserError names file and line of anything else."""
     responses = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines would also split inside of texts
     except OSError as error:
         raise UserError(f"guidance.responses={path} cannot be read ({error.strerror}); give a JSONL file.") from error
     for number, line in enumerate(lines, 1):

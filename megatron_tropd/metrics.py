@@ -122,7 +122,7 @@ class MetricsWriter:
 def read_records(path: str | Path) -> list[dict[str, Any]]:
     """Read a JSONL file of records; a last line that a killed run left incomplete is passed over."""
     records = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in Path(path).read_text(encoding="utf-8").split("\n"):  # splitlines would also split inside of texts
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
