@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from megatron_tropd.guidance import load_responses
 from megatron_tropd.metrics import MetricsWriter, read_records
 
 
@@ -66,3 +67,12 @@ def test_progress_goes_to_standard_error_without_a_terminal(tmp_path, capsys):
         writer.write(0, {"loss": 0.5, "trust_fraction": 0.25})
         writer.write(1, {"loss": 0.4, "trust_fraction": None})
     assert capsys.readouterr().err.splitlines() == ["step 1/2: loss 0.5, trust 0.25", "step 2/2: loss 0.4"]
+
+
+def test_only_newlines_end_a_record(tmp_path):
+    """U+2028 and U+0085 in a response are text, though str.splitlines ends lines at them."""
+    records = [{"id": str(i), "teacher_response": "one\u2028two\x85three"} for i in range(3)]
+    file = tmp_path / "responses.jsonl"
+    file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    assert read_records(file) == records
+    assert load_responses(file) == {r["id"]: r["teacher_response"] for r in records}

@@ -16,6 +16,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_tropd.recipe import load_recipe
+from megatron_tropd.validation import validate
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = "examples/distill_70b_to_8b.sh"
 STAGES = 6
@@ -120,6 +123,14 @@ def test_one_file_for_bash_and_python(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         py_compile.compile(str(ROOT / SCRIPT), cfile=str(tmp_path / "compiled"), doraise=True)
+
+
+def test_recipe_is_the_papers_in_another_layout():
+    models = ["student.checkpoint=s", "teacher.checkpoint=t", "data.prompts=p"]
+    recipe, paper = load_recipe("llama_70b_to_8b", models), load_recipe("tropd_paper", models)
+    validate(recipe)
+    assert (recipe.objective, recipe.guidance, recipe.training) == (paper.objective, paper.guidance, paper.training)
+    assert recipe.student.tensor_model_parallel_size == recipe.teacher.tensor_model_parallel_size == 8
 
 
 @pytest.mark.parametrize("interpreter", ["bash", sys.executable])
