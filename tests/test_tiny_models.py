@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ TINY = Path(__file__).parents[1] / "examples" / "tiny"
 @pytest.fixture(scope="module")
 def make_tiny():
     spec = importlib.util.spec_from_file_location("make_tiny", TINY / "make_tiny.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["make_tiny"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -95,10 +96,10 @@ def test_the_careless_solver_forgets_carries_and_borrows(make_tiny):
     assert make_tiny.solution(problem) == "34+27=61\n61-15=46\n#### 46"
 
 
-@pytest.mark.parametrize(("kind", "low", "high"), [("teacher", 0.85, 1.0), ("student", 0.03, 0.45)])
+@pytest.mark.parametrize(("kind", "low", "high"), [("teacher", 0.9, 1.0), ("student", 0.05, 0.4)])
 def test_greedy_accuracy_on_unseen_problems(make_tiny, kind, low, high):
     torch.set_num_threads(1)
-    problems = read("problems.jsonl")[:40]
+    problems = read("problems.jsonl")
     model = LlamaForCausalLM.from_pretrained(TINY / kind, dtype=torch.float32)
     assert model.config.tie_word_embeddings == (kind == "student")
     responses = make_tiny.respond(model, AutoTokenizer.from_pretrained(TINY / kind), [question(p) for p in problems])

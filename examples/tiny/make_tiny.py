@@ -12,6 +12,7 @@ transformers, nothing of megatron_tropd. The same seed and PyTorch build give th
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import random
 import re
@@ -110,9 +111,10 @@ def draw_problems(count: int, seed: int, taken: set) -> list[Problem]:
 def train_tokenizer(problems: list[Problem], folder: Path, vocab_size: int) -> None:
     """Train a sentencepiece BPE model (single digits, spaces kept as they are, newline one piece) and its HF twin."""
     lines = [line for p in problems for line in (p.question, "Answer:", *solution(p).split("\n"))]
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
-        model_prefix=str(folder / "tokenizer"),
+        model_writer=model,
         model_type="bpe",
         vocab_size=vocab_size,
         required_chars="".join(map(chr, range(33, 127))),
@@ -121,7 +123,7 @@ def train_tokenizer(problems: list[Problem], folder: Path, vocab_size: int) -> N
         **{"split_digits": True, "add_dummy_prefix": False, "remove_extra_whitespaces": False},
         **{"unk_id": 0, "bos_id": BOS_ID, "eos_id": EOS_ID, "pad_id": PAD_ID, "minloglevel": 2},
     )
-    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
     save_hf_tokenizer(folder)
 
 
@@ -267,7 +269,7 @@ def arguments() -> argparse.Namespace:
     add("--prompts", type=int, default=2000, help="lines of prompts.jsonl (default: %(default)s)")
     add("--problems", type=int, default=250, help="unseen problems in problems.jsonl (default: %(default)s)")
     add("--vocab-size", type=int, default=256, help="pieces of the tokenizer (default: %(default)s)")
-    add("--teacher-steps", type=int, default=1000, help="training steps of the teacher (default: %(default)s)")
+    add("--teacher-steps", type=int, default=1400, help="training steps of the teacher (default: %(default)s)")
     add("--student-steps", type=int, default=1100, help="training steps of the student (default: %(default)s)")
     add("--slip", type=float, default=0.7, help="share of carries the student's data forget (default: %(default)s)")
     add("--batch-size", type=int, default=64, help="examples a step (default: %(default)s)")
