@@ -69,11 +69,10 @@ def check_layout(role: str, model: ModelConfig) -> None:
             f"{role}.sequence_parallel=true needs {role}.tensor_model_parallel_size of at least 2, and it is 1: it "
             "shards activations over the tensor-parallel ranks. Raise the one or drop the other."
         )
-    if model.virtual_pipeline_model_parallel_size and model.pipeline_model_parallel_size == 1:
+    if model.virtual_pipeline_model_parallel_size:
         raise UserError(
-            f"{role}.virtual_pipeline_model_parallel_size={model.virtual_pipeline_model_parallel_size} needs "
-            f"{role}.pipeline_model_parallel_size of at least 2, and it is 1: it interleaves the chunks of several "
-            "stages. Raise the one or drop the other."
+            f"{role}.virtual_pipeline_model_parallel_size={model.virtual_pipeline_model_parallel_size} is not "
+            "supported so far, since Megatron's inference engines run one model chunk a stage. Remove the key."
         )
 
 

@@ -110,7 +110,7 @@ def test_wrong_values(override, message):
         (["student.tensor_model_parallel_size=2"], "teacher and student must have one layout"),
         (["student.context_parallel_size=2"], "student.context_parallel_size=2: only 1 is supported"),
         (["student.sequence_parallel=true"], "needs student.tensor_model_parallel_size of at least 2"),
-        (["student.virtual_pipeline_model_parallel_size=2"], "needs student.pipeline_model_parallel_size"),
+        (["student.virtual_pipeline_model_parallel_size=2"], "supported so far, since Megatron"),
         (["rollout.temperature=0"], "rollout.temperature=0 (greedy) contradicts objective.importance=tis"),
         (["rollout.temperature=0.7"], "rollout.temperature=0.7 and objective.temperature=1.0 contradict"),
         (["objective.name=opd", "guidance.schedule=linear"], "contradicts objective.name=opd"),
