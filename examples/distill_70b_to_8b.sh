@@ -35,6 +35,7 @@ if [[ $REHEARSAL == 1 ]]; then
   set -- training.steps=2 training.prompts_per_step=4 rollout.samples_per_prompt=2 rollout.max_new_tokens=16 \
     evaluation.samples=2 guidance.start=0.2 "$@"
   export TORCHDYNAMO_DISABLE=1 # compilation is not worth its seconds here
+  export CUDA_VISIBLE_DEVICES="" # on the CPU, where there are GPUs, too
 fi
 RUN=${RUN:-runs/llama_70b_to_8b}
 RECIPE=${RECIPE:-llama_70b_to_8b}

@@ -1,4 +1,4 @@
-"""Every objective against its formula in float64: losses and logit gradients at TP=1, 2 and 4, and small cases by hand."""
+"""Every objective against its formula in float64: losses and logit gradients at TP=1, 2 and 4; cases by hand."""
 
 import itertools
 import math

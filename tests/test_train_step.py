@@ -58,7 +58,7 @@ def load(config, groups, training: bool):
 
 
 def megatron_step(models, student_name, tp, pp, sequence_parallel):
-    """One step; returns the teacher's scores (last stage), the loss, and the weight gradients under HF names (rank 0)."""
+    """One step; returns the teacher's scores (last stage), metrics, and the weight gradients under HF names."""
     from megatron_tropd import parallel
     from megatron_tropd.config import TrainingConfig
     from megatron_tropd.teacher import TeacherHook

@@ -1,4 +1,4 @@
-"""vocab_parallel_logprobs against float64 autograd over the whole vocabulary: values, gradients, collectives, memory."""
+"""vocab_parallel_logprobs against float64 autograd over the vocabulary: values, gradients, collectives, memory."""
 
 import pytest
 import torch
@@ -80,7 +80,7 @@ def rank_main(size: int):
     return results
 
 
-class count_collectives:  # noqa: N801 - used like a function
+class count_collectives:
     """Context manager that records the names of the torch.distributed collectives called inside."""
 
     NAMES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "all_to_all")
@@ -123,7 +123,12 @@ def test_values_entropy_and_gradients_equal_float64_under_every_sharding(size):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 12), st.integers(1, 40), st.integers(0, 7), st.integers(1, 6), st.floats(0.3, 3.0), st.integers(0, 99)
+    st.integers(1, 12),
+    st.integers(1, 40),
+    st.integers(0, 7),
+    st.integers(1, 6),
+    st.floats(0.3, 3.0),
+    st.integers(0, 99),
 )
 def test_any_shape_equals_float64(rows, vocab, padding, picks, temperature, seed):
     generator = torch.Generator().manual_seed(seed)
