@@ -1,4 +1,5 @@
 # Sourced by the examples and by tests/run.sh: leaves a Python environment with this package active.
+# SETUP_MODULES names the modules that the caller needs beside it.
 #
 # A virtual environment that is active and has the package is used as it is. Otherwise .venv in the repository is made
 # (a few minutes, about 2 GB on a machine without a GPU), and remade only when pyproject.toml or setup.py changes.
@@ -15,13 +16,13 @@ _setup_python() { # print the first Python of a supported version
   return 1
 }
 
-_setup_active() { # is an environment with the package and the test tools active? (from /, where the checkout is no path)
+_setup_active() { # is an environment with the package and $SETUP_MODULES active? (from /, where the checkout is no path)
   (cd / && python -c '
 import importlib.util, os, sys
 assert sys.prefix != sys.base_prefix or os.environ.get("CONDA_PREFIX")
 import megatron_tropd.recipes, megatron_tropd.kernels
-assert all(map(importlib.util.find_spec, ("torch", "megatron", "transformers", "pytest", "ruff", "gguf")))
-' 2>/dev/null)
+assert all(map(importlib.util.find_spec, ("torch", "megatron", "transformers", *sys.argv[1:])))
+' ${SETUP_MODULES:-} 2>/dev/null)
 }
 
 _setup_venv() { # make or complete .venv; the argument is the stamp of what it was made from

@@ -5,7 +5,7 @@
 #   bash tests/run.sh tests/test_config.py -k unknown
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source examples/setup_env.sh
+SETUP_MODULES="pytest pytest_timeout hypothesis ruff" source examples/setup_env.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the distributed tests run several processes side by side
 python -m ruff check .
 python -m ruff format --check .
