@@ -106,7 +106,7 @@ class ObjectiveConfig:
     temperature: float = _key(1.0, "both models' logits are divided by it in every loss and gate", above=0)
     importance: str = _key("tis", "correction for pi_student / pi_old", ("off", "tis", "icepop"))
     importance_cap: float = _key(2.0, "C of the truncated importance weight", above=0)
-    kernel: str = _key("auto", "implementation of the log-prob kernels", ("auto", "reference", "chunked"))
+    kernel: str = _key("auto", "implementation of the log-prob kernels", ("auto", "triton", "chunked", "reference"))
 
 
 @dataclass

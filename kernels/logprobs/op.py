@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megatron_tropd.kernels.logprobs import chunked, reference
-from megatron_tropd.kernels.sharding import VocabShard, as_rows, choose
+from megatron_tropd.kernels.implementations import choose
+from megatron_tropd.kernels.logprobs import reference
+from megatron_tropd.kernels.logprobs.function import gathered_logprobs
+from megatron_tropd.kernels.sharding import VocabShard, as_rows
 
 
 def vocab_parallel_logprobs(
@@ -17,10 +19,11 @@ def vocab_parallel_logprobs(
     *,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    with_max_probability: bool = False,
     mask: torch.Tensor | None = None,
     inplace_backward: bool = False,
     implementation: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, ...]:
     """Return log softmax(logits / temperature) at a few ids a token.
 
     One packed all-gather forward, none backward. Statistics are fp32 whatever the dtype of the logits.
@@ -33,13 +36,15 @@ def vocab_parallel_logprobs(
         vocab_size: true vocabulary size; columns beyond it are padding and carry no probability.
         temperature: divides the logits.
         with_entropy: also return each row's entropy in nats, in the same pass, without gradient.
+        with_max_probability: also return each row's largest probability; it costs nothing, and has no gradient.
         mask: [...] bool; rows where it is False are skipped: zeros, and no gradient.
         inplace_backward: let the gradient overwrite `logits`; only if nothing else reads them afterwards.
-        implementation: auto, chunked or reference (float64).
+        implementation: auto (triton on CUDA, chunked elsewhere), triton, chunked or reference (float64).
 
     Returns:
-        log-probs [..., j] fp32, differentiable, the same on every rank; entropy [...] fp32 or None. Given an upstream
-        gradient g the logits receive (sum_j g_j 1[v = id_j] - (sum_j g_j) softmax_v) / temperature.
+        log-probs [..., j] fp32, differentiable, the same on every rank; entropy [...] fp32 or None; with
+        `with_max_probability` a third, [...] fp32. Given an upstream gradient g the logits receive
+        (sum_j g_j 1[v = id_j] - (sum_j g_j) softmax_v) / temperature.
 
     Raises:
         ValueError: shapes that do not fit, logits that would have to be copied, an unknown implementation.
@@ -49,15 +54,18 @@ def vocab_parallel_logprobs(
             f"logits {tuple(logits.shape)}, ids {tuple(ids.shape)} and mask "
             f"{None if mask is None else tuple(mask.shape)} must share their leading dimensions"
         )
-    rows_of_logits, flat_ids = as_rows(logits), ids.reshape(-1, ids.size(-1))
+    rows = as_rows(logits)
+    flat_ids = ids.reshape(-1, ids.size(-1))
     flat_mask = None if mask is None else mask.reshape(-1)
     shard = VocabShard.of(logits.size(-1), group, vocab_size)
-    compute = choose("vocab_parallel_logprobs", implementation, {"chunked": chunked, "reference": reference})
-    if compute is reference:
-        result = reference.logprobs(rows_of_logits, flat_ids, group, vocab_size, temperature, with_entropy, flat_mask)
+    passes = choose("vocab_parallel_logprobs", "logprobs", implementation, logits.device)
+    if passes is reference:
+        result = reference.logprobs(rows, flat_ids, group, vocab_size, temperature, flat_mask)
     else:
-        every_row = torch.arange(flat_ids.size(0), device=logits.device)
-        rows = every_row if flat_mask is None else every_row[flat_mask]
-        result = chunked.logprobs(rows_of_logits, flat_ids, rows, shard, temperature, with_entropy, inplace_backward)
-    logprobs, entropy = result
-    return logprobs.view(ids.shape), None if entropy is None else entropy.view(ids.shape[:-1])
+        result = gathered_logprobs(
+            passes, rows, flat_ids, flat_mask, shard, 1.0 / temperature, with_entropy, inplace_backward
+        )
+    logprobs, entropy, largest = result
+    leading = ids.shape[:-1]
+    outputs = (logprobs.view(ids.shape), entropy.view(leading) if with_entropy else None)
+    return (*outputs, largest.view(leading)) if with_max_probability else outputs

@@ -27,12 +27,12 @@ def all_logprobs(logits: torch.Tensor, group: dist.ProcessGroup | None, vocab_si
     return torch.log_softmax(whole[..., :vocab_size] / temperature, -1)
 
 
-def logprobs(logits, ids, group, vocab_size, temperature, with_entropy, mask):
-    """See op.vocab_parallel_logprobs; logits [n, V/tp], ids [n, j], mask [n] or None."""
+def logprobs(logits, ids, group, vocab_size, temperature, mask):
+    """Return log-probs, entropy, largest probability; logits [n, V/tp], ids [n, j], mask [n] or None."""
     everything = all_logprobs(logits, group, vocab_size, temperature)
-    picked = everything.gather(-1, ids)
-    entropy = torch.special.entr(everything.detach().exp()).sum(-1) if with_entropy else None
+    probabilities = everything.detach().exp()
+    results = everything.gather(-1, ids), torch.special.entr(probabilities).sum(-1), probabilities.amax(-1)
     if mask is not None:
-        picked = torch.where(mask.unsqueeze(-1), picked, 0.0)
-        entropy = torch.where(mask, entropy, 0.0) if with_entropy else None
-    return picked.float(), entropy.float() if with_entropy else None
+        keep = (mask.unsqueeze(-1), mask, mask)
+        results = tuple(torch.where(m, r, 0.0) for m, r in zip(keep, results, strict=True))
+    return tuple(r.float() for r in results)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megatron_tropd.kernels.sharding import VocabShard, as_rows, choose
-from megatron_tropd.kernels.topk import chunked, reference
+from megatron_tropd.kernels.implementations import choose
+from megatron_tropd.kernels.sharding import VocabShard, as_rows
+from megatron_tropd.kernels.topk import reference
+from megatron_tropd.kernels.topk.ordering import merge
 
 _LARGEST_EXACT_ID = 1 << 24  # ids travel as fp32
 
@@ -31,7 +33,7 @@ def vocab_parallel_topk(
         vocab_size: true vocabulary size (below 2^24); padding columns are never picked.
         temperature: divides the logits.
         mask: [...] bool; rows where it is False give zeros.
-        implementation: auto, chunked or reference (float64).
+        implementation: auto (triton on CUDA, chunked elsewhere), triton, chunked or reference (float64).
 
     Returns:
         log-probs [..., k] fp32, normalised over the whole vocabulary, most probable first, equal ones by lower id; and
@@ -42,15 +44,14 @@ def vocab_parallel_topk(
     """
     if not 1 <= k <= vocab_size or vocab_size > _LARGEST_EXACT_ID:
         raise ValueError(f"k={k} must lie in [1, vocab_size={vocab_size}], and vocab_size in [1, {_LARGEST_EXACT_ID}]")
-    rows_of_logits = as_rows(logits)
+    rows = as_rows(logits)
     shard = VocabShard.of(logits.size(-1), group, vocab_size)
     flat_mask = None if mask is None else mask.reshape(-1)
-    compute = choose("vocab_parallel_topk", implementation, {"chunked": chunked, "reference": reference})
-    if compute is reference:
-        values, ids = reference.topk(rows_of_logits, k, group, vocab_size, temperature, flat_mask)
+    passes = choose("vocab_parallel_topk", "topk", implementation, logits.device)
+    if passes is reference:
+        values, ids = reference.topk(rows, k, group, vocab_size, temperature, flat_mask)
     else:
-        every_row = torch.arange(rows_of_logits.size(0), device=logits.device)
-        rows = every_row if flat_mask is None else every_row[flat_mask]
-        values, ids = chunked.topk(rows_of_logits, rows, k, shard, temperature)
+        local = passes.statistics(rows, k, flat_mask, shard, 1.0 / temperature)
+        values, ids = merge(shard.all_gather(local), k, flat_mask)
     shape = (*logits.shape[:-1], k)
     return values.view(shape), ids.view(shape)

@@ -1,0 +1,68 @@
+"""The autograd function of gathered log-probs over any implementation's two passes. Derivation: README.md.
+
+Forward: local statistics, one packed all-gather, exact merge. Backward: one pass, no collective. Kept for backward:
+ids, log-probs, two numbers a row, and the logits themselves (no copy).
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from megatron_tropd.kernels.sharding import VocabShard
+
+
+class GatheredLogprobs(torch.autograd.Function):
+    """logits [n, V/tp], ids [n, j] -> log-probs [n, j] fp32; entropy and largest probability [n], without gradient."""
+
+    @staticmethod
+    def forward(ctx, logits, ids, mask, shard: VocabShard, scale: float, with_entropy: bool, inplace: bool, passes):
+        """`mask` [n] or None: rows to compute, the others give zeros; `passes`: the implementation's module."""
+        local = passes.statistics(logits, ids, mask, shard, scale, with_entropy)
+        top, rest, logprobs, entropy = merge(shard.all_gather(local), mask, with_entropy)
+        largest = (-rest).exp()
+        if mask is not None:
+            largest = largest.masked_fill_(~mask, 0.0)
+        ctx.mark_non_differentiable(*(t for t in (entropy, largest) if t is not None))
+        ctx.save_for_backward(logits, ids, mask, top, rest, logprobs)
+        ctx.shard, ctx.scale, ctx.inplace, ctx.passes = shard, scale, inplace, passes
+        return logprobs, entropy, largest
+
+    @staticmethod
+    def backward(ctx, gradient, _entropy_gradient, _largest_gradient):
+        """Return the gradient of the logits shard: sum_j g_j 1[v = id_j] - (sum_j g_j) softmax(v)."""
+        logits, ids, mask, top, rest, logprobs = ctx.saved_tensors
+        # In place every value is read before its place is written.
+        out = logits.detach() if ctx.inplace else torch.empty_like(logits)
+        ctx.passes.write_gradient(out, logits.detach(), ids, mask, top, rest, logprobs, gradient, ctx.shard, ctx.scale)
+        return out, *[None] * 7
+
+
+def merge(
+    gathered: torch.Tensor, mask: torch.Tensor | None, with_entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Merge [tp, n, 2 + e + j] into maximum [n], log-sum-exp less maximum [n], log-probs [n, j], entropy [n] or None.
+
+    Maximum and rest stay apart: with logits of 1e4 their sum would cost three digits. Entropy = log-sum-exp - sum p z.
+    """
+    tops, totals = gathered[..., 0], gathered[..., 1]
+    top = tops.amax(0)
+    weights = (tops - top).exp()
+    total = (totals * weights).sum(0)
+    rest = total.log() if mask is None else total.log().masked_fill_(~mask, 0.0)
+    # One rank owns an id, the others hold 0.
+    logprobs = gathered[..., 2 + with_entropy :].sum(0).sub_(top[:, None]).sub_(rest[:, None])
+    if mask is not None:
+        logprobs = logprobs.masked_fill_(~mask[:, None], 0.0)
+    if not with_entropy:
+        return top, rest, logprobs, None
+    # Relative to the global top, so that nothing large cancels: sum p (z - top).
+    relative = gathered[..., 2] + totals * (tops - top).clamp(min=-1e30)
+    entropy = rest - (weights * relative).sum(0) / total
+    return top, rest, logprobs, entropy if mask is None else entropy.masked_fill_(~mask, 0.0)
+
+
+def gathered_logprobs(passes: ModuleType, logits, ids, mask, shard, scale, with_entropy, inplace):
+    """See op.vocab_parallel_logprobs; logits [n, V/tp], ids [n, j], mask [n] or None."""
+    return GatheredLogprobs.apply(logits, ids, mask, shard, scale, with_entropy, inplace, passes)
