@@ -6,6 +6,10 @@ setup(
     packages=[
         "megatron_tropd",
         "megatron_tropd.kernels",
+        "megatron_tropd.kernels.benchmarks",
+        "megatron_tropd.kernels.full_divergence",
+        "megatron_tropd.kernels.fused_linear_full_divergence",
+        "megatron_tropd.kernels.fused_linear_logprobs",
         "megatron_tropd.kernels.logprobs",
         "megatron_tropd.kernels.topk",
         "megatron_tropd.recipes",

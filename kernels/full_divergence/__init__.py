@@ -1,0 +1,1 @@
+"""Exact divergences between two whole distributions over a sharded vocabulary."""

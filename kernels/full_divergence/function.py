@@ -1,0 +1,65 @@
+"""The autograd function of the full divergences over any implementation's passes. Derivation: README.md.
+
+Forward: one packed all-gather (two for jsd). Backward: one pass, no collective. Kept for backward: five numbers a row
+and the two logits themselves (no copy). The teacher receives no gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_tropd.kernels.sharding import VocabShard
+
+
+class FullDivergence(torch.autograd.Function):
+    """student and teacher logits [n, V/tp] -> loss [n] fp32."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, mask, kind: str, beta: float, shard: VocabShard, scale: float, inplace, passes):
+        """`mask` [n] or None: rows to compute, the others give zeros; `passes`: the implementation's module."""
+        gathered = shard.all_gather(passes.statistics(student, teacher, kind, mask, shard, scale))
+        stats, loss = merge(gathered, kind, mask)
+        divergence = loss
+        if kind == "jsd":
+            parts = passes.mixture_statistics(student, teacher, beta, mask, stats, shard, scale)
+            divergence, from_teacher = shard.all_gather(parts).sum(0).unbind(1)
+            loss = beta * from_teacher + (1 - beta) * divergence
+            loss = loss if mask is None else torch.where(mask, loss, 0.0)
+        ctx.save_for_backward(student, teacher, mask, stats, divergence)
+        ctx.settings = (kind, beta, shard, scale, inplace, passes)
+        return loss.clone()  # `divergence` may be the same tensor, and is kept
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """Return the gradient of the student's logits shard."""
+        student, teacher, mask, stats, divergence = ctx.saved_tensors
+        kind, beta, shard, scale, inplace, passes = ctx.settings
+        out = student.detach() if inplace else torch.empty_like(student)
+        passes.write_gradient(
+            out, student.detach(), teacher.detach(), kind, beta, mask, stats, divergence, gradient, shard, scale
+        )
+        return out, *[None] * 8
+
+
+def merge(gathered: torch.Tensor, kind: str, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge [tp, n, 5] into [n, 4] (maximum and log-sum-exp less it, of student and teacher) and the KL [n].
+
+    The cross terms are relative to the shards' maxima; moving them to the row's adds sum * (difference of the shifts).
+    Rows that the mask leaves out give zeros.
+    """
+    tops_s, totals_s, tops_t, totals_t, cross = gathered.unbind(-1)
+    top_s, top_t = tops_s.amax(0), tops_t.amax(0)
+    shift_s, shift_t = (tops_s - top_s).clamp(min=-1e30), (tops_t - top_t).clamp(min=-1e30)
+    weights_s, weights_t = shift_s.exp(), shift_t.exp()
+    total_s, total_t = (totals_s * weights_s).sum(0), (totals_t * weights_t).sum(0)
+    rest_s, rest_t = total_s.log(), total_t.log()
+    stats = torch.stack([top_s, rest_s, top_t, rest_t], 1)
+    if kind == "forward_kl":
+        moved = cross + totals_t * (shift_t - shift_s)
+        divergence = (weights_t * moved).sum(0) / total_t + (rest_s - rest_t)
+    else:
+        moved = cross + totals_s * (shift_s - shift_t)
+        divergence = (weights_s * moved).sum(0) / total_s + (rest_t - rest_s)
+    if mask is not None:
+        stats, divergence = torch.where(mask[:, None], stats, 0.0), torch.where(mask, divergence, 0.0)
+    return stats, divergence

@@ -1,0 +1,1 @@
+"""Exact divergences straight from two models' hidden states and output layers."""

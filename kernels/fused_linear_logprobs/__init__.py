@@ -1,0 +1,1 @@
+"""Gathered log-probabilities straight from hidden states and the output layer."""

@@ -1,0 +1,72 @@
+"""What the fused linear operations share: logits in bounded chunks, and the weight's gradient accumulated in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+# Elements of the one chunk of logits: large enough for matrix products at full speed.
+LOGITS_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+
+
+def token_chunks(tokens: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Yield slices of tokens whose logits [c, width] have at most LOGITS_ELEMENTS elements (one token at least)."""
+    size = max(1, LOGITS_ELEMENTS.get(device.type, 1 << 27) // max(width, 1))
+    yield from (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+
+
+class Logits:
+    """The output layer's logits of a chunk at a time, all in one buffer."""
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor):
+        """`hidden` [n, h] and `weight` [V/tp, h] of one dtype."""
+        self.hidden, self.weight = hidden.detach(), weight.detach()
+        rows = next(token_chunks(hidden.size(0), weight.size(0), hidden.device), slice(0, 0)).stop
+        self._buffer = hidden.new_empty((rows, weight.size(0)))
+
+    def __call__(self, chunk: slice) -> torch.Tensor:
+        """Return logits [c, V/tp] of `chunk`; the next call overwrites them."""
+        return torch.mm(self.hidden[chunk], self.weight.t(), out=self._buffer[: chunk.stop - chunk.start])
+
+
+class WeightGradient:
+    """Sum over chunks of gradient^T hidden in fp32: into Megatron's `main_grad` where the weight has one."""
+
+    def __init__(self, weight: torch.Tensor, needed: bool):
+        """`needed`: whether the weight receives a gradient at all."""
+        self.weight = weight
+        # Megatron's DDP skips the parameter's own gradient when this flag says that main_grad has it already.
+        self.into_main = needed and getattr(weight, "main_grad", None) is not None
+        self.into_main = self.into_main and hasattr(weight, "grad_added_to_main_grad")
+        if self.into_main:
+            self.total = weight.main_grad
+        else:
+            self.total = torch.zeros_like(weight, dtype=torch.float32) if needed else None
+
+    def add(self, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Add gradient [c, V/tp]^T hidden [c, h]."""
+        if self.total is None:
+            return
+        if gradient.dtype == self.total.dtype:
+            self.total.addmm_(gradient.t(), hidden)
+        elif gradient.is_cuda and self.total.dtype == torch.float32:
+            torch.addmm(self.total, gradient.t(), hidden, out_dtype=torch.float32, out=self.total)
+        else:
+            self.total.add_(gradient.t().float() @ hidden.float())
+
+    def result(self) -> torch.Tensor | None:
+        """Return what autograd should see: the gradient, or a placeholder that Megatron's DDP drops."""
+        if self.into_main:
+            self.weight.grad_added_to_main_grad = True
+            return torch.empty_like(self.weight)
+        return None if self.total is None else self.total.to(self.weight.dtype)
+
+
+def check_linear(hidden: torch.Tensor, weight: torch.Tensor, name: str) -> None:
+    """Raise ValueError unless `hidden` [..., h] and `weight` [V/tp, h] fit and have one dtype."""
+    if weight.dim() != 2 or hidden.size(-1) != weight.size(1) or hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"{name} hidden states {tuple(hidden.shape)} {hidden.dtype} and output-layer weight {tuple(weight.shape)} "
+            f"{weight.dtype} must be [..., h] and [V/tp, h] of one dtype"
+        )
