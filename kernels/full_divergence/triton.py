@@ -1,0 +1,288 @@
+"""Statistics and gradient of the full divergences as Triton kernels; CUDA, or the CPU in Triton's interpreter.
+
+Forward reads both shards once (twice for jsd): a program a row, running maxima, sums and cross term. Backward reads
+both and writes one: a program a row block.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from megatron_tropd.kernels.logprobs.triton import as_bytes
+from megatron_tropd.kernels.sharding import VocabShard
+
+_BLOCK = 2048
+_KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
+
+
+@triton.jit
+def _advance(top, z):
+    """Return the running maximum with block z in it, the shift of what was summed, and z less that maximum."""
+    new_top = tl.maximum(top, tl.max(z, 0))
+    shift = tl.where(top == -float("inf"), 0.0, top - new_top)  # 0: nothing was summed yet
+    relative = tl.maximum(z - tl.where(new_top == -float("inf"), 0.0, new_top), -1e30)
+    return new_top, shift, relative
+
+
+@triton.jit
+def _statistics_kernel(
+    weighting,  # [n, >= width] logits of the model whose probabilities weigh the cross term, READ-ONLY
+    other,  # [n, >= width] logits of the other model, READ-ONLY
+    mask,  # [n] int8 or None: rows to compute
+    out,  # [n, 5] fp32: weighting's maximum and sum, other's, sum of e^w (w - o)
+    weighting_row_stride,
+    weighting_column_stride,
+    other_row_stride,
+    other_column_stride,
+    width,
+    scale,
+    with_cross: tl.constexpr,
+    block: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    if mask is not None:
+        if tl.load(mask + row) == 0:
+            return
+    top_w = -float("inf")
+    top_o = -float("inf")
+    total_w = tl.zeros([block], tl.float32)
+    total_o = tl.zeros([block], tl.float32)
+    cross = tl.zeros([block], tl.float32)
+    for start in range(0, width, block):
+        columns = start + tl.arange(0, block)
+        inside = columns < width
+        w = tl.load(weighting + row * weighting_row_stride + columns * weighting_column_stride, inside, -float("inf"))
+        o = tl.load(other + row * other_row_stride + columns * other_column_stride, inside, -float("inf"))
+        top_w, shift_w, w = _advance(top_w, w.to(tl.float32) * scale)
+        top_o, shift_o, o = _advance(top_o, o.to(tl.float32) * scale)
+        e = tl.exp(w)
+        if with_cross:
+            # Moving both maxima moves each earlier term (w - o) by the difference of the shifts.
+            moved = tl.exp(shift_w) * (cross + total_w * (shift_w - shift_o))
+            cross = moved + e * (w - o)
+        total_w = tl.exp(shift_w) * total_w + e
+        total_o = tl.exp(shift_o) * total_o + tl.exp(o)
+    tl.store(out + row * 5, top_w)
+    tl.store(out + row * 5 + 1, tl.sum(total_w, 0))
+    tl.store(out + row * 5 + 2, top_o)
+    tl.store(out + row * 5 + 3, tl.sum(total_o, 0))
+    tl.store(out + row * 5 + 4, tl.sum(cross, 0))
+
+
+@triton.jit
+def _expm1(y):
+    """e^y - 1 for y <= 0, by its series near 0 where the difference would cancel."""
+    series = y * (1 + y * (1 / 2 + y * (1 / 6 + y * (1 / 24 + y * (1 / 120 + y * (1 / 720 + y * (1 / 5040)))))))
+    return tl.where(y > -0.25, series, tl.exp(y) - 1)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for -1 < x <= 0, by the series of atanh near 0."""
+    s = x / (2 + x)
+    q = s * s
+    series = 2 * s * (1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9)))))
+    return tl.where(x > -0.25, series, tl.log(1 + x))
+
+
+@triton.jit
+def _over_mixture(a, b, beta):
+    """a - m and b - m for m = log(beta e^b + (1 - beta) e^a), exactly 0 where a = b; see chunked._over_mixture."""
+    d = a - b
+    larger = -_log1p(tl.where(d > 0, beta, 1 - beta) * _expm1(-tl.abs(d)))
+    return larger + tl.minimum(d, 0.0), larger - tl.maximum(d, 0.0)
+
+
+@triton.jit
+def _load_logprobs(logits, row, row_stride, columns, column_stride, wanted, top, rest, scale):
+    """Log-probs of a block, -inf as -1e30."""
+    z = tl.load(logits + row * row_stride + columns * column_stride, wanted, -float("inf")).to(tl.float32)
+    return tl.maximum(z * scale - top - rest, -1e30)
+
+
+@triton.jit
+def _mixture_kernel(
+    student,  # [n, >= width], READ-ONLY
+    teacher,  # [n, >= width], READ-ONLY
+    mask,  # [n] int8 or None
+    stats,  # [n, 4] fp32
+    out,  # [n, 2] fp32: parts of KL(student || m), KL(teacher || m)
+    student_row_stride,
+    student_column_stride,
+    teacher_row_stride,
+    teacher_column_stride,
+    width,
+    scale,
+    beta,
+    block: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    if mask is not None:
+        if tl.load(mask + row) == 0:
+            return
+    top_s, rest_s = tl.load(stats + row * 4), tl.load(stats + row * 4 + 1)
+    top_t, rest_t = tl.load(stats + row * 4 + 2), tl.load(stats + row * 4 + 3)
+    of_student = tl.zeros([block], tl.float32)
+    of_teacher = tl.zeros([block], tl.float32)
+    for start in range(0, width, block):
+        columns = start + tl.arange(0, block)
+        inside = columns < width
+        a = _load_logprobs(
+            student, row, student_row_stride, columns, student_column_stride, inside, top_s, rest_s, scale
+        )
+        b = _load_logprobs(
+            teacher, row, teacher_row_stride, columns, teacher_column_stride, inside, top_t, rest_t, scale
+        )
+        over_s, over_t = _over_mixture(a, b, beta)
+        of_student += tl.exp(a) * over_s
+        of_teacher += tl.exp(b) * over_t
+    tl.store(out + row * 2, tl.sum(of_student, 0))
+    tl.store(out + row * 2 + 1, tl.sum(of_teacher, 0))
+
+
+@triton.jit
+def _gradient_kernel(
+    student,  # [n, columns], may be `out`
+    teacher,  # [n, >= width], READ-ONLY
+    out,  # [n, columns]
+    mask,  # [n] int8 or None
+    stats,  # [n, 4] fp32
+    divergence,  # [n] fp32
+    gradient,  # [n] fp32
+    student_row_stride,
+    student_column_stride,
+    teacher_row_stride,
+    teacher_column_stride,
+    out_row_stride,
+    out_column_stride,
+    width,
+    columns_in_all,
+    scale,
+    beta,
+    kind: tl.constexpr,
+    block: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * block + tl.arange(0, block)
+    g = scale * tl.load(gradient + row)
+    if mask is not None:
+        g = tl.where(tl.load(mask + row) == 0, 0.0, g)
+    wanted = columns < tl.where(g == 0, 0, width)  # a row without gradient is not read
+    top_s, rest_s = tl.load(stats + row * 4), tl.load(stats + row * 4 + 1)
+    top_t, rest_t = tl.load(stats + row * 4 + 2), tl.load(stats + row * 4 + 3)
+    a = _load_logprobs(student, row, student_row_stride, columns, student_column_stride, wanted, top_s, rest_s, scale)
+    b = _load_logprobs(teacher, row, teacher_row_stride, columns, teacher_column_stride, wanted, top_t, rest_t, scale)
+    if kind == 0:
+        value = tl.exp(a) - tl.exp(b)
+    elif kind == 1:
+        value = tl.exp(a) * ((a - b) - tl.load(divergence + row))
+    else:
+        over_s, _ = _over_mixture(a, b, beta)
+        value = (1 - beta) * tl.exp(a) * (over_s - tl.load(divergence + row))
+    value = tl.where(wanted, g * value, 0.0)
+    address = out + row * out_row_stride + columns * out_column_stride
+    tl.store(address, value.to(out.dtype.element_ty), columns < columns_in_all)
+
+
+def statistics(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    kind: str,
+    mask: torch.Tensor | None,
+    shard: VocabShard,
+    scale: float,
+) -> torch.Tensor:
+    """See chunked.statistics."""
+    out = student.new_zeros((student.size(0), 5), dtype=torch.float32)
+    if shard.true_width == 0:
+        out[:, 0] = out[:, 2] = -torch.inf
+        return out
+    if student.size(0) == 0:
+        return out
+    weighting, other = (teacher, student) if kind == "forward_kl" else (student, teacher)
+    _statistics_kernel[(student.size(0),)](
+        weighting,
+        other,
+        as_bytes(mask),
+        out,
+        *weighting.stride(),
+        *other.stride(),
+        shard.true_width,
+        scale,
+        kind != "jsd",
+        _block(shard.true_width),
+    )
+    return out[:, [2, 3, 0, 1, 4]] if kind == "forward_kl" else out
+
+
+def mixture_statistics(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    beta: float,
+    mask: torch.Tensor | None,
+    stats: torch.Tensor,
+    shard: VocabShard,
+    scale: float,
+) -> torch.Tensor:
+    """See chunked.mixture_statistics."""
+    out = student.new_zeros((student.size(0), 2), dtype=torch.float32)
+    if shard.true_width == 0 or student.size(0) == 0:
+        return out
+    strides = (*student.stride(), *teacher.stride())
+    _mixture_kernel[(student.size(0),)](
+        student,
+        teacher,
+        as_bytes(mask),
+        stats.contiguous(),
+        out,
+        *strides,
+        shard.true_width,
+        scale,
+        beta,
+        _block(shard.true_width),
+    )
+    return out
+
+
+def write_gradient(
+    out: torch.Tensor,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    kind: str,
+    beta: float,
+    mask: torch.Tensor | None,
+    stats: torch.Tensor,
+    divergence: torch.Tensor,
+    gradient: torch.Tensor,
+    shard: VocabShard,
+    scale: float,
+) -> None:
+    """See chunked.write_gradient."""
+    n, columns = out.shape
+    if n == 0:
+        return
+    block = _block(columns)
+    _gradient_kernel[(n, triton.cdiv(columns, block))](
+        student,
+        teacher,
+        out,
+        as_bytes(mask),
+        stats.contiguous(),
+        divergence.contiguous(),
+        gradient.float().contiguous(),
+        *student.stride(),
+        *teacher.stride(),
+        *out.stride(),
+        shard.true_width,
+        columns,
+        scale,
+        beta,
+        _KINDS[kind],
+        block,
+    )
+
+
+def _block(width: int) -> int:
+    return min(_BLOCK, max(16, triton.next_power_of_2(width)))
