@@ -191,7 +191,8 @@ def test_stages_do_not_know_the_loop():
 
 def test_only_parallel_reads_parallel_state():
     for module, file in PACKAGE.items():
-        if module != "megatron_tropd.parallel":
+        # The benchmark's baseline, Megatron's own cross-entropy, asks for Megatron's groups.
+        if module not in ("megatron_tropd.parallel", "megatron_tropd.kernels.benchmarks.cases"):
             assert not [m for m, name in _imports(file) if "parallel_state" in (name, m.split(".")[-1])], module
 
 

@@ -1,0 +1,132 @@
+"""Print time, memory and bandwidth of every kernel beside named baselines, all measured in this run.
+
+    python -m megatron_tropd.kernels.benchmarks                                    # CPU: 1,024 tokens x 32,768
+    python -m megatron_tropd.kernels.benchmarks --device cuda --tokens 2048 8192 32768 --vocab 32768 128256 151936
+
+Baselines that are not installed are named with the reason; `pip install nvidia-modelopt trl liger-kernel` brings them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import itertools
+import platform
+import sys
+import warnings
+
+import torch
+from tqdm import tqdm
+
+from megatron_tropd.kernels.benchmarks.cases import Case, Material, all_cases
+from megatron_tropd.kernels.benchmarks.measure import Measurement, copy_bandwidth, exponent, measure
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+COLUMNS = ("operation", "tokens × vocabulary", "implementation", "ms", "× PyTorch", "extra MiB", "× PyTorch")
+COLUMNS += ("moved / floor", "of copy")
+
+
+def main() -> None:
+    """Measure and print one Markdown table a dtype."""
+    args = arguments()
+    warnings.filterwarnings("ignore")  # of the peers, about what they would rather have installed
+    device = torch.device(args.device)
+    bandwidth = copy_bandwidth(device)
+    print(f"{description(device, bandwidth)}\n")
+    for dtype in args.dtype:
+        print(f"{dtype}, k = {args.k}, hidden size {args.hidden}\n")
+        print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+        times: dict[str, dict[tuple[int, int], float]] = {}
+        for vocab, tokens in itertools.product(args.vocab, args.tokens):
+            material = Material(tokens, vocab, args.k, args.hidden, DTYPES[dtype], device)
+            for case in all_cases(material, args.only):
+                seconds = run(case, device, args.repeats, bandwidth)
+                times.setdefault(case.operation, {})[tokens, vocab] = seconds
+        print_exponents(times)
+
+
+def run(case: Case, device: torch.device, repeats: int, bandwidth: float) -> float:
+    """Measure a case's contestants, print their rows, and return our seconds."""
+    results: dict[str, Measurement | str] = {}
+    for contestant in tqdm(case.contestants, desc=f"{case.operation} {case.tokens} x {case.vocab}", leave=False):
+        if contestant.call is None:
+            results[contestant.name] = ""
+            continue
+        try:
+            results[contestant.name] = measure(contestant.call, device, repeats, contestant.plain)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            results[contestant.name] = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
+    naive = results["PyTorch"]
+    for name, result in results.items():
+        print(row(case, name, result, naive if isinstance(naive, Measurement) else None, bandwidth), flush=True)
+    return results["ours"].seconds if isinstance(results["ours"], Measurement) else float("nan")
+
+
+def row(case: Case, name: str, result: Measurement | str, naive: Measurement | None, bandwidth: float) -> str:
+    """Return a line of the table."""
+    where = f"| {case.operation} | {case.tokens:,} × {case.vocab:,} | {name} "
+    if isinstance(result, str):
+        return f"{where}| {result or '–'} |{' – |' * 5}"
+    time_ratio = f"{result.seconds / naive.seconds:.2f}" if naive else "–"
+    memory_ratio = f"{result.extra_bytes / naive.extra_bytes:.2f}" if naive else "–"
+    moved = f"{result.moved_bytes / case.floor_bytes:.1f}" if result.moved_bytes else "–"
+    share = case.floor_bytes / result.seconds / bandwidth
+    numbers = f"| {1e3 * result.seconds:.1f} | {time_ratio} | {result.extra_bytes / 2**20:.0f} | {memory_ratio} "
+    return f"{where}{numbers}| {moved} | {share:.0%} |"
+
+
+def print_exponents(times: dict[str, dict[tuple[int, int], float]]) -> None:
+    """Fit and print how our time grows with tokens and with the vocabulary, where there are two sizes or more."""
+    for operation, by_size in times.items():
+        for axis, name in enumerate(("tokens", "vocabulary")):
+            other = max(size[1 - axis] for size in by_size)
+            line = sorted((size[axis], s) for size, s in by_size.items() if size[1 - axis] == other)
+            if len(line) > 1:
+                power = exponent([n for n, _ in line], [s for _, s in line])
+                print(f"\n{operation}: time ~ {name}^{power:.2f}", end="")
+    print("\n")
+
+
+def description(device: torch.device, bandwidth: float) -> str:
+    """Return command, hardware, versions and date."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
+    versions = []
+    for package in ("torch", "triton", "megatron-core", "nvidia-modelopt", "trl", "liger-kernel"):
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"{package} –")
+    command = f"`python -m megatron_tropd.kernels.benchmarks {' '.join(sys.argv[1:])}`"
+    return (
+        f"{command}\n\n{hardware}; copy bandwidth {bandwidth / 1e9:.1f} GB/s; Python {platform.python_version()}, "
+        f"{', '.join(versions)}; {datetime.date.today()}"
+    )
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.machine()
+    return f"{name}, {torch.get_num_threads()} thread(s)"
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    add("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"], help="of the logits (default: %(default)s)")
+    add("--tokens", nargs="+", type=int, default=[1024], help="tokens a call (default: %(default)s)")
+    add("--vocab", nargs="+", type=int, default=[32768], help="vocabulary sizes (default: %(default)s)")
+    add("--k", type=int, default=64, help="of the top-k; log-probs are read at 1 + k ids (default: %(default)s)")
+    add("--hidden", type=int, default=512, help="hidden size of the fused linear operations (default: %(default)s)")
+    add("--repeats", type=int, default=5, help="timed calls, of which the median counts (default: %(default)s)")
+    add("--only", nargs="+", default=[], help="names of operations, e.g. log-probs 'forward KL' (default: all)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
