@@ -59,6 +59,14 @@ class Material:
         self.ids = torch.randint(vocab, (tokens, 1 + k), generator=generator, device=device)
         self.upstream = torch.randn(tokens, 1 + k, generator=generator, device=device)
 
+    def hidden_states(self) -> torch.Tensor:
+        """Draw [tokens, hidden size] of unit variance, as a final layer norm gives."""
+        return self.draw(self.tokens, self.hidden_size)
+
+    def output_weight(self) -> torch.Tensor:
+        """Draw [vocab, hidden size] that makes logits of the spread that language models have (3)."""
+        return self.draw(self.vocab, self.hidden_size) * (3 / self.hidden_size**0.5)
+
     @property
     def logits_bytes(self) -> int:
         """Size of one [tokens, vocab] tensor."""
@@ -237,7 +245,7 @@ def topk_divergence(m: Material) -> Case:
 
 def fused_logprobs(m: Material) -> Case:
     """Log-probs from hidden states. Floor: the bytes of inputs and gradients."""
-    hidden, weight = m.draw(m.tokens, m.hidden_size).requires_grad_(), m.draw(m.vocab, m.hidden_size).requires_grad_()
+    hidden, weight = m.hidden_states().requires_grad_(), m.output_weight().requires_grad_()
 
     def ours():
         backward(fused_linear_logprobs(hidden, weight, m.ids, None, m.vocab)[0], [hidden, weight], m.upstream)
@@ -275,8 +283,8 @@ def products_only(m: Material, hidden, weight, models: int) -> Contestant:
 
 def fused_jsd(m: Material) -> Case:
     """JSD from hidden states. Floor: the bytes of inputs and gradients."""
-    hidden, weight = m.draw(m.tokens, m.hidden_size).requires_grad_(), m.draw(m.vocab, m.hidden_size).requires_grad_()
-    teacher_hidden, teacher_weight = m.draw(m.tokens, m.hidden_size), m.draw(m.vocab, m.hidden_size)
+    hidden, weight = m.hidden_states().requires_grad_(), m.output_weight().requires_grad_()
+    teacher_hidden, teacher_weight = m.hidden_states(), m.output_weight()
 
     def ours():
         loss = fused_linear_full_divergence(hidden, weight, teacher_hidden, teacher_weight, "jsd", None, m.vocab)

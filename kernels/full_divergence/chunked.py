@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from megatron_tropd.kernels.sharding import ChunkReader, VocabShard, row_chunks, rows_with_gradient, zero_other_rows
+from megatron_tropd.kernels.sharding import (
+    ChunkReader,
+    VocabShard,
+    exp_,
+    row_chunks,
+    rows_with_gradient,
+    zero_other_rows,
+)
 
 _TEMPORARIES = 3  # [rows, V/tp] tensors alive at once in a chunk, so that together they stay within its bound
 
@@ -41,13 +48,13 @@ def statistics(
         weighted, other = (b, a) if kind == "forward_kl" else (a, b)
         other_total = None
         if kind == "jsd":
-            cross, total = torch.zeros_like(top_a), weighted.exp_().sum(1)
+            cross, total = torch.zeros_like(top_a), exp_(weighted).sum(1)
         else:
-            e = weighted.exp()
+            e = exp_(weighted.clone())
             total = e.sum(1)
             difference = weighted.sub_(other)
             cross = torch.linalg.vecdot(e, difference)
-        other_total = other.exp_().sum(1)
+        other_total = exp_(other).sum(1)
         totals = (other_total, total) if kind == "forward_kl" else (total, other_total)
         out[chunk] = torch.stack([top_a, totals[0], top_b, totals[1], cross], 1)
     return out
@@ -82,7 +89,7 @@ def mixture_statistics(
         a, b = _logprobs(read_student(chunk), read_teacher(chunk), stats[chunk])
         over_student, over_teacher = _over_mixture(a, b, beta)
         out[chunk] = torch.stack(
-            [torch.linalg.vecdot(a.exp_(), over_student), torch.linalg.vecdot(b.exp_(), over_teacher)], 1
+            [torch.linalg.vecdot(exp_(a), over_student), torch.linalg.vecdot(exp_(b), over_teacher)], 1
         )
     return out
 
@@ -138,12 +145,12 @@ def write_gradient(
         g = gradient[chunk].float().mul(scale).unsqueeze(1)
         a, b = _logprobs(read_student(chunk), read_teacher(chunk), stats[chunk])
         if kind == "forward_kl":
-            result = a.exp_().sub_(b.exp_()).mul_(g)
+            result = exp_(a).sub_(exp_(b)).mul_(g)
         elif kind == "reverse_kl":
-            result = b.neg_().add_(a).sub_(divergence[chunk].unsqueeze(1)).mul_(a.exp_()).mul_(g)
+            result = b.neg_().add_(a).sub_(divergence[chunk].unsqueeze(1)).mul_(exp_(a)).mul_(g)
         else:
             over_student, _ = _over_mixture(a, b, beta)
-            result = over_student.sub_(divergence[chunk].unsqueeze(1)).mul_(a.exp_()).mul_(g * (1 - beta))
+            result = over_student.sub_(divergence[chunk].unsqueeze(1)).mul_(exp_(a)).mul_(g * (1 - beta))
         if isinstance(chunk, slice):
             out[chunk, : shard.true_width].copy_(result)
         else:

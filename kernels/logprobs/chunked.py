@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from megatron_tropd.kernels.sharding import ChunkReader, VocabShard, row_chunks, rows_with_gradient, zero_other_rows
+from megatron_tropd.kernels.sharding import (
+    ChunkReader,
+    VocabShard,
+    exp_,
+    row_chunks,
+    rows_with_gradient,
+    zero_other_rows,
+)
 
 
 def statistics(
@@ -43,11 +50,11 @@ def statistics(
         z -= torch.where(top == -torch.inf, 0.0, top)
         parts = [top]
         if with_entropy:
-            e = z.exp()
+            e = exp_(z.clone())
             # e^-inf * -inf is 0, not NaN
             parts += [e.sum(1, keepdim=True), torch.linalg.vecdot(e, z.clamp_(min=-1e30)).unsqueeze(1)]
         else:
-            parts.append(z.exp_().sum(1, keepdim=True))
+            parts.append(exp_(z).sum(1, keepdim=True))
         out[chunk] = torch.cat([*parts, picked], 1)
     return out
 
@@ -85,7 +92,7 @@ def write_gradient(
     read = ChunkReader(logits, shard, scale)
     for chunk in row_chunks(logits.size(0), shard.true_width, mask):
         g = gradient[chunk].float() * scale
-        p = read(chunk).sub_(top[chunk, None]).exp_().mul_(-g.sum(1, keepdim=True) * (-rest[chunk, None]).exp())
+        p = exp_(read(chunk).sub_(top[chunk, None])).mul_(-g.sum(1, keepdim=True) * (-rest[chunk, None]).exp())
         local, owned = shard.local_ids(ids[chunk])
         p.scatter_add_(1, local, g.masked_fill(~owned, 0.0))
         if isinstance(chunk, slice):
