@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 import torch
 
-# Elements of the one chunk of logits: large enough for matrix products at full speed.
+# Size of the one chunk of logits: large enough for matrix products at full speed.
 LOGITS_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
+LEAST_TOKENS = 512
 
 
 def token_chunks(tokens: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Yield slices of tokens whose logits [c, width] have at most LOGITS_ELEMENTS elements (one token at least)."""
-    size = max(1, LOGITS_ELEMENTS.get(device.type, 1 << 27) // max(width, 1))
+    """Yield slices of tokens whose logits [c, width] have at most LOGITS_ELEMENTS elements, or c = LEAST_TOKENS."""
+    size = max(LEAST_TOKENS, LOGITS_ELEMENTS.get(device.type, 1 << 27) // max(width, 1))
     yield from (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 

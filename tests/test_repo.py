@@ -90,7 +90,7 @@ def test_quoted_commands_are_true(document):
             if re.match(r"(examples|tools|tests|kernels|megatron_tropd)/[\w./-]+$", word):
                 assert (ROOT / word).exists(), f"{document}: {word} in {' '.join(words)}"
             _check_override(document, word)
-        start = next((i for i, w in enumerate(words) if w.split(".")[0] in ("megatron-tropd", "megatron_tropd")), None)
+        start = next((i for i, w in enumerate(words) if w in ("megatron-tropd", "megatron_tropd")), None)
         if start is not None and "pip" not in words and "--help" not in words:
             options = [w for w in words[start + 1 :] if "=" not in w]
             arguments, rest = _parser().parse_known_args(options)

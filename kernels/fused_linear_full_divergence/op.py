@@ -54,8 +54,7 @@ def fused_linear_full_divergence(
     shapes = [student_hidden.shape[:-1], teacher_hidden.shape[:-1], *([] if mask is None else [mask.shape])]
     if any(shape != shapes[0] for shape in shapes):
         raise ValueError(f"leading dimensions of student, teacher and mask differ: {[tuple(s) for s in shapes]}")
-    shard = VocabShard.of(student_weight.size(0), group, vocab_size)
-    VocabShard.of(teacher_weight.size(0), group, vocab_size)
+    shard, _ = (VocabShard.of(weight.size(0), group, vocab_size) for weight in (student_weight, teacher_weight))
     if shard.size > 1 and teacher_weight.size(0) != student_weight.size(0):
         raise ValueError(
             f"the teacher's output layer has {teacher_weight.size(0)} rows a rank and the student's "

@@ -5,8 +5,16 @@ import os
 import pytest
 import torch
 
+from megatron_tropd.kernels import linear
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+
+
+@pytest.fixture(autouse=True)
+def chunks_of_any_size(monkeypatch):
+    """Let tests cut logits into chunks of a few tokens."""
+    monkeypatch.setattr(linear, "LEAST_TOKENS", 1)
 
 
 @pytest.fixture(autouse=True)

@@ -45,7 +45,7 @@ def rank_main(size):
     for dtype in DTYPES:
         hidden, weight, teacher_hidden, teacher_weight, ids, mask, upstream, upstream_row = material(dtype)
         for chunk in (3, ROWS):
-            linear.LOGITS_ELEMENTS["cpu"] = chunk * PADDED // size
+            linear.LOGITS_ELEMENTS["cpu"], linear.LEAST_TOKENS = chunk * PADDED // size, 1
             for kind in ("logprobs", *KINDS):
                 leaf, shard = hidden.clone().requires_grad_(), weight.chunk(size)[rank].clone().requires_grad_()
                 with count_collectives() as forward:
