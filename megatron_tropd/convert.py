@@ -92,7 +92,7 @@ def load_model_weights(chunks: list[torch.nn.Module], model: ModelConfig, groups
         UserError: files are missing, damaged, or of another model.
     """
     if model.checkpoint is not None:
-        load_checkpoint_weights(chunks, model.checkpoint)
+        load_checkpoint_weights(chunks, model.checkpoint, groups)
     else:
         load_hf_weights(chunks, load_hf_config(model.hf_path), model.hf_path, groups)
 
@@ -119,14 +119,21 @@ def save_checkpoint_weights(chunks: list[torch.nn.Module], directory: str | Path
     on_rank_zero(complete)
 
 
-def load_checkpoint_weights(chunks: list[torch.nn.Module], directory: str | Path) -> None:
+def load_checkpoint_weights(
+    chunks: list[torch.nn.Module], directory: str | Path, groups: ParallelGroups | None = None
+) -> None:
     """Fill chunks from a weights checkpoint, whatever layout wrote it; collective over all ranks.
+
+    Args:
+        chunks: this rank's model chunks.
+        directory: the checkpoint.
+        groups: process groups of the chunks, where they are not Megatron's global ones.
 
     Raises:
         UserError: it is not whole.
     """
     check_checkpoint(directory)
-    loaded = dist_checkpointing.load(_sharded_weights(chunks), str(directory))
+    loaded = dist_checkpointing.load(_sharded_weights(chunks, groups), str(directory))
     for i, chunk in enumerate(chunks):
         missing, unexpected = chunk.load_state_dict(loaded[f"model{i}"], strict=False)
         lacking = [name for name in missing if not name.endswith("_extra_state")]
@@ -134,11 +141,13 @@ def load_checkpoint_weights(chunks: list[torch.nn.Module], directory: str | Path
         assert not unexpected, f"{directory} has unknown {unexpected}"
 
 
-def _sharded_weights(chunks: list[torch.nn.Module]) -> dict[str, Any]:
+def _sharded_weights(chunks: list[torch.nn.Module], groups: ParallelGroups | None = None) -> dict[str, Any]:
     """Return Megatron's sharded state without Transformer Engine's extra states: both layer kinds then interchange."""
+    metadata = None if groups is None else {"dp_cp_group": groups.dp_cp}
+    states = [chunk.sharded_state_dict(metadata=metadata) for chunk in chunks]
     return {
-        f"model{i}": {name: t for name, t in chunk.sharded_state_dict().items() if not name.endswith("_extra_state")}
-        for i, chunk in enumerate(chunks)
+        f"model{i}": {name: tensor for name, tensor in state.items() if not name.endswith("_extra_state")}
+        for i, state in enumerate(states)
     }
 
 

@@ -1,15 +1,16 @@
-"""Forward KL(teacher ‖ student) on held-out text: exact, over the whole vocabulary, under the parallel layout.
+"""Forward KL(teacher ‖ student) on held-out text: exact, over the whole vocabulary, under any parallel layouts.
 
 The text is the teacher's own (prompts with a `teacher_response`), so the number is what the student has yet to learn
-of the teacher's behaviour, in nats a token. Both models' logits live for one micro-batch, on the last stage only.
+of the teacher's behaviour, in nats a token. Both models' logits live for one micro-batch, on the last stage only. From
+a teacher of another layout come hidden states, which meet its output layer in the student's shards.
 
-    held_out = HeldOut(prompts, tokenizer, student_chunks, teacher_chunks, groups, vocab_size=tokenizer.vocab_size)
+    held_out = HeldOut(prompts, tokenizer, student_chunks, teacher, groups, vocab_size=tokenizer.vocab_size)
     held_out.measure()      # {"held_out_kl": 0.83, "held_out_tokens": 1844}, the same on every rank
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.batching import microbatches, pack
-from megatron_tropd.megatron_compat import run_schedule
+from megatron_tropd.context_parallel import share_of
+from megatron_tropd.megatron_compat import run_schedule, unwrap_model
 from megatron_tropd.metrics import read_records
 from megatron_tropd.output_hook import OutputHook
 from megatron_tropd.parallel import ParallelGroups
@@ -26,21 +28,28 @@ from megatron_tropd.prompts import load_prompts
 from megatron_tropd.types import LOSS_NONE, Prompt, Rollouts, TrainingBatch, UserError
 
 if TYPE_CHECKING:
+    from megatron_tropd.teacher import TeacherHook
     from megatron_tropd.tokenizer import Tokenizer
 
 # Rows of logits that are in fp32 at the same time.
 _CHUNK_ROWS = 512
 
 
+@dataclass
+class _Rows:
+    hidden: torch.Tensor  # [b, s, h]
+    loss_kind: torch.Tensor  # [b, s]
+
+
 class HeldOut:
-    """Measures the divergence between two models of one layout on a fixed set of teacher-written responses."""
+    """Measures the divergence between two models on a fixed set of teacher-written responses."""
 
     def __init__(
         self,
         prompts: list[Prompt],
         tokenizer: Tokenizer,
         student_chunks: list[torch.nn.Module],
-        teacher_chunks: list[torch.nn.Module],
+        teacher: TeacherHook,
         groups: ParallelGroups,
         *,
         vocab_size: int,
@@ -54,8 +63,8 @@ class HeldOut:
             prompts: tokenized, each with a `teacher_response`; every data-parallel rank gets all of them.
             tokenizer: encodes the responses; no EOS is added, since a response may have been cut by its length.
             student_chunks: this rank's model chunks of the student, evaluated as they are at each `measure`.
-            teacher_chunks: those of the teacher, in the same layout.
-            groups: process groups of both.
+            teacher: attached to the teacher.
+            groups: process groups of the student.
             vocab_size: number of ids that carry probability in both models; padding lies behind them.
             micro_batch_size: sequences a forward pass.
             max_response_tokens: responses are cut to this many tokens.
@@ -67,14 +76,20 @@ class HeldOut:
         self.groups = groups
         self.vocab_size = vocab_size
         self.micro_batch_size = micro_batch_size
-        self._models = {"teacher": teacher_chunks, "student": student_chunks}
+        self._teacher = teacher
+        self._models = {"teacher": teacher.chunks, "student": student_chunks}
         self._hooks = {role: OutputHook(chunks) for role, chunks in self._models.items()}
+        self._teacher_weight = self._reshard_teacher() if teacher.exchange else None
+        # Megatron's interleaved schedule takes micro-batches in groups of the pipeline's size.
+        interleaved = groups.virtual_pipeline_size and groups.pp_size
+        self._group_rows = micro_batch_size * (interleaved or 1)
+        longest = -(-len(prompts) // groups.dp_size)  # every replica gets as many rows, the last ones perhaps fillers
         mine = prompts[groups.dp_rank :: groups.dp_size]
         responses = [_response_tokens(prompt, tokenizer, max_response_tokens) for prompt in mine]
         self._batch = pack(
             _as_rollouts(mine, responses),
             pad_multiple=pad_multiple,
-            row_multiple=micro_batch_size,
+            row_multiple=-(-longest // self._group_rows) * self._group_rows,
             pad_id=tokenizer.pad_id,
             device=groups.device,
         )
@@ -88,36 +103,59 @@ class HeldOut:
         for chunk in self._models["student"]:
             chunk.eval()
         with torch.no_grad():
-            for rows in microbatches(self._batch, self.micro_batch_size):
-                teacher_logits = self._response_logits("teacher", rows)
+            for rows in microbatches(self._batch, self._group_rows):
+                teacher_logits = self._teacher_logits(rows)
                 student_logits = self._response_logits("student", rows)
                 if teacher_logits is not None and len(teacher_logits):
                     kl = forward_kl(teacher_logits, student_logits, self.groups.tp, self.vocab_size)
                     total += torch.stack([kl.double().sum(), torch.tensor(float(len(kl)), device=total.device)])
-        dist.all_reduce(total, group=self.groups.dp)
+        dist.all_reduce(total, group=self.groups.dp_cp)
         dist.all_reduce(total, group=self.groups.pp)  # the earlier stages hold zeros
         kl_sum, tokens = total.tolist()
         return {"held_out_kl": kl_sum / max(tokens, 1), "held_out_tokens": int(tokens)}
 
+    def _reshard_teacher(self) -> torch.Tensor | None:
+        """Return the teacher's output layer [V/tp, h_teacher] in the student's shards, on the last stage."""
+        teacher, last = self._teacher, self._teacher.chunks[-1]
+        width = unwrap_model(self._models["student"][-1]).vocab_size // self.groups.tp_size
+        weight = None
+        if teacher.groups.is_last_stage:
+            weight = last.shared_embedding_or_output_weight() if last.share_embeddings_and_output_weights else None
+            weight = last.output_layer.weight if weight is None else weight
+        return teacher.exchange.reshard_output_weight(weight, width, last.config.hidden_size, last.config.params_dtype)
+
+    def _teacher_logits(self, rows: TrainingBatch) -> torch.Tensor | None:
+        if self._teacher.exchange is None:
+            return self._response_logits("teacher", rows)
+        hidden = self._teacher.hidden_states(rows, self.micro_batch_size)
+        if hidden is None:
+            return None
+        both = share_of(_Rows(hidden, rows.loss_kind), self.groups.cp_rank, self.groups.cp_size)
+        kept = []
+        for start in range(0, self._group_rows, self.micro_batch_size):  # in the order of the student's
+            part = slice(start, start + self.micro_batch_size)
+            kept.append(both.hidden[part].transpose(0, 1)[(both.loss_kind[part] != LOSS_NONE).t()])
+        return torch.cat(kept) @ self._teacher_weight.t()
+
     def _response_logits(self, role: str, rows: TrainingBatch) -> torch.Tensor | None:
-        """Run one micro-batch; return the logits shard [n, V/tp] of its n response tokens, None on earlier stages."""
+        """Run some rows; return the logits shard [n, V/tp] of their n response tokens, None on earlier stages."""
         kept: list[torch.Tensor] = []
         run_schedule(
             self.groups,
             partial(self._forward_step, role=role, kept=kept),
-            [rows],
+            microbatches(share_of(rows, self.groups.cp_rank, self.groups.cp_size), self.micro_batch_size),
             self._models[role],
             seq_length=rows.tokens.size(1),
             micro_batch_size=self.micro_batch_size,
             forward_only=True,
             collect_non_loss_data=True,
         )
-        return kept[0] if kept else None
+        return torch.cat(kept) if kept else None
 
     def _forward_step(self, data_iterator, model: torch.nn.Module, *, role: str, kept: list[torch.Tensor]):
         rows = next(data_iterator)
 
-        def keep_responses(logits: torch.Tensor) -> torch.Tensor:  # [s, b, V/tp]
+        def keep_responses(logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:  # [s, b, V/tp]
             kept.append(logits[(rows.loss_kind != LOSS_NONE).t()])
             return logits[..., :1]  # GPTModel transposes what the output layer returns: hand on as little as possible
 

@@ -6,6 +6,7 @@ paging and the forward passes; the controllers below only choose tokens and say 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.inference.communication_utils import recv_from_prev_pipeline_rank_, send_to_next_pipeline_rank
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.engines import static_engine
@@ -94,22 +97,85 @@ class _StaticController(TextGenerationController):
         return tokens
 
 
+class _VirtualPipeline(torch.nn.Module):
+    """A rank's interleaved model chunks as one model: Megatron's engines know of one chunk a stage.
+
+    Between two chunks the hidden states go once around the pipeline's ring, the last stage handing on to the first.
+    """
+
+    def __init__(self, chunks: list[torch.nn.Module], groups: Any):
+        super().__init__()
+        self.chunks = torch.nn.ModuleList(chunks)
+        self.config = copy.copy(chunks[0].config)
+        self.config.virtual_pipeline_model_parallel_size = None
+        self.vocab_size = chunks[0].vocab_size
+        self._group = groups.pp
+        # The key/value cache counts a rank's own layers, whatever their number in the model.
+        for local, attention in enumerate(self._attentions(), start=1):
+            attention._get_pp_layer_offset_for_inference = lambda offset=attention.layer_number - local: offset
+
+    @property
+    def decoder(self) -> torch.nn.Module:
+        """One of the chunks' decoders, at which the engines look for layers of unknown kinds."""
+        return self.chunks[0].decoder
+
+    def _attentions(self) -> list[torch.nn.Module]:
+        return [layer.self_attention for chunk in self.chunks for layer in chunk.decoder.layers]
+
+    def release(self) -> None:
+        """Give the layers their own way of counting back."""
+        for attention in self._attentions():
+            del attention._get_pp_layer_offset_for_inference
+
+    def set_input_tensor(self, tensor: torch.Tensor | None) -> None:
+        """Take what the stage before hands to the first chunk."""
+        self.chunks[0].set_input_tensor(tensor)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run all chunks; logits on the last stage, hidden states [s, b, h] elsewhere."""
+        output = self.chunks[0](*args, **kwargs)
+        for chunk in self.chunks[1:]:
+            received = torch.empty_like(output)
+            send_to_next_pipeline_rank(output.contiguous(), self._group)  # the last stage's next is the first
+            recv_from_prev_pipeline_rank_(received, self._group)
+            chunk.set_input_tensor(received)
+            output = chunk(*args, **kwargs)
+        return output
+
+
 @contextmanager
-def inference_model(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Prepare a GPTModel for Megatron's engines and restore it for training, whatever happens in between."""
-    was_training, sequence_parallel = model.training, model.config.sequence_parallel
-    model.eval()
-    if sequence_parallel:  # single tokens cannot be sharded over the sequence
-        set_model_to_sequence_parallel(model, False)
+def inference_model(chunks: list[torch.nn.Module], groups: Any) -> Iterator[torch.nn.Module]:
+    """Make of GPTModel chunks one model for Megatron's engines; restore them for training, whatever happens."""
+    was_training, sequence_parallel = chunks[0].training, chunks[0].config.sequence_parallel
+    for chunk in chunks:
+        chunk.eval()
+        if sequence_parallel:  # single tokens cannot be sharded over the sequence
+            set_model_to_sequence_parallel(chunk, False)
+        if groups.cp_size > 1:
+            _set_whole_sequences(chunk, None)
+    model = chunks[0] if len(chunks) == 1 else _VirtualPipeline(chunks, groups)
     try:
         yield model
     finally:
-        if sequence_parallel:
-            set_model_to_sequence_parallel(model, True)
-        model.train(was_training)
+        if model is not chunks[0]:
+            model.release()
+        for chunk in chunks:
+            if sequence_parallel:
+                set_model_to_sequence_parallel(chunk, True)
+            if groups.cp_size > 1:
+                _set_whole_sequences(chunk, groups.cp)
+            chunk.train(was_training)
         _leave_inference_mode()
-        _forget_rotary_cache(model)
+        _forget_rotary_cache(chunks[0])
         _drop_inference_buffers()
+
+
+def _set_whole_sequences(chunk: torch.nn.Module, cp_group: dist.ProcessGroup | None) -> None:
+    """Let every context-parallel rank generate all of each sequence (None), or train on its share of it (its group)."""
+    chunk.rotary_pos_emb.cp_group = cp_group
+    _forget_rotary_cache(chunk)
+    for layer in chunk.decoder.layers:
+        layer.self_attention.core_attention.whole_sequences = cp_group is None
 
 
 def _leave_inference_mode() -> None:
@@ -137,6 +203,7 @@ def _drop_inference_buffers() -> None:
 
 def run_dynamic_engine(
     model: torch.nn.Module,
+    num_layers: int,
     sampler: Any,
     tokenizer: Any,
     groups: Any,
@@ -162,7 +229,7 @@ def run_dynamic_engine(
     if InferenceConfig is None:
         context = DynamicInferenceContext(
             params_dtype=config.params_dtype,
-            num_layers=config.num_layers // groups.pp_size,
+            num_layers=num_layers,
             kv_channels=config.kv_channels,
             num_attention_heads=config.num_query_groups,
             **sizes,

@@ -26,11 +26,18 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tropd.config import ModelConfig
+from megatron_tropd.context_parallel import ContextParallelAttention
 from megatron_tropd.parallel import ParallelGroups
 from megatron_tropd.types import UserError
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
 _VOCAB_MULTIPLE = 128  # a shard of a multiple of it keeps matrix products aligned
+_UNEVEN_STAGES = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -95,7 +102,7 @@ def transformer_config(hf_config: Any, model: ModelConfig, role: str = "model", 
     Raises:
         UserError: TP does not divide the heads or key/value heads, or PP x VPP does not divide the layers.
     """
-    _check_layout(hf_config, model, role)
+    check_sizes(hf_config, model, role)
     dtype = _DTYPES[model.dtype]
     fields = {
         "num_layers": hf_config.num_hidden_layers,
@@ -122,6 +129,10 @@ def transformer_config(hf_config: Any, model: ModelConfig, role: str = "model", 
         "tensor_model_parallel_size": model.tensor_model_parallel_size,
         "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": model.virtual_pipeline_model_parallel_size,
+        # Interleaved, two stages exchange activations and gradients at once: batched together they would be mixed up.
+        "overlap_p2p_comm": model.virtual_pipeline_model_parallel_size is not None,
+        "batch_p2p_comm": model.virtual_pipeline_model_parallel_size is None,
+        **{key: getattr(model, key) for key in _UNEVEN_STAGES},
         "context_parallel_size": model.context_parallel_size,
         "sequence_parallel": model.sequence_parallel,
         # loss_func returns sums and token counts: every token of the global batch weighs alike.
@@ -206,6 +217,8 @@ def _layer_spec(config: TransformerConfig, groups: ParallelGroups, vp_stage: int
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if config.context_parallel_size > 1:
+        layer.self_attention.submodules.core_attention = ContextParallelAttention
     if config.qk_layernorm:
         layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = RMSNorm
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp_rank)
@@ -256,7 +269,8 @@ def _inverse_frequencies(hf_config: Any) -> torch.Tensor | None:
     return frequencies.float()
 
 
-def _check_layout(hf_config: Any, model: ModelConfig, role: str) -> None:
+def check_sizes(hf_config: Any, model: ModelConfig, role: str) -> None:
+    """Refuse a layout that the model's sizes do not allow, naming divisors that would work."""
     heads = (hf_config.num_attention_heads, hf_config.num_key_value_heads)
     tp = model.tensor_model_parallel_size
     if any(count % tp for count in heads):
@@ -264,22 +278,43 @@ def _check_layout(hf_config: Any, model: ModelConfig, role: str) -> None:
             f"{role}.tensor_model_parallel_size={tp} does not divide the model's {heads[0]} attention heads and "
             f"{heads[1]} key/value heads; use one of {_divisors(math.gcd(*heads))}."
         )
-    layers, pp = hf_config.num_hidden_layers, model.pipeline_model_parallel_size
-    if layers % pp:
-        raise UserError(
-            f"{role}.pipeline_model_parallel_size={pp} does not divide the model's {layers} layers; use one of "
-            f"{_divisors(layers)}."
-        )
-    vpp = model.virtual_pipeline_model_parallel_size
-    if vpp and (layers // pp) % vpp:
-        raise UserError(
-            f"{role}.virtual_pipeline_model_parallel_size={vpp} does not divide the {layers // pp} layers of a "
-            f"pipeline stage; use one of {_divisors(layers // pp)[1:]} or null."
-        )
+    _check_stages(hf_config.num_hidden_layers, model, role)
     if hf_config.intermediate_size % tp:
         raise UserError(
             f"{role}.tensor_model_parallel_size={tp} does not divide intermediate_size={hf_config.intermediate_size}."
         )
+
+
+def _check_stages(layers: int, model: ModelConfig, role: str) -> None:
+    """Refuse layers that do not fall evenly on the pipeline stages whose number of layers is not given."""
+    pp, vpp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size or 1
+    given = {key: getattr(model, key) for key in _UNEVEN_STAGES[:2] if getattr(model, key) is not None}
+    counted = [key for key in _UNEVEN_STAGES[2:] if getattr(model, key)]
+    if given and counted:
+        raise UserError(f"{role}.{next(iter(given))} and {role}.{counted[0]} contradict each other; keep one of them.")
+    if (given or counted) and pp == 1:
+        raise UserError(
+            f"{role}.{[*given, *counted][0]} needs {role}.pipeline_model_parallel_size of at least 2, and it is 1."
+        )
+    if not pp - len(given):
+        if sum(given.values()) != layers:
+            raise UserError(
+                f"{role}: stages of {' and '.join(map(str, given.values()))} layers do not make the model's {layers}."
+            )
+        return
+    left, stages = layers - sum(given.values()) + len(counted), pp - len(given)
+    what = f"the model's {layers} layers" if left == layers else f"the {left} layers left to {stages} stages"
+    if left < stages or left % stages:
+        raise UserError(
+            f"{role}.pipeline_model_parallel_size={pp} does not divide {what}; use one of {_divisors(layers)}, or give "
+            f"the stages unequal numbers with {role}.{_UNEVEN_STAGES[0]} and {_UNEVEN_STAGES[1]}."
+        )
+    for count in {left // stages, *given.values()}:
+        if count % vpp:
+            raise UserError(
+                f"{role}.virtual_pipeline_model_parallel_size={vpp} does not divide the {count} layers of a "
+                f"pipeline stage; use one of {_divisors(count)[1:]} or null."
+            )
 
 
 def _divisors(number: int) -> list[int]:

@@ -14,8 +14,8 @@ import torch
 
 from megatron_tropd.megatron_compat import unwrap_model
 
-# logits [s, b, V/tp] -> values [s, b, c]
-Compute = Callable[[torch.Tensor], torch.Tensor]
+# (logits [s, b, V/tp], the output layer's input [s, b, h] or, sequence-parallel, [s/tp, b, h]) -> values [s, b, c]
+Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class OutputHook:
@@ -38,11 +38,11 @@ class OutputHook:
         if self._compute is None:
             return None
         logits, bias = output
-        return self._compute(logits), bias
+        return self._compute(logits, args[0]), bias
 
     @contextmanager
     def armed(self, compute: Compute) -> Iterator[None]:
-        """Within the context the output layer returns `compute(logits)`."""
+        """Within the context the output layer returns `compute(logits, hidden)`."""
         if self._compute is not None:
             raise RuntimeError("the output hook is armed already: score one micro-batch at a time")
         self._compute = compute

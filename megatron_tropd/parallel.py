@@ -1,9 +1,11 @@
 """Process groups: built once from a layout, handed on as objects; the only reader of Megatron's parallel_state.
 
-Works under torchrun (NCCL on CUDA, gloo on CPU) and in a single process without it.
+Works under torchrun (NCCL on CUDA, gloo on CPU) and in a single process without it. The student's groups are
+Megatron's global ones; a teacher of another layout has a collection of its own over the same ranks.
 
     groups = initialize(recipe.student, seed=recipe.training.seed)
     model = build_model(hf_config, recipe.student, groups)
+    teacher_groups = build_groups(recipe.teacher, groups)       # the same object where the layouts are the same
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from megatron_tropd.config import ModelConfig
 from megatron_tropd.types import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ParallelGroups:
     """One model's process groups, as Megatron's collection and under short names."""
 
@@ -95,7 +97,7 @@ class ParallelGroups:
         return self.is_last_stage and self.tp_rank == 0 and self.dp_rank == 0 and self.cp_rank == 0
 
 
-def _check_layout(layout: ModelConfig, world_size: int) -> None:
+def _check_layout(layout: ModelConfig, world_size: int, role: str | None = None) -> None:
     sizes = {
         "tensor_model_parallel_size": layout.tensor_model_parallel_size,
         "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
@@ -103,7 +105,8 @@ def _check_layout(layout: ModelConfig, world_size: int) -> None:
     }
     model_parallel = int(np.prod(list(sizes.values())))
     if world_size % model_parallel:
-        wanted = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        prefix = f"{role}." if role else ""
+        wanted = " x ".join(f"{prefix}{name}={size}" for name, size in sizes.items())
         raise UserError(
             f"{world_size} process(es) cannot hold {wanted} = {model_parallel} ranks a replica; start a multiple of "
             f"{model_parallel} processes (torchrun --nproc-per-node) or choose sizes whose product divides {world_size}"
@@ -154,6 +157,58 @@ def initialize(
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
     return ParallelGroups(collection, layout.virtual_pipeline_model_parallel_size, device)
+
+
+def build_groups(layout: ModelConfig, groups: ParallelGroups, role: str = "teacher") -> ParallelGroups:
+    """Return process groups of another layout over all ranks, beside those of `initialize`; collective.
+
+    Ranks are ordered as Megatron orders them: tp, cp, dp, pp, the first varying fastest. A layout of the same sizes
+    gets `groups` itself. Expert parallelism is not among them: each rank is an expert group of its own.
+
+    Args:
+        layout: parallel sizes of the other model.
+        groups: from `initialize`.
+        role: of the other model, for error messages.
+
+    Raises:
+        UserError: the number of processes is no multiple of the layout's ranks.
+    """
+    tp, pp, cp = (
+        layout.tensor_model_parallel_size,
+        layout.pipeline_model_parallel_size,
+        layout.context_parallel_size,
+    )
+    virtual = layout.virtual_pipeline_model_parallel_size
+    same = (groups.tp_size, groups.pp_size, groups.cp_size, groups.virtual_pipeline_size)
+    if (tp, pp, cp, virtual) == same:
+        return groups
+    _check_layout(layout, groups.world_size, role)
+    dp = groups.world_size // (tp * pp * cp)
+    ranks = parallel_state.RankGenerator(tp=tp, ep=1, dp=dp, pp=pp, cp=cp, order="tp-cp-ep-dp-pp")
+
+    def group(lists: list[list[int]]) -> dist.ProcessGroup:
+        return dist.new_subgroups_by_enumeration(lists)[0]
+
+    dims = {"tp": "tp", "cp": "cp", "pp": "pp", "dp": "dp", "mp": "tp-pp", "dp_cp": "dp-cp"}
+    dims |= {"tp_cp": "tp-cp", "tp_dp_cp": "tp-dp-cp"}
+    built = {name: group(ranks.get_ranks(token)) for name, token in dims.items()}
+    pipelines = ranks.get_ranks("pp")
+    built["embd"] = _end_groups(pipelines, parallel_state.default_embedding_ranks)
+    built["pos_embd"] = _end_groups(pipelines, parallel_state.default_position_embedding_ranks)
+    # Without expert parallelism the groups of experts are those of the dense layers.
+    built["ep"] = group([[rank] for rank in range(groups.world_size)])
+    built |= {"expt_tp": built["tp"], "tp_ep": built["tp"], "tp_ep_pp": built["mp"], "expt_dp": built["dp_cp"]}
+    return ParallelGroups(ProcessGroupCollection(**built), virtual, groups.device)
+
+
+def _end_groups(pipelines: list[list[int]], choose: Callable[[list[int]], list[int]]) -> dist.ProcessGroup | None:
+    """Make one group of the chosen ranks of every pipeline; return this rank's, None if it is in none."""
+    mine = None
+    for ranks in map(choose, pipelines):
+        made = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            mine = made
+    return mine
 
 
 def shutdown() -> None:

@@ -43,21 +43,13 @@ class RolloutEngine:
         """Describe the engine; nothing is allocated yet.
 
         Args:
-            chunks: this rank's bare GPTModel, in a list of one.
+            chunks: this rank's bare GPTModel chunks, one or, interleaved, several.
             tokenizer: its vocabulary bounds what is drawn; its EOS ids end responses.
             groups: process groups of the model.
             config: `rollout.*`: engine, max_batch_size, kv_cache_gb.
             max_sequence_length: the model's context.
-
-        Raises:
-            UserError: the model is split into virtual pipeline stages, which Megatron's engines do not run.
         """
-        if len(chunks) != 1:
-            raise UserError(
-                f"virtual_pipeline_model_parallel_size={len(chunks)}: Megatron's inference engines run one model chunk "
-                "a stage; set it to null."
-            )
-        self.model = chunks[0]
+        self.chunks = chunks
         self.tokenizer = tokenizer
         self.groups = groups
         self.config = config
@@ -85,13 +77,13 @@ class RolloutEngine:
             for i in range(sampling.samples_per_prompt)
         ]
         unfinished = [r for r in responses if r.finish_reason is None]
-        with inference_model(self.model), warnings.catch_warnings():
+        with inference_model(self.chunks, self.groups) as model, warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"megatron\.core")  # deprecations inside Megatron's own calls
             if self._use_static():
                 for start in range(0, len(unfinished), self.config.max_batch_size):
-                    self._run_static(unfinished[start : start + self.config.max_batch_size], sampling)
+                    self._run_static(model, unfinished[start : start + self.config.max_batch_size], sampling)
             elif unfinished:
-                self._run_dynamic(unfinished, sampling)
+                self._run_dynamic(model, unfinished, sampling)
         return self._as_rollouts(responses, sampling)
 
     def _response(self, prompt: Prompt, prefix: list[int], sample_id: int, sampling: Sampling) -> Response:
@@ -113,7 +105,7 @@ class RolloutEngine:
     def _use_static(self) -> bool:
         return self.config.engine == "static"
 
-    def _run_dynamic(self, responses: list[Response], sampling: Sampling) -> None:
+    def _run_dynamic(self, model: torch.nn.Module, responses: list[Response], sampling: Sampling) -> None:
         cpu_compat.apply_inference()
         longest = max(len(r.start) + r.budget for r in responses)
         # Megatron rounds the number of requests to multiples of the tensor-parallel size and of 4.
@@ -121,7 +113,8 @@ class RolloutEngine:
         max_requests = -(-min(len(responses), self.config.max_batch_size) // multiple) * multiple
         block = _CUDA_BLOCK_TOKENS if self.groups.device.type == "cuda" else _CPU_BLOCK_TOKENS
         run_dynamic_engine(
-            self.model,
+            model,
+            self._num_layers(),
             self._sampler(responses, sampling),
             self.tokenizer,
             self.groups,
@@ -149,16 +142,19 @@ class RolloutEngine:
         return asked or self._sequences_gb(max_requests, longest, block)
 
     def _sequences_gb(self, sequences: int, longest: int, block: int) -> float:
-        config = self.model.config
+        config = self.chunks[0].config
         heads = config.num_query_groups // self.groups.tp_size
-        token_bytes = 2 * heads * config.kv_channels * (config.num_layers // self.groups.pp_size)
+        token_bytes = 2 * heads * config.kv_channels * self._num_layers()
         token_bytes *= torch.finfo(config.params_dtype).bits // 8
         blocks = sequences * -(-longest // block) + 2  # one block is Megatron's dummy, one guards the rounding
         return blocks * block * token_bytes / 2**30
 
-    def _run_static(self, responses: list[Response], sampling: Sampling) -> None:
+    def _num_layers(self) -> int:
+        return sum(len(chunk.decoder.layers) for chunk in self.chunks)
+
+    def _run_static(self, model: torch.nn.Module, responses: list[Response], sampling: Sampling) -> None:
         cpu_compat.apply_inference()
-        run_static_engine(self.model, self._sampler(responses, sampling), self.tokenizer, self.groups)
+        run_static_engine(model, self._sampler(responses, sampling), self.tokenizer, self.groups)
 
     def _sampler(self, responses: list[Response], sampling: Sampling) -> Sampler:
         return Sampler(responses, self.tokenizer, sampling, self.groups, self.tokenizer.vocab_size)

@@ -21,7 +21,7 @@ from megatron_tropd.guidance import Guidance
 from megatron_tropd.held_out import HeldOut, load_held_out
 from megatron_tropd.model import build_model, load_hf_config
 from megatron_tropd.objectives import Objective, build_objective
-from megatron_tropd.parallel import ParallelGroups, on_rank_zero
+from megatron_tropd.parallel import ParallelGroups, build_groups, on_rank_zero
 from megatron_tropd.prompts import PromptSource, load_prompts
 from megatron_tropd.recipe import save_recipe
 from megatron_tropd.rollout import RolloutEngine
@@ -63,6 +63,12 @@ class Run:
         """Sequence lengths are rounded up to it."""
         return pad_multiple(self.recipe, self.groups)
 
+    @property
+    def row_multiple(self) -> int:
+        """Batches are filled up to a multiple of it: micro-batches, interleaved in groups of the pipeline's size."""
+        rows = self.recipe.training.micro_batch_size
+        return rows * self.groups.pp_size if self.groups.virtual_pipeline_size else rows
+
     def shard(self, prompts: list[Prompt]) -> list[Prompt]:
         """Return this data-parallel rank's contiguous share of a step's prompts."""
         share = len(prompts) // self.groups.dp_size
@@ -97,6 +103,7 @@ def set_up(recipe: Recipe, groups: ParallelGroups) -> Run:
     tokenizer = load_tokenizer(recipe.tokenizer.path or hf_path, recipe.tokenizer.chat_template)
     _check_vocabulary(tokenizer, hf_config, "student")
     teacher_hf_path = _check_teacher(recipe, tokenizer) if objective.needs_teacher else None
+    teacher_groups = build_groups(recipe.teacher, groups) if objective.needs_teacher else groups
     context = hf_config.max_position_embeddings
     max_prompt = _longest_prompt(recipe, context)
     prompts = load_prompts(recipe.data.prompts, tokenizer, max_prompt)
@@ -117,7 +124,7 @@ def set_up(recipe: Recipe, groups: ParallelGroups) -> Run:
     student = build_student(modules, recipe.training, groups, tokenizer.vocab_size)
     teacher = None
     if teacher_hf_path:
-        teacher = _build_teacher(recipe, groups, teacher_hf_path, objective, tokenizer.vocab_size)
+        teacher = _build_teacher(recipe, groups, teacher_groups, teacher_hf_path, objective, tokenizer.vocab_size)
     engine = RolloutEngine(modules, tokenizer, groups, recipe.rollout, max_sequence_length=context)
     source = PromptSource(prompts, seed=recipe.data.seed, shuffle=recipe.data.shuffle)
     held_out = _build_held_out(recipe, groups, held_out_prompts, tokenizer, modules, teacher)
@@ -142,8 +149,10 @@ def set_up(recipe: Recipe, groups: ParallelGroups) -> Run:
 
 
 def pad_multiple(recipe: Recipe, groups: ParallelGroups) -> int:
-    """Return what sequence lengths are rounded up to: sequence parallelism shards them over tensor-parallel ranks."""
-    return 8 * groups.tp_size if recipe.student.sequence_parallel else 8
+    """Return what sequence lengths are rounded up to: sequence and context parallelism shard them."""
+    context = 2 * groups.cp_size if groups.cp_size > 1 else 1
+    sharded = recipe.student.sequence_parallel or recipe.teacher.sequence_parallel
+    return 8 * context * (groups.tp_size if sharded else 1)
 
 
 def checkpoint_folder(recipe: Recipe) -> Path:
@@ -220,7 +229,7 @@ def _build_held_out(
         prompts,
         tokenizer,
         modules,
-        teacher.chunks,
+        teacher,
         groups,
         vocab_size=tokenizer.vocab_size,
         micro_batch_size=recipe.training.micro_batch_size,
@@ -230,7 +239,12 @@ def _build_held_out(
 
 
 def _build_teacher(
-    recipe: Recipe, groups: ParallelGroups, hf_path: Path, objective: Objective, vocab_size: int
+    recipe: Recipe,
+    student_groups: ParallelGroups,
+    groups: ParallelGroups,
+    hf_path: Path,
+    objective: Objective,
+    vocab_size: int,
 ) -> TeacherHook:
     config = dataclasses.replace(recipe.teacher, recompute=None)
     hf_config = load_hf_config(hf_path)
@@ -242,6 +256,7 @@ def _build_teacher(
         topk=objective.topk,
         temperature=recipe.objective.temperature,
         implementation=recipe.objective.kernel,
+        student_groups=student_groups,
     )
     return hook.attach(chunks)
 

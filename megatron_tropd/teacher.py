@@ -6,15 +6,22 @@ full logits are neither gathered nor kept. It does not generate and has no optim
     hook = TeacherHook(groups, vocab_size=tokenizer.vocab_size, topk=64)
     hook.attach(teacher_chunks)
     scores = hook.score(batch, micro_batch_size=4)      # TeacherScores on the last stage, None elsewhere
+
+With `student_groups` of another layout, batches come from the student's ranks and scores go back to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_tropd.batching import microbatches
+from megatron_tropd.context_parallel import gather_shares, share_of
+from megatron_tropd.exchange import Exchange
 from megatron_tropd.kernels import vocab_parallel_logprobs, vocab_parallel_topk
 from megatron_tropd.megatron_compat import run_schedule, unwrap_model
 from megatron_tropd.output_hook import OutputHook
@@ -33,6 +40,7 @@ class TeacherHook:
         temperature: float = 1.0,
         with_entropy: bool = True,
         implementation: str = "auto",
+        student_groups: ParallelGroups | None = None,
     ):
         """Describe what to score.
 
@@ -43,8 +51,11 @@ class TeacherHook:
             temperature: divides the logits, as in the student's loss.
             with_entropy: also return the entropy (no further pass).
             implementation: of the kernels.
+            student_groups: process groups of the student, where its layout is another.
         """
         self.groups = groups
+        unlike = student_groups is not None and student_groups is not groups
+        self.exchange = Exchange(student_groups, groups) if unlike else None
         self.vocab_size = vocab_size
         self.topk = min(topk, vocab_size)
         self.temperature = temperature
@@ -52,7 +63,7 @@ class TeacherHook:
         self.implementation = implementation
         self.chunks: list[torch.nn.Module] = []
         self._hook: OutputHook | None = None
-        self._scores: TeacherScores | None = None
+        self._part: Any = None
 
     def attach(self, chunks: list[torch.nn.Module]) -> TeacherHook:
         """Freeze the teacher's model chunks and hook their output layer."""
@@ -74,40 +85,78 @@ class TeacherHook:
     def score(self, batch: TrainingBatch, micro_batch_size: int) -> TeacherScores | None:
         """Score every row of `batch` [b, s].
 
-        Collective over the teacher's tensor- and pipeline-parallel ranks. The batch is the same on all of them.
+        Collective over all ranks of the student's replica, and of the whole job where the teacher's layout is another.
+        The batch is the student replica's, the same on all its ranks.
 
         Returns:
-            TeacherScores of the whole batch on the last pipeline stage, None on the others. Rows and positions without
-            a loss hold zeros.
+            TeacherScores of the whole batch on the student's last pipeline stage, None on the others. Rows and
+            positions without a loss hold zeros.
         """
+        if self.exchange is None:
+            parts = self._run(batch, micro_batch_size, self._score_logits)
+            return self._whole(parts) if parts else None
+        share = self.exchange.distribute(batch, micro_batch_size)
+        parts = self._run(share.batch, micro_batch_size, self._score_logits)
+        channels = 1 + self.with_entropy + 2 * self.topk
+        payload = _pack(self._whole(parts)) if parts else None
+        packed = self.exchange.collect(payload, share, channels, torch.int32)
+        return _unpack(packed, self.topk, self.with_entropy) if self.exchange.student.is_last_stage else None
+
+    def hidden_states(self, batch: TrainingBatch, micro_batch_size: int) -> torch.Tensor | None:
+        """Return the output layer's input [b, s, h] at tokens with a loss, zeros elsewhere; where `score` returns.
+
+        For objectives and measurements over the whole vocabulary: `Exchange.reshard_output_weight` has the other factor
+        of the logits. Only for a teacher of another layout than the student's.
+        """
+        share = self.exchange.distribute(batch, micro_batch_size)
+        parts = self._run(share.batch, micro_batch_size, self._keep_hidden)
+        config = self.chunks[-1].config
+        payload = gather_shares(torch.cat(parts), self.groups.cp) if parts else None
+        packed = self.exchange.collect(payload, share, config.hidden_size, config.params_dtype)
+        return packed if self.exchange.student.is_last_stage else None
+
+    def _run(self, batch: TrainingBatch, micro_batch_size: int, compute: Callable) -> list[Any]:
+        """Run the teacher's schedule; return what `compute` makes of each micro-batch, on the last stage alone."""
         if self._hook is None:
             raise RuntimeError("attach(model) before score(batch)")
         assert not any(p.requires_grad for c in self.chunks for p in c.parameters()), "the teacher must stay frozen"
+        share = share_of(batch, self.groups.cp_rank, self.groups.cp_size)
         with torch.no_grad():
-            parts = run_schedule(
+            return run_schedule(
                 self.groups,
-                self._forward_step,
-                microbatches(batch, micro_batch_size),
+                partial(self._forward_step, compute=compute),
+                microbatches(share, micro_batch_size),
                 self.chunks,
                 seq_length=batch.tokens.size(1),
                 micro_batch_size=micro_batch_size,
                 forward_only=True,
                 collect_non_loss_data=True,
             )
-        return _concatenate(parts) if self.groups.is_last_stage else None
 
-    def _forward_step(self, data_iterator: Iterator[TrainingBatch], model: torch.nn.Module):
+    def _whole(self, parts: list[TeacherScores]) -> TeacherScores:
+        """Put micro-batches, and the context-parallel ranks' shares of sequences, together."""
+        scores = _concatenate(parts)
+        if self.groups.cp_size == 1:
+            return scores
+        return _unpack(gather_shares(_pack(scores), self.groups.cp), self.topk, self.with_entropy)
+
+    def _forward_step(self, data_iterator: Iterator[TrainingBatch], model: torch.nn.Module, *, compute: Callable):
         batch = next(data_iterator)
-        with self._hook.armed(lambda logits: self._score_logits(logits, batch)):
+
+        def keep(logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+            self._part = compute(logits, hidden, batch)
+            return logits[..., :1]  # GPTModel transposes what the output layer returns: hand on as little as possible
+
+        with self._hook.armed(keep):
             output = model(batch.tokens, batch.position_ids, None)
         return output, self._collect
 
-    def _collect(self, output: torch.Tensor, non_loss_data: bool = True) -> TeacherScores:
-        scores, self._scores = self._scores, None
-        return scores
+    def _collect(self, output: torch.Tensor, non_loss_data: bool = True) -> Any:
+        part, self._part = self._part, None
+        return part
 
-    def _score_logits(self, logits: torch.Tensor, batch: TrainingBatch) -> torch.Tensor:
-        """Turn logits [s, b, V/tp] into this micro-batch's scores; hand a [s, b, 1] output on to GPTModel."""
+    def _score_logits(self, logits: torch.Tensor, hidden: torch.Tensor, batch: TrainingBatch) -> TeacherScores:
+        """Turn logits [s, b, V/tp] into this micro-batch's scores."""
         labels = batch.labels.t().unsqueeze(-1)  # [s, b, 1]
         mask = (batch.loss_kind != LOSS_NONE).t()  # [s, b]
         options = {"temperature": self.temperature, "mask": mask, "implementation": self.implementation}
@@ -118,13 +167,20 @@ class TeacherHook:
         topk_logprobs, topk_ids = logits.new_zeros(topk_shape, dtype=torch.float32), labels.new_zeros(topk_shape)
         if self.topk:
             topk_logprobs, topk_ids = vocab_parallel_topk(logits, self.topk, self.groups.tp, self.vocab_size, **options)
-        self._scores = TeacherScores(
+        return TeacherScores(
             logprobs=logprobs.squeeze(-1).t(),
             topk_ids=topk_ids.transpose(0, 1),
             topk_logprobs=topk_logprobs.transpose(0, 1),
             entropy=None if entropy is None else entropy.t(),
         )
-        return logprobs
+
+    def _keep_hidden(self, logits: torch.Tensor, hidden: torch.Tensor, batch: TrainingBatch) -> torch.Tensor:
+        """Return hidden states [b, s, h], whole on every tensor-parallel rank."""
+        if self.chunks[-1].config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.groups.tp
+            )
+        return hidden.transpose(0, 1)
 
 
 def _concatenate(parts: list[TeacherScores]) -> TeacherScores:
@@ -133,4 +189,22 @@ def _concatenate(parts: list[TeacherScores]) -> TeacherScores:
         topk_ids=torch.cat([p.topk_ids for p in parts]),
         topk_logprobs=torch.cat([p.topk_logprobs for p in parts]),
         entropy=None if parts[0].entropy is None else torch.cat([p.entropy for p in parts]),
+    )
+
+
+def _pack(scores: TeacherScores) -> torch.Tensor:
+    """Put scores into one int32 tensor [b, s, c]; fp32 numbers travel as their bits."""
+    columns = [scores.logprobs.unsqueeze(-1), scores.topk_logprobs]
+    if scores.entropy is not None:
+        columns.append(scores.entropy.unsqueeze(-1))
+    return torch.cat([scores.topk_ids.int(), torch.cat(columns, dim=-1).view(torch.int32)], dim=-1)
+
+
+def _unpack(packed: torch.Tensor, topk: int, with_entropy: bool) -> TeacherScores:
+    numbers = packed[..., topk:].contiguous().view(torch.float32)
+    return TeacherScores(
+        logprobs=numbers[..., 0],
+        topk_ids=packed[..., :topk].long(),
+        topk_logprobs=numbers[..., 1 : 1 + topk],
+        entropy=numbers[..., -1] if with_entropy else None,
     )

@@ -69,7 +69,7 @@ def _train(run: Run, termination: TerminationFlag) -> dict[str, Any]:
         batch = pack(
             rollouts,
             pad_multiple=run.pad_multiple,
-            row_multiple=training.micro_batch_size,
+            row_multiple=run.row_multiple,
             pad_id=run.tokenizer.pad_id,
             device=run.groups.device,
         )

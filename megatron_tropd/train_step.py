@@ -20,6 +20,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_tropd.batching import microbatches
 from megatron_tropd.config import ObjectiveConfig, TrainingConfig
+from megatron_tropd.context_parallel import share_of, whole_of
 from megatron_tropd.kernels import vocab_parallel_logprobs
 from megatron_tropd.megatron_compat import keep_adam_step_on_load, run_schedule, unwrap_model
 from megatron_tropd.objectives import Objective, TokenDetails
@@ -139,6 +140,9 @@ def train_step(
         chunk.train()
         chunk.zero_grad_buffer()
     student.optimizer.zero_grad()
+    cp = (student.groups.cp_rank, student.groups.cp_size)
+    seq_length, batch = batch.tokens.size(1), share_of(batch, *cp)
+    scores = None if scores is None else share_of(scores, *cp)
     rows = microbatches(batch, micro_batch_size)
     starts = range(0, batch.tokens.size(0), micro_batch_size)
     work = [
@@ -149,7 +153,7 @@ def train_step(
         partial(forward_step, student=student, objective=objective, config=config, step=step),
         work,
         student.chunks,
-        seq_length=batch.tokens.size(1),
+        seq_length=seq_length,
         micro_batch_size=micro_batch_size,
         forward_only=False,
     )
@@ -175,7 +179,7 @@ def forward_step(
     """Megatron's forward_step: one micro-batch through this stage; returns (output, loss_func)."""
     batch, scores = next(data_iterator)
 
-    def gather_logprobs(logits: torch.Tensor) -> torch.Tensor:
+    def gather_logprobs(logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         ids = objective.ids(batch, scores).transpose(0, 1)  # [s, b, 1 + k]
         logprobs, entropy = vocab_parallel_logprobs(
             logits,
@@ -239,7 +243,8 @@ def reduce_reports(reports: list[dict[str, Any]], groups: ParallelGroups) -> Ste
         for name, value in zip(extremes, packed.tolist(), strict=True):
             if abs(value) != float("inf"):  # no token of that kind anywhere
                 metrics[name.lstrip("-")] = -value if name.startswith("-") else value
-    return StepResult(metrics=metrics, num_loss_tokens=num_tokens, details=reports[0]["details"])
+    details = whole_of(reports[0]["details"], groups.cp)
+    return StepResult(metrics=metrics, num_loss_tokens=num_tokens, details=details)
 
 
 def _stack(reports: list[dict[str, Any]], part: str, combine: Any) -> dict[str, torch.Tensor]:

@@ -13,14 +13,6 @@ from pathlib import Path
 from megatron_tropd.config import DATA_OBJECTIVES, UNGUIDED_OBJECTIVES, ModelConfig, Recipe
 from megatron_tropd.errors import UserError
 
-_LAYOUT = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-)
-
 
 def validate(recipe: Recipe) -> None:
     """Raise UserError at the first missing key or contradiction of a training recipe."""
@@ -61,40 +53,32 @@ def _check_required(recipe: Recipe) -> None:
 
 def check_layout(role: str, model: ModelConfig) -> None:
     """Check one model's parallel layout in itself; `role` is its section's name."""
-    for key in ("context_parallel_size", "expert_model_parallel_size"):
-        if getattr(model, key) != 1:
-            raise UserError(f"{role}.{key}={getattr(model, key)}: only 1 is supported so far; remove the key.")
+    if model.expert_model_parallel_size != 1:
+        raise UserError(
+            f"{role}.expert_model_parallel_size={model.expert_model_parallel_size}: only 1 is supported so far; remove "
+            "the key."
+        )
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         raise UserError(
             f"{role}.sequence_parallel=true needs {role}.tensor_model_parallel_size of at least 2, and it is 1: it "
             "shards activations over the tensor-parallel ranks. Raise the one or drop the other."
         )
-    if model.virtual_pipeline_model_parallel_size:
+    if model.virtual_pipeline_model_parallel_size and model.pipeline_model_parallel_size == 1:
         raise UserError(
-            f"{role}.virtual_pipeline_model_parallel_size={model.virtual_pipeline_model_parallel_size} is not "
-            "supported so far, since Megatron's inference engines run one model chunk a stage. Remove the key."
+            f"{role}.virtual_pipeline_model_parallel_size={model.virtual_pipeline_model_parallel_size} needs "
+            f"{role}.pipeline_model_parallel_size of at least 2, and it is 1: it interleaves the stages of a pipeline. "
+            "Raise the one or remove the other."
         )
 
 
 def _check_two_models(recipe: Recipe) -> None:
     student, teacher = recipe.student, recipe.teacher
-    for key in _LAYOUT:
-        ours, theirs = getattr(student, key), getattr(teacher, key)
-        if ours != theirs:
-            raise UserError(
-                f"teacher.{key}={_show(theirs)} differs from student.{key}={_show(ours)}: teacher and student must "
-                f"have one layout so far. Set teacher.{key}={_show(ours)}, or the student's to {_show(theirs)}."
-            )
     sources = [model.checkpoint or model.hf_path for model in (student, teacher)]
     if Path(sources[0]).resolve() == Path(sources[1]).resolve():
         raise UserError(
             f"teacher and student have the same weights, {sources[1]}: every loss would be zero. Give the teacher's "
             "own folder in teacher.hf_path or teacher.checkpoint."
         )
-
-
-def _show(value: object) -> object:
-    return "null" if value is None else value
 
 
 def _check_sampling(recipe: Recipe) -> None:

@@ -22,7 +22,7 @@ def full_logits(
     kept: list[torch.Tensor] = []
     hook = OutputHook(chunks)
 
-    def keep(logits: torch.Tensor) -> torch.Tensor:  # [s, b, V/tp]
+    def keep(logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:  # [s, b, V/tp]
         shards = [torch.empty_like(logits) for _ in range(groups.tp_size)]
         dist.all_gather(shards, logits.contiguous(), group=groups.tp)
         kept.append(torch.cat(shards, dim=-1)[..., :vocab_size].transpose(0, 1).contiguous())

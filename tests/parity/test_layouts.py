@@ -1,0 +1,151 @@
+"""One recipe over every parallel layout of student and teacher: losses, gates, metrics and weights of one process."""
+
+import json
+
+import pytest
+import torch
+from helpers import run_distributed
+from tiny_models import write_model
+
+TOLERANCE = 1e-5
+TP, PP, VPP = (f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "virtual_pipeline"))
+SP, CP = "sequence_parallel", "context_parallel_size"
+
+# name -> (processes, student's layout, teacher's layout or None for the same)
+LAYOUTS = {
+    "tp2": (2, {TP: 2}, None),
+    "tp4": (4, {TP: 4}, None),
+    "tp2_sp": (2, {TP: 2, SP: True}, None),
+    "pp2": (2, {PP: 2}, None),
+    "pp4": (4, {PP: 4}, None),
+    "tp2_pp2_sp": (4, {TP: 2, PP: 2, SP: True}, None),
+    "pp2_first_stage_of_1": (2, {PP: 2, "num_layers_in_first_pipeline_stage": 1}, None),
+    "pp3_counting_embedding_and_loss": (
+        3,
+        {PP: 3, "account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True},
+        {PP: 3, "num_layers_in_last_pipeline_stage": 2},
+    ),
+    "pp2_interleaved": (2, {PP: 2, VPP: 2}, None),
+    "tp2_pp2_sp_interleaved": (4, {TP: 2, PP: 2, SP: True, VPP: 2}, None),
+    "cp2": (2, {CP: 2}, None),
+    "cp4": (4, {CP: 4}, None),
+    "tp2_cp2_sp": (4, {TP: 2, CP: 2, SP: True}, None),
+    "pp2_cp2": (4, {PP: 2, CP: 2}, None),
+    "cp2_dp2": (4, {CP: 2}, None),
+    "tp2_recompute_selective": (2, {TP: 2, "recompute": "selective"}, None),
+    "pp2_recompute_full": (2, {PP: 2, "recompute": "full"}, None),
+    "dp2": (2, {}, None),
+    "dp4": (4, {}, None),
+    "tp2_dp2": (4, {TP: 2}, None),
+    "pp2_dp2": (4, {PP: 2}, None),
+    "tp2_teacher_pp2": (2, {TP: 2}, {PP: 2}),
+    "tp2_teacher_dp2": (2, {TP: 2}, {}),
+    "pp2_teacher_tp2_sp": (2, {PP: 2}, {TP: 2, SP: True}),
+    "dp2_teacher_tp2": (2, {}, {TP: 2}),
+    "pp2_teacher_interleaved": (2, {PP: 2}, {PP: 2, VPP: 4}),
+    "pp2_interleaved_teacher_tp2": (2, {PP: 2, VPP: 2}, {TP: 2}),
+    "tp2_pp2_teacher_tp4": (4, {TP: 2, PP: 2}, {TP: 4}),
+    "cp2_teacher_tp2": (2, {CP: 2}, {TP: 2}),
+    "dp4_teacher_tp2_cp2": (4, {}, {TP: 2, CP: 2}),
+    "tp4_teacher_pp4": (4, {TP: 4}, {PP: 4}),
+    "dp4_teacher_tp2_pp2": (4, {}, {TP: 2, PP: 2, SP: True}),
+    "pp2_dp2_teacher_tp2_dp2": (4, {PP: 2}, {TP: 2}),
+}
+TIMES = ("seconds_rollout", "seconds_teacher", "seconds_update", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A student, a teacher of another family, width and depth, and prompts with the teacher's responses."""
+    folder = tmp_path_factory.mktemp("material")
+    write_model(folder / "student", "llama_tied", seed=1, num_key_value_heads=4)
+    write_model(folder / "teacher", "qwen3", seed=2, hidden_size=64, num_key_value_heads=4, num_hidden_layers=8)
+    with open(folder / "prompts.jsonl", "w") as file:
+        for i in range(12):
+            prompt = {"id": f"p{i}", "messages": [{"role": "user", "content": f"add {i} and {3 * i}"}]}
+            file.write(json.dumps({**prompt, "teacher_response": f"it is {4 * i} {'!' * i}"}) + "\n")
+    return folder
+
+
+def overrides_of(material, run, student, teacher):
+    layouts = {"student": student, "teacher": student if teacher is None else teacher}
+    return [
+        *(f"{role}.hf_path={material / role}" for role in layouts),
+        *(f"{role}.dtype=float32" for role in layouts),
+        *(f"{role}.{key}={str(value).lower()}" for role, sizes in layouts.items() for key, value in sizes.items()),
+        *(f"data.prompts={material / 'prompts.jsonl'}", f"logging.dir={run}", "logging.tensorboard=false"),
+        *("rollout.max_new_tokens=12", "rollout.samples_per_prompt=2", "objective.topk=8", "guidance.beta=0.1"),
+        *("training.steps=3", "training.prompts_per_step=4", "training.micro_batch_size=1", "training.lr=1e-2"),
+        # A large eps keeps rounding errors of tiny gradients from being blown up to whole updates.
+        *("training.adam_eps=1e-2", "checkpoint.save_interval=0", "logging.samples=1"),
+        *("evaluation.interval=3", f"evaluation.held_out={material / 'prompts.jsonl'}"),
+    ]
+
+
+def train_rank(overrides):
+    from megatron_tropd import load_recipe, train
+
+    return train(load_recipe(None, overrides))
+
+
+def outcome(processes, material, run, student, teacher):
+    """Train; return records, evaluations, the gate of every logged token by (step, sample id), and the weights."""
+    summary = run_distributed(train_rank, processes, overrides_of(material, run, student, teacher))[0]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    gates = {(s["step"], s["sample_id"]): [t["kind"] for t in s["tokens"]] for s in samples}
+    return lines, summary["evaluations"], gates, weights_of(run / "checkpoints" / "step_000003" / "model")
+
+
+def weights_of(checkpoint):
+    import torch.distributed.checkpoint as dcp
+
+    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in metadata.items() if hasattr(m, "size")}
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    return state
+
+
+@pytest.fixture(scope="module")
+def single(material, tmp_path_factory):
+    """What one process trains, against which every layout is held."""
+    return outcome(1, material, tmp_path_factory.mktemp("single"), {}, None)
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Rows of differences, printed when all layouts are done (shown with pytest -s)."""
+    rows = []
+    yield rows
+    print("\n| layout | processes | largest relative difference of metrics | of weights | tokens with another gate |")
+    print("|---|---|---|---|---|")
+    print("\n".join(rows))
+
+
+def largest_difference(ours, theirs):
+    """Return the largest difference of any number of two lists of records, relative to max(1, |theirs|)."""
+    worst = 0.0
+    assert len(ours) == len(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        for key in mine.keys() - set(TIMES):
+            worst = max(worst, abs(mine[key] - other[key]) / max(1.0, abs(other[key])))
+    return worst
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_trains_what_one_process_trains(name, material, single, table, tmp_path):
+    processes, student, teacher = LAYOUTS[name]
+    records, evaluations, gates, weights = outcome(processes, material, tmp_path, student, teacher)
+    metrics = max(largest_difference(records, single[0]), largest_difference(evaluations, single[1]))
+    other_gates = sum(a != b for key in gates for a, b in zip(gates[key], single[2].get(key, gates[key]), strict=True))
+    assert weights.keys() == single[3].keys()
+    weight = max(
+        ((weights[key] - tensor).abs().max() / tensor.abs().max().clamp(min=1.0)).item()
+        for key, tensor in single[3].items()
+    )
+    table.append(f"| {name} | {processes} | {metrics:.1e} | {weight:.1e} | {other_gates} |")
+    assert gates.keys() & single[2].keys()
+    assert other_gates == 0
+    assert metrics < TOLERANCE
+    assert weight < TOLERANCE
