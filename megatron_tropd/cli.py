@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(subcommands)
     _add_evaluate(subcommands)
     _add_convert(subcommands)
+    _add_plan(subcommands)
     _add_report(subcommands)
     return parser
 
@@ -246,6 +247,25 @@ def _add_convert(subcommands: Any) -> None:
                 default=1,
                 help="under torchrun: spread a model too large for one process (%(default)s)",
             )
+
+
+def _add_plan(subcommands: Any) -> None:
+    parser = _command(
+        subcommands,
+        "plan",
+        commands.plan,
+        "estimate a GPU's memory by part and a step's seconds, and propose layouts that fit",
+        "examples:\n"
+        "  megatron-tropd plan llama_70b_to_8b teacher.hf_path=70B student.hf_path=8B --gpus 8 --gpu-memory 80\n\n"
+        "Reads the two models' config.json and nothing else. The exit status is 1 where the recipe's layout does not\n"
+        "fit. Responses are taken to reach rollout.max_new_tokens; times are those of H100s.",
+    )
+    _add_recipe_arguments(parser)
+    parser.add_argument("--gpus", type=_positive, default=8, help="number of GPUs (%(default)s)")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="memory of each (%(default)s)")
+    parser.add_argument(
+        "--prompt-tokens", type=_positive, help="longest prompt (default: the recipe's data.max_prompt_tokens, or 512)"
+    )
 
 
 def _add_report(subcommands: Any) -> None:

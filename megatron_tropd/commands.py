@@ -143,6 +143,26 @@ def mcore_to_hf(arguments: argparse.Namespace) -> None:
     )
 
 
+def plan(arguments: argparse.Namespace) -> None:
+    """Print memory by part, seconds by stage and layouts that fit; fail where the recipe's own does not."""
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    require(recipe, "student.hf_path|student.checkpoint", "teacher.hf_path|teacher.checkpoint")
+    for role in ("student", "teacher"):
+        check_layout(role, getattr(recipe, role))
+    from megatron_tropd.convert import resolve_hf_path
+    from megatron_tropd.model import load_hf_config
+    from megatron_tropd.plan import Accelerator, Job
+    from megatron_tropd.plan_text import describe
+
+    configs = [load_hf_config(resolve_hf_path(getattr(recipe, role), role)) for role in ("student", "teacher")]
+    prompt = arguments.prompt_tokens or recipe.data.max_prompt_tokens or 512
+    job = Job(*configs, recipe, arguments.gpus, prompt)
+    text, fits = describe(job, Accelerator(memory_gb=arguments.gpu_memory))
+    _print(text)
+    if not fits:
+        raise UserError("the recipe's layout does not fit; see above for its parts and for what would.")
+
+
 def report(arguments: argparse.Namespace) -> None:
     """Write the HTML report of runs."""
     from megatron_tropd.report import write_report

@@ -1,0 +1,309 @@
+"""Memory of one GPU by part, and seconds of one step, from two Hugging Face configs and a layout; nothing is loaded.
+
+What is resident is exact (weights, gradients, optimizer, KV cache); activations follow what Megatron's layers keep for
+the backward pass. Times are estimates from arithmetic and bandwidth. The pipeline stage with the most memory counts.
+
+    job = Job(student_config, teacher_config, recipe, gpus=8)
+    memory(job).peak, step_seconds(job, Accelerator())
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from megatron_tropd.config import ModelConfig, Recipe
+from megatron_tropd.errors import UserError
+from megatron_tropd.model import check_sizes, head_dim, padded_vocab_size
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_KV_BLOCK = 256  # tokens of a block of the paged cache on CUDA
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """What a GPU can do; the defaults are an H100's, at the shares that Megatron reaches in practice."""
+
+    memory_gb: float = 80.0
+    reserve_gb: float = 4.0  # CUDA context, NCCL, fragmentation
+    flops: float = 989e12 * 0.4  # dense bf16, reached in large matrix products of training
+    bandwidth: float = 3.35e12 * 0.7  # bytes a second, reached while decoding
+
+
+@dataclass(frozen=True)
+class Job:
+    """Two models and a recipe on a number of GPUs; lengths are the longest that the recipe allows."""
+
+    student: Any  # Hugging Face configs
+    teacher: Any
+    recipe: Recipe
+    gpus: int
+    prompt_tokens: int = 512
+    fused_attention: bool = True  # False: Megatron's local layers, as on a CPU
+
+    @property
+    def sequence(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.prompt_tokens + self.recipe.rollout.max_new_tokens
+
+    def replicas(self, model: ModelConfig) -> int:
+        """Data-parallel size of a model."""
+        return self.gpus // model_ranks(model)
+
+    @property
+    def rows(self) -> int:
+        """Sequences of a student replica in a step."""
+        rollout = self.recipe.rollout
+        return self.recipe.training.prompts_per_step * rollout.samples_per_prompt // self.replicas(self.recipe.student)
+
+
+def model_ranks(model: ModelConfig) -> int:
+    """Return the ranks of one replica."""
+    sizes = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size)
+    return sizes[0] * sizes[1] * sizes[2]
+
+
+def layer_parameters(hf: Any, tp: int) -> int:
+    """Return the parameters of a transformer layer on one tensor-parallel rank."""
+    h, hd = hf.hidden_size, head_dim(hf)
+    heads, groups = hf.num_attention_heads, hf.num_key_value_heads
+    qkv = (heads + 2 * groups) * hd // tp
+    bias = qkv if hf.model_type == "qwen2" else 0
+    qk_norm = 2 * hd if hf.model_type == "qwen3" else 0
+    return qkv * h + bias + heads * hd * h // tp + 3 * hf.intermediate_size * h // tp + 2 * h + qk_norm
+
+
+def stage_layers(layers: int, model: ModelConfig) -> list[int]:
+    """Return the number of layers of each pipeline stage."""
+    pp = model.pipeline_model_parallel_size
+    given = [model.num_layers_in_first_pipeline_stage, *[None] * (pp - 2), model.num_layers_in_last_pipeline_stage]
+    given = given if pp > 1 else [None]
+    counted = (model.account_for_embedding_in_pipeline_split, model.account_for_loss_in_pipeline_split)
+    rest = layers + sum(counted) - sum(n or 0 for n in given)
+    stages = [rest // given.count(None) if n is None else n for n in given]
+    stages[0] -= counted[0]
+    stages[-1] -= counted[1]
+    return stages
+
+
+def stage_parameters(hf: Any, model: ModelConfig) -> list[int]:
+    """Return the parameters that a rank of each pipeline stage holds, padding of the vocabulary included."""
+    tp, h = model.tensor_model_parallel_size, hf.hidden_size
+    table = padded_vocab_size(hf.vocab_size, tp) // tp * h
+    found = [n * layer_parameters(hf, tp) for n in stage_layers(hf.num_hidden_layers, model)]
+    found[0] += table
+    if not (hf.tie_word_embeddings and len(found) == 1):  # tied, the last stage has a copy
+        found[-1] += table
+    found[-1] += h
+    return found
+
+
+def layer_activations(hf: Any, model: ModelConfig, sequence: int, fused_attention: bool) -> float:
+    """Return the bytes a token that one layer keeps for the backward pass on one rank.
+
+    With Transformer Engine: each norm's input and output, q, k, v and the attention's output, both halves of the gated
+    product and their result. Megatron's local layers keep fp32 copies in the norms, five tensors in the MLP, and the
+    attention's probabilities besides. Selective recomputation drops what lies inside the attention; full
+    recomputation keeps a layer's input alone.
+    """
+    tp, size, h = model.tensor_model_parallel_size, _BYTES[model.dtype], hf.hidden_size
+    shard = tp if model.sequence_parallel else 1
+    if model.recompute == "full":
+        return size * h / shard
+    heads, groups, hd = hf.num_attention_heads / tp, hf.num_key_value_heads / tp, head_dim(hf)
+    ffn = hf.intermediate_size / tp
+    inside = (2 * heads + 2 * groups) * hd * size
+    if fused_attention:
+        return size * (4 * h / shard + (heads + 2 * groups) * hd + heads * hd + 3 * ffn) + 4 * heads
+    norms = 24 * h / shard if size == 4 else (16 + 2 * size) * h / shard
+    probabilities = heads * sequence * (4 if size == 4 else 4 + size)
+    inside = (2 * heads + 3 * groups) * hd * size if model.recompute == "selective" else 3 * heads * hd * size
+    return norms + 5 * ffn * size + heads * hd * size + inside + (probabilities if model.recompute is None else 0)
+
+
+def _in_flight(model: ModelConfig, stage: int, micro_batches: int) -> float:
+    """Return how many micro-batches' activations of a whole stage are held at once (1F1B, or interleaved)."""
+    pp, vpp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size or 1
+    if vpp == 1:
+        return min(pp - stage, micro_batches)
+    return min(2 * (pp - stage - 1) + (vpp - 1) * pp + 1, micro_batches * vpp) / vpp
+
+
+@dataclass
+class Memory:
+    """Bytes of the fullest GPU, by part; which parts are there at the same time is the phase's."""
+
+    stage: int
+    parts: dict[str, float] = field(default_factory=dict)
+
+    _ALWAYS = ("student weights", "student gradients", "optimizer", "teacher weights")
+    _PHASES = {
+        "rollout": ("KV cache",),
+        "teacher scores": ("batch and scores", "teacher activations", "teacher logits"),
+        "update": ("batch and scores", "activations", "logits"),
+    }
+
+    @property
+    def resident(self) -> float:
+        """Bytes that are there all the time."""
+        return sum(self.parts[name] for name in self._ALWAYS)
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Bytes at the peak of each phase of a step."""
+        return {phase: self.resident + sum(self.parts[n] for n in names) for phase, names in self._PHASES.items()}
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the fullest moment."""
+        return max(self.phases.values())
+
+
+def memory(job: Job) -> Memory:
+    """Return the memory of the fullest pipeline stage."""
+    student, teacher = job.recipe.student, job.recipe.teacher
+    count = max(student.pipeline_model_parallel_size, teacher.pipeline_model_parallel_size)
+    # Stages of both models are dealt to the same ranks in blocks: rank block i of `count`.
+    places = [
+        (i * student.pipeline_model_parallel_size // count, i * teacher.pipeline_model_parallel_size // count)
+        for i in range(count)
+    ]
+    return max((_stage_memory(job, s, t) for s, t in places), key=lambda found: found.peak)
+
+
+def _stage_memory(job: Job, student_stage: int, teacher_stage: int) -> Memory:
+    training, model, teacher = job.recipe.training, job.recipe.student, job.recipe.teacher
+    hf, size = job.student, _BYTES[model.dtype]
+    parameters = stage_parameters(hf, model)[student_stage]
+    layers = stage_layers(hf.num_hidden_layers, model)[student_stage]
+    states = 8 if size == 4 else 12  # Adam's moments, and fp32 main weights where the model has none
+    states = states if training.optimizer == "adam" else states - 8
+    shards = job.replicas(model) * model.context_parallel_size if training.use_distributed_optimizer else 1
+    tokens = training.micro_batch_size * job.sequence / model.context_parallel_size
+    a_layer = layer_activations(hf, model, job.sequence, job.fused_attention)
+    micro_batches = max(1, job.rows // training.micro_batch_size)
+    found = Memory(student_stage)
+    found.parts = {
+        "student weights": parameters * size,
+        "student gradients": parameters * 4,
+        "optimizer": parameters * states / shards,
+        "teacher weights": stage_parameters(job.teacher, teacher)[teacher_stage] * _BYTES[teacher.dtype],
+        "batch and scores": job.rows * job.sequence * (41 + 12 * job.recipe.objective.topk),
+        "KV cache": _kv_cache(job, layers),
+        "activations": tokens * (layers * a_layer * _in_flight(model, student_stage, micro_batches) + _once(job)),
+        "logits": _logits(hf, model, tokens, student_stage),
+    }
+    scored = training.micro_batch_size * job.sequence / teacher.context_parallel_size
+    whole = replace(teacher, recompute=None)
+    a_teacher = layer_activations(job.teacher, whole, job.sequence, job.fused_attention)
+    found.parts["teacher activations"] = scored * a_teacher  # forward only: one layer at a time
+    found.parts["teacher logits"] = _logits(job.teacher, teacher, scored, teacher_stage)
+    return found
+
+
+def _once(job: Job) -> float:
+    """Return the bytes a token of what is held once: a recomputed layer, and gradients within a layer."""
+    hf, model = job.student, job.recipe.student
+    tp, size = model.tensor_model_parallel_size, _BYTES[model.dtype]
+    whole = replace(model, recompute=None)
+    again = layer_activations(hf, whole, job.sequence, job.fused_attention) if model.recompute else 0.0
+    ffn = hf.intermediate_size / tp * size
+    if job.fused_attention:
+        return again + 3 * ffn
+    # Gradients of probabilities and scores, when what the MLP kept is freed already.
+    attention = 2 * hf.num_attention_heads / tp * job.sequence * 4 - 5 * ffn
+    return again + max(3 * ffn, attention)
+
+
+def _logits(hf: Any, model: ModelConfig, tokens: float, stage: int) -> float:
+    if stage < model.pipeline_model_parallel_size - 1:
+        return 0.0
+    tp = model.tensor_model_parallel_size
+    return tokens * padded_vocab_size(hf.vocab_size, tp) // tp * _BYTES[model.dtype]  # their gradient overwrites them
+
+
+def _kv_cache(job: Job, layers: int) -> float:
+    rollout, model = job.recipe.rollout, job.recipe.student
+    if rollout.kv_cache_gb:
+        return rollout.kv_cache_gb * 2**30
+    token = 2 * job.student.num_key_value_heads // model.tensor_model_parallel_size * head_dim(job.student)
+    blocks = min(job.rows, rollout.max_batch_size) * -(-job.sequence // _KV_BLOCK) + 2
+    return blocks * _KV_BLOCK * token * layers * _BYTES[model.dtype]
+
+
+def parameters(hf: Any) -> int:
+    """Return the parameters of a whole model, without padding."""
+    tables = (1 if hf.tie_word_embeddings else 2) * hf.vocab_size * hf.hidden_size
+    return hf.num_hidden_layers * layer_parameters(hf, 1) + tables + hf.hidden_size
+
+
+def step_seconds(job: Job, gpu: Accelerator) -> dict[str, float]:
+    """Estimate the seconds of a step's stages; responses are taken to reach their longest length."""
+    student, teacher = job.recipe.student, job.recipe.teacher
+    return {
+        "rollout": _rollout_seconds(job, gpu),
+        "teacher scores": _pass_seconds(job, job.teacher, teacher, gpu, passes=1),
+        "update": _pass_seconds(job, job.student, student, gpu, passes=4 if student.recompute == "full" else 3),
+    }
+
+
+def _pass_seconds(job: Job, hf: Any, model: ModelConfig, gpu: Accelerator, passes: int) -> float:
+    """Return the time of forward passes (a backward pass is two) over the step's tokens, pipeline bubble included."""
+    total = job.rows * job.replicas(job.recipe.student) * job.sequence
+    attention = 2 * hf.num_hidden_layers * hf.num_attention_heads * head_dim(hf) * job.sequence  # causal: half of 4
+    flops = passes * total * (2 * parameters(hf) + attention)
+    micro_batches = max(1, total // job.sequence // job.replicas(model) // job.recipe.training.micro_batch_size)
+    vpp = model.virtual_pipeline_model_parallel_size or 1
+    bubble = (model.pipeline_model_parallel_size - 1) / (micro_batches * vpp)
+    return flops / (job.gpus * gpu.flops) * (1 + bubble)
+
+
+def _rollout_seconds(job: Job, gpu: Accelerator) -> float:
+    """Return the time to decode: each token reads the weights and the cache; pipeline stages wait for one another."""
+    rollout, model, hf = job.recipe.rollout, job.recipe.student, job.student
+    batch = min(job.rows, rollout.max_batch_size)
+    waves = -(-job.rows // batch)
+    tp = model.tensor_model_parallel_size
+    weights = parameters(hf) * _BYTES[model.dtype] / tp
+    length = job.prompt_tokens + rollout.max_new_tokens / 2
+    token = 2 * hf.num_key_value_heads * head_dim(hf) * hf.num_hidden_layers * _BYTES[model.dtype] / tp
+    a_step = max((weights + batch * length * token) / gpu.bandwidth, 2 * parameters(hf) / tp * batch / gpu.flops)
+    return waves * rollout.max_new_tokens * a_step
+
+
+def layouts(hf: Any, model: ModelConfig, gpus: int, node: int = 8) -> Iterator[ModelConfig]:
+    """Yield the layouts of a model that its sizes and the number of GPUs allow: TP within a node, then PP."""
+    for tp, pp in itertools.product(*[[2**i for i in range(11)]] * 2):
+        if tp > node or gpus % (tp * pp):
+            continue
+        plain = dict.fromkeys(("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"))
+        found = replace(model, **plain, virtual_pipeline_model_parallel_size=None, context_parallel_size=1)
+        found = replace(found, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=tp > 1)
+        try:
+            check_sizes(hf, found, "model")
+        except UserError:
+            continue
+        yield found
+
+
+def proposals(job: Job, gpu: Accelerator, count: int = 5) -> list[tuple[Job, Memory, float]]:
+    """Return the fastest layouts that fit, with their memory and seconds a step; empty if none does."""
+    fitting = []
+    options = [layouts(hf, getattr(job.recipe, role), job.gpus) for role, hf in _models(job)]
+    for student, teacher in itertools.product(*map(list, options)):
+        for recompute in dict.fromkeys((job.recipe.student.recompute, "selective", "full")):
+            recipe = replace(job.recipe, student=replace(student, recompute=recompute), teacher=teacher)
+            other = replace(job, recipe=recipe)
+            if recipe.training.prompts_per_step % other.replicas(student):
+                continue
+            needed = memory(other)
+            if needed.peak <= (gpu.memory_gb - gpu.reserve_gb) * 1e9:
+                fitting.append((other, needed, sum(step_seconds(other, gpu).values())))
+                break
+    return sorted(fitting, key=lambda found: found[2])[:count]
+
+
+def _models(job: Job) -> list[tuple[str, Any]]:
+    return [("student", job.student), ("teacher", job.teacher)]

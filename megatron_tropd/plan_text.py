@@ -1,0 +1,76 @@
+"""A plan in words: tables of memory and time of a recipe's layout, and of the layouts that would do better.
+
+text, fits = describe(job, Accelerator(memory_gb=80))
+"""
+
+from __future__ import annotations
+
+from megatron_tropd.config import ModelConfig
+from megatron_tropd.errors import UserError
+from megatron_tropd.model import check_sizes
+from megatron_tropd.plan import Accelerator, Job, Memory, memory, model_ranks, proposals, step_seconds
+
+
+def describe(job: Job, gpu: Accelerator) -> tuple[str, bool]:
+    """Return the plan's text, and whether the recipe's own layout is possible and fits."""
+    problem = _problem(job)
+    fits = False
+    if problem:
+        lines = [problem]
+    else:
+        needed = memory(job)
+        room = gpu.memory_gb - gpu.reserve_gb
+        fits = needed.peak <= room * 1e9
+        lines = _memory_lines(needed)
+        lines.append(f"peak {needed.peak / 1e9:.1f} GB of {room:.0f} ({gpu.memory_gb:.0f} less {gpu.reserve_gb:.0f})")
+        lines[-1] += ": fits" if fits else ": DOES NOT FIT"
+        seconds = step_seconds(job, gpu)
+        lines += ["", "seconds a step, estimated: " + ", ".join(f"{name} {s:.3g}" for name, s in seconds.items())]
+    return "\n".join([*lines, "", *_proposal_lines(job, gpu)]), fits
+
+
+def _problem(job: Job) -> str | None:
+    """Return why the recipe's layout is impossible on these GPUs."""
+    try:
+        for role, hf in (("student", job.student), ("teacher", job.teacher)):
+            model = getattr(job.recipe, role)
+            check_sizes(hf, model, role)
+            if job.gpus % model_ranks(model):
+                return f"{job.gpus} GPUs cannot hold replicas of {model_ranks(model)} ranks ({role}: {_layout(model)})"
+    except UserError as error:
+        return str(error)
+    prompts, replicas = job.recipe.training.prompts_per_step, job.replicas(job.recipe.student)
+    if prompts % replicas:
+        return f"training.prompts_per_step={prompts} cannot be split over {replicas} replicas of the student"
+    return None
+
+
+def _memory_lines(needed: Memory) -> list[str]:
+    width = max(map(len, needed.parts))
+    lines = [f"GB on a GPU of the fullest pipeline stage ({needed.stage}):"]
+    lines += [f"  {name:<{width}}  {size / 1e9:8.3f}" for name, size in needed.parts.items()]
+    return [*lines, "at the same time:"] + [
+        f"  {phase:<{width}}  {size / 1e9:8.3f}" for phase, size in needed.phases.items()
+    ]
+
+
+def _layout(model: ModelConfig) -> str:
+    text = f"TP={model.tensor_model_parallel_size} PP={model.pipeline_model_parallel_size}"
+    if model.virtual_pipeline_model_parallel_size:
+        text += f" VPP={model.virtual_pipeline_model_parallel_size}"
+    return text + (f" CP={model.context_parallel_size}" if model.context_parallel_size > 1 else "")
+
+
+def _proposal_lines(job: Job, gpu: Accelerator) -> list[str]:
+    found = proposals(job, gpu)
+    if not found:
+        return [f"no layout fits {job.gpus} GPUs of {gpu.memory_gb:.0f} GB: take more, or shorter or fewer responses"]
+    lines = ["layouts that fit, the fastest first:"]
+    lines.append(f"  {'student':<18} {'teacher':<18} {'recompute':<10} {'peak GB':>8} {'s / step':>9}")
+    for other, needed, seconds in found:
+        student, teacher = other.recipe.student, other.recipe.teacher
+        lines.append(
+            f"  {_layout(student):<18} {_layout(teacher):<18} {student.recompute or 'none':<10} "
+            f"{needed.peak / 1e9:8.1f} {seconds:9.3g}"
+        )
+    return lines

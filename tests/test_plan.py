@@ -1,0 +1,204 @@
+"""The plan against what models really hold: parameters exactly, activations and peaks of a real step within 10 %."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from helpers import run_distributed
+from tiny_models import write_model
+from transformers import LlamaConfig
+
+from megatron_tropd.cli import main
+from megatron_tropd.config import ModelConfig
+from megatron_tropd.model import load_hf_config
+from megatron_tropd.plan import Accelerator, Job, layer_activations, memory, proposals, stage_layers, stage_parameters
+from megatron_tropd.recipe import load_recipe
+
+SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for kind in ("llama", "llama_tied", "qwen2", "qwen3"):
+        write_model(folder / kind, kind, **SIZES)
+    return folder
+
+
+def layout(tp=1, pp=1, **others) -> ModelConfig:
+    return ModelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, **others)
+
+
+def parameters_rank(path, model):
+    from megatron_tropd import parallel
+    from megatron_tropd.model import build_model
+
+    groups = parallel.initialize(model)
+    chunks = build_model(load_hf_config(path), model, groups)
+    return groups.pp_rank, sum(p.numel() for chunk in chunks for p in chunk.parameters())
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model", [layout(), layout(tp=2), layout(pp=2, num_layers_in_first_pipeline_stage=1)], ids=str)
+def test_parameters_are_those_of_the_model(kind, model, folder):
+    ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
+    expected = stage_parameters(load_hf_config(folder / kind), model)
+    for stage, count in run_distributed(parameters_rank, ranks, folder / kind, model):
+        assert count == expected[stage]
+
+
+def test_layers_are_dealt_to_stages_as_megatron_deals_them():
+    assert stage_layers(8, layout(pp=4)) == [2, 2, 2, 2]
+    assert stage_layers(9, layout(pp=4, num_layers_in_first_pipeline_stage=3)) == [3, 2, 2, 2]
+    assert stage_layers(9, layout(pp=2, num_layers_in_last_pipeline_stage=4)) == [5, 4]
+    both = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
+    assert stage_layers(10, layout(pp=3, **both)) == [3, 4, 3]
+
+
+def saved_bytes_rank(path, model, length):
+    """Bytes that the model's layers keep for the backward pass: of four layers less of two."""
+    from megatron_tropd import parallel
+    from megatron_tropd.model import build_model
+
+    groups, found = parallel.initialize(model), []
+    for layers in (2, 4):
+        config = copy.deepcopy(load_hf_config(path))
+        config.num_hidden_layers = layers
+        (chunk,) = build_model(config, model, groups)
+        own = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor, own=own, kept=kept):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = tensor
+            return tensor
+
+        tokens = torch.zeros(2, length, dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            chunk(tokens, torch.arange(length).expand(2, length), None)
+        found.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
+    return found[1] - found[0]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("recompute", [None, "selective", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_are_what_autograd_keeps(dtype, recompute, tp, folder):
+    model = layout(tp=tp, dtype=dtype, recompute=recompute, sequence_parallel=tp > 1)
+    length = 64
+    expected = 2 * 2 * length * layer_activations(load_hf_config(folder / "llama"), model, length, False)
+    for found in run_distributed(saved_bytes_rank, tp, folder / "llama", model, length):
+        assert found == pytest.approx(expected, rel=0.1)
+
+
+def step_rank(recipe):
+    """Peak bytes of a real training step on the CPU: what is resident, and what the step adds."""
+    from megatron_tropd import parallel
+    from megatron_tropd.convert import load_model_weights
+    from megatron_tropd.model import build_model
+    from megatron_tropd.objectives import build_objective
+    from megatron_tropd.train_step import build_student, train_step
+    from megatron_tropd.types import LOSS_STUDENT, TeacherScores, TrainingBatch
+
+    groups = parallel.initialize(recipe.student)
+    chunks = build_model(load_hf_config(recipe.student.hf_path), recipe.student, groups)
+    load_model_weights(chunks, recipe.student, groups)
+    student = build_student(chunks, recipe.training, groups, 131)
+    objective = build_objective(recipe.objective, recipe.guidance, seed=1)
+    rows, length, k = 4, 96, recipe.objective.topk
+    tokens = torch.randint(131, (rows, length))
+    kind = torch.full((rows, length), LOSS_STUDENT, dtype=torch.int8)
+    positions = torch.arange(length).expand(rows, length).contiguous()
+    logprobs = torch.full((rows, length), -4.0)
+    batch = TrainingBatch(tokens, tokens, positions, kind, logprobs, torch.arange(rows))
+    top = torch.randint(131, (rows, length, k)), torch.full((rows, length, k), -4.0)
+    scores = TeacherScores(logprobs, *top, logprobs)
+    step = partial(train_step, student, batch, scores, objective, recipe.objective, 0, 2)
+    step()  # the optimizer makes its state
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+    held = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    tensors = [p for c in chunks for p in c.parameters()]
+    tensors += [p.main_grad for p in tensors]
+    for optimizer in getattr(student.optimizer, "chained_optimizers", [student.optimizer]):
+        tensors += [t for state in optimizer.optimizer.state.values() for t in (state["exp_avg"], state["exp_avg_sq"])]
+        tensors += [p for group in optimizer.optimizer.param_groups for p in group["params"]]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    given = sum(t.nbytes for t in (tokens, positions, kind, logprobs, *top))
+    return sum(storages.values()) + given + peak
+
+
+@pytest.mark.parametrize("recompute", [None, "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_peak_of_a_real_step_is_the_plans(dtype, recompute, folder):
+    path = folder / "llama"
+    overrides = [f"student.hf_path={path}", f"student.dtype={dtype}", f"student.recompute={recompute or 'null'}"]
+    overrides += ["training.prompts_per_step=2", "rollout.samples_per_prompt=2", "training.micro_batch_size=2"]
+    recipe = load_recipe(None, [*overrides, "rollout.max_new_tokens=32", "objective.topk=8"])
+    hf = load_hf_config(path)
+    planned = memory(Job(hf, hf, recipe, gpus=1, prompt_tokens=64, fused_attention=False))
+    expected = planned.phases["update"] - planned.parts["teacher weights"]
+    (found,) = run_distributed(step_rank, 1, recipe)
+    assert found == pytest.approx(expected, rel=0.1)
+
+
+def write_config(path, **sizes):
+    LlamaConfig(**{"vocab_size": 128256, "num_key_value_heads": 8, **sizes}).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """The configs of Llama-3.1-70B and -8B; a plan reads nothing else."""
+    root = tmp_path_factory.mktemp("large")
+    wide = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    slim = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    teacher, student = write_config(root / "teacher", **wide), write_config(root / "student", **slim)
+    return [f"teacher.hf_path={teacher}", f"student.hf_path={student}"]
+
+
+def test_the_shipped_recipe_fits_a_node(large, capsys):
+    assert main(["plan", "llama_70b_to_8b", *large, "--gpus", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "teacher weights        17.641" in text  # 70.56e9 parameters with padding / 8 x 2 bytes
+    assert "of 76 (80 less 4): fits" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--gpus", "4"], "4 GPUs cannot hold replicas of 8 ranks"),
+        (["--gpu-memory", "24"], "DOES NOT FIT"),
+        (["student.tensor_model_parallel_size=3"], "does not divide the model's 32 attention heads"),
+        (["training.prompts_per_step=3", "--gpus", "16"], "cannot be split over 2 replicas"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, said, large, capsys):
+    assert main(["plan", "llama_70b_to_8b", *large, *options]) != 0
+    output = capsys.readouterr()
+    assert said in output.out + output.err
+
+
+def test_proposals_fit_and_come_fastest_first(large):
+    recipe = load_recipe("llama_70b_to_8b", large)
+    student, teacher = (load_hf_config(getattr(recipe, role).hf_path) for role in ("student", "teacher"))
+    gpu = Accelerator()
+    found = proposals(Job(student, teacher, recipe, gpus=16), gpu)
+    assert found
+    assert [s for *_, s in found] == sorted(s for *_, s in found)
+    assert all(needed.peak <= 76e9 for _, needed, _ in found)
+    assert any(
+        j.recipe.student.tensor_model_parallel_size != j.recipe.teacher.tensor_model_parallel_size for j, *_ in found
+    )
+
+
+def test_a_model_without_config_is_named(tmp_path, capsys):
+    assert main(["plan", f"student.hf_path={tmp_path}", f"teacher.hf_path={tmp_path}"]) != 0
+    assert "config.json" in capsys.readouterr().err
