@@ -20,6 +20,7 @@
 #   RECIPE=llama_70b_to_8b     where learning rate, lengths and memory are explained: examples/recipes
 #   TP=<processes a node>      tensor parallelism of both models, at most 8
 #   PP=<nodes>                 their pipeline parallelism; with more processes than TP x PP the rest is data parallelism
+#   STUDENT_TP, STUDENT_PP     the student's own, such as 2 and 1: smaller, it needs fewer ranks a replica
 #   NPROC=<GPUs>, NNODES=<Slurm's, or 1>, NODE_RANK, MASTER_ADDR, MASTER_PORT=29500   when bash starts it, as torchrun's
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -107,15 +108,16 @@ main() {
 
   # From here on every process of every node does the same.
   local tp=${TP:-$LOCAL_WORLD_SIZE} pp=${PP:-$GROUP_WORLD_SIZE}
+  local student_tp=${STUDENT_TP:-$tp} student_pp=${STUDENT_PP:-$pp}
   local layout=(--tensor-model-parallel-size "$tp" --pipeline-model-parallel-size "$pp")
-  local sequence_parallel=$([[ $tp -gt 1 ]] && echo true || echo false)
+  local student_layout=(--tensor-model-parallel-size "$student_tp" --pipeline-model-parallel-size "$student_pp")
   local settings=("$RECIPE" teacher.checkpoint="$RUN/teacher" student.checkpoint="$RUN/student")
   settings+=(tokenizer.path="$TEACHER") # the base model's has no chat template and does not end a turn
   settings+=(data.prompts="$PROMPTS" logging.dir="$RUN/train")
-  for model in teacher student; do
-    settings+=("$model.tensor_model_parallel_size=$tp" "$model.pipeline_model_parallel_size=$pp")
-    settings+=("$model.sequence_parallel=$sequence_parallel")
-  done
+  settings+=(teacher.tensor_model_parallel_size="$tp" teacher.pipeline_model_parallel_size="$pp")
+  settings+=(student.tensor_model_parallel_size="$student_tp" student.pipeline_model_parallel_size="$student_pp")
+  settings+=(teacher.sequence_parallel="$([[ $tp -gt 1 ]] && echo true || echo false)")
+  settings+=(student.sequence_parallel="$([[ $student_tp -gt 1 ]] && echo true || echo false)")
   settings+=("$@")
   local train=(python -m megatron_tropd train "${settings[@]}" guidance.responses="$RUN/responses.jsonl")
 
@@ -146,7 +148,7 @@ main() {
   stage teacher "Converting the teacher to Megatron's distributed checkpoint" \
     python tools/convert_hf_to_mcore.py --hf-path "$TEACHER" --output "$RUN/teacher" "${layout[@]}"
   stage student "Converting the student" \
-    python tools/convert_hf_to_mcore.py --hf-path "$STUDENT" --output "$RUN/student" "${layout[@]}"
+    python tools/convert_hf_to_mcore.py --hf-path "$STUDENT" --output "$RUN/student" "${student_layout[@]}"
   stage responses "Writing the teacher's responses, whose beginnings will guide the student" \
     python tools/generate_teacher_responses.py "${settings[@]}" --output "$RUN/responses.jsonl"
   stage train "Distilling: the student writes, the teacher scores, the trust region decides" "${train[@]}"
@@ -154,7 +156,7 @@ main() {
     python tools/evaluate.py "${settings[@]}" --checkpoint "$checkpoint/model" --problems "$PROBLEMS" \
     --output "$evaluation"
   stage export "Exporting the student to Hugging Face format" \
-    python tools/convert_mcore_to_hf.py --checkpoint "$checkpoint" --output "$export" "${layout[@]}"
+    python tools/convert_mcore_to_hf.py --checkpoint "$checkpoint" --output "$export" "${student_layout[@]}"
 
   if [[ $IS_FIRST == 1 ]]; then # it was trained with the teacher's chat template and end of turn: they go along
     for file in "$TEACHER"/{tokenizer*,special_tokens_map.json,chat_template*,generation_config.json}; do

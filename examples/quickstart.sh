@@ -2,6 +2,7 @@
 # The main job, small, on a CPU: convert a teacher and a student, distil with TrOPD under torchrun, evaluate, export.
 #
 #   bash examples/quickstart.sh                 # two gloo processes, tensor_model_parallel_size=2
+#   TP=1 PP=2 bash examples/quickstart.sh       # another layout; TEACHER_TP, TEACHER_PP for one of the teacher's own
 #   SEED=7 bash examples/quickstart.sh          # another seed
 #   RUN=runs/other bash examples/quickstart.sh  # another folder
 #   bash examples/quickstart.sh training.steps=20 objective.gate=soft   # any recipe key
@@ -15,6 +16,12 @@ RUN=${RUN:-runs/quickstart}
 SEED=${SEED:-1234}
 TP=${TP:-2}
 PP=${PP:-1}
+TEACHER_TP=${TEACHER_TP:-$TP}
+TEACHER_PP=${TEACHER_PP:-$PP}
+LAYOUT=(
+  student.tensor_model_parallel_size="$TP" student.pipeline_model_parallel_size="$PP"
+  teacher.tensor_model_parallel_size="$TEACHER_TP" teacher.pipeline_model_parallel_size="$TEACHER_PP"
+)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one thread a process: two processes share two cores
 STARTED=$(date +%s)
 rm -rf "$RUN"
@@ -28,14 +35,12 @@ done
 echo "== Evaluating the teacher on unseen problems"
 torchrun --nproc-per-node $((TP * PP)) -m megatron_tropd evaluate tiny \
   --model teacher --output "$RUN/teacher.json" \
-  student.tensor_model_parallel_size="$TP" student.pipeline_model_parallel_size="$PP" \
-  teacher.tensor_model_parallel_size="$TP" teacher.pipeline_model_parallel_size="$PP" \
+  "${LAYOUT[@]}" \
   student.checkpoint="$RUN/student" teacher.checkpoint="$RUN/teacher"
 
 echo "== Distilling: the student writes, the teacher scores, the trust region decides"
 torchrun --nproc-per-node $((TP * PP)) -m megatron_tropd train tiny \
-  student.tensor_model_parallel_size="$TP" student.pipeline_model_parallel_size="$PP" \
-  teacher.tensor_model_parallel_size="$TP" teacher.pipeline_model_parallel_size="$PP" \
+  "${LAYOUT[@]}" \
   student.checkpoint="$RUN/student" teacher.checkpoint="$RUN/teacher" \
   training.seed="$SEED" logging.dir="$RUN/train" "$@"
 
