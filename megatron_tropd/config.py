@@ -45,6 +45,7 @@ class ModelConfig:
     sequence_parallel: bool = _key(False, "shard activations outside attention and MLP over the tensor-parallel ranks")
     dtype: str = _key("bfloat16", "parameters and activations", ("float32", "bfloat16", "float16"))
     recompute: str | None = _key(None, "activation recomputation", ("selective", "full"))
+    offload: bool = _key(False, "teacher only: keep its weights in host memory between its passes")
 
 
 @dataclass

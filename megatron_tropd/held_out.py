@@ -102,7 +102,7 @@ class HeldOut:
         total = torch.zeros(2, dtype=torch.float64, device=self.groups.device)
         for chunk in self._models["student"]:
             chunk.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self._teacher.weights():
             for rows in microbatches(self._batch, self._group_rows):
                 teacher_logits = self._teacher_logits(rows)
                 student_logits = self._response_logits("student", rows)
@@ -117,6 +117,10 @@ class HeldOut:
     def _reshard_teacher(self) -> torch.Tensor | None:
         """Return the teacher's output layer [V/tp, h_teacher] in the student's shards, on the last stage."""
         teacher, last = self._teacher, self._teacher.chunks[-1]
+        with teacher.weights():
+            return self._reshard(teacher, last)
+
+    def _reshard(self, teacher: TeacherHook, last: torch.nn.Module) -> torch.Tensor | None:
         width = unwrap_model(self._models["student"][-1]).vocab_size // self.groups.tp_size
         weight = None
         if teacher.groups.is_last_stage:

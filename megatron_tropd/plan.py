@@ -136,9 +136,9 @@ class Memory:
     """Bytes of the fullest GPU, by part; which parts are there at the same time is the phase's."""
 
     stage: int
+    teacher_offloaded: bool
     parts: dict[str, float] = field(default_factory=dict)
 
-    _ALWAYS = ("student weights", "student gradients", "optimizer", "teacher weights")
     _PHASES = {
         "rollout": ("KV cache",),
         "teacher scores": ("batch and scores", "teacher activations", "teacher logits"),
@@ -148,12 +148,16 @@ class Memory:
     @property
     def resident(self) -> float:
         """Bytes that are there all the time."""
-        return sum(self.parts[name] for name in self._ALWAYS)
+        always = ("student weights", "student gradients", "optimizer", "teacher weights")
+        return sum(self.parts[name] for name in always[: 3 if self.teacher_offloaded else 4])
 
     @property
     def phases(self) -> dict[str, float]:
         """Bytes at the peak of each phase of a step."""
-        return {phase: self.resident + sum(self.parts[n] for n in names) for phase, names in self._PHASES.items()}
+        found = {phase: self.resident + sum(self.parts[n] for n in names) for phase, names in self._PHASES.items()}
+        if self.teacher_offloaded:
+            found["teacher scores"] += self.parts["teacher weights"]
+        return found
 
     @property
     def peak(self) -> float:
@@ -184,7 +188,7 @@ def _stage_memory(job: Job, student_stage: int, teacher_stage: int) -> Memory:
     tokens = training.micro_batch_size * job.sequence / model.context_parallel_size
     a_layer = layer_activations(hf, model, job.sequence, job.fused_attention)
     micro_batches = max(1, job.rows // training.micro_batch_size)
-    found = Memory(student_stage)
+    found = Memory(student_stage, teacher.offload)
     found.parts = {
         "student weights": parameters * size,
         "student gradients": parameters * 4,

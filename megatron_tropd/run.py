@@ -257,6 +257,7 @@ def _build_teacher(
         temperature=recipe.objective.temperature,
         implementation=recipe.objective.kernel,
         student_groups=student_groups,
+        offload=recipe.teacher.offload,
     )
     return hook.attach(chunks)
 

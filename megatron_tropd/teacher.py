@@ -13,6 +13,7 @@ With `student_groups` of another layout, batches come from the student's ranks a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,7 @@ class TeacherHook:
         with_entropy: bool = True,
         implementation: str = "auto",
         student_groups: ParallelGroups | None = None,
+        offload: bool = False,
     ):
         """Describe what to score.
 
@@ -52,6 +54,7 @@ class TeacherHook:
             with_entropy: also return the entropy (no further pass).
             implementation: of the kernels.
             student_groups: process groups of the student, where its layout is another.
+            offload: keep the weights in (pinned) host memory between passes.
         """
         self.groups = groups
         unlike = student_groups is not None and student_groups is not groups
@@ -61,7 +64,9 @@ class TeacherHook:
         self.temperature = temperature
         self.with_entropy = with_entropy
         self.implementation = implementation
+        self.offload = offload
         self.chunks: list[torch.nn.Module] = []
+        self._host: dict[torch.nn.Parameter, torch.Tensor] = {}  # offloaded weights
         self._hook: OutputHook | None = None
         self._part: Any = None
 
@@ -74,13 +79,41 @@ class TeacherHook:
             chunk.requires_grad_(False)
             chunk.eval()
         self._hook = OutputHook(self.chunks)
+        if self.offload:
+            for parameter in (p for chunk in self.chunks for p in chunk.parameters()):
+                host = parameter.data.to("cpu", copy=True)
+                self._host[parameter] = host.pin_memory() if parameter.is_cuda else host
+            self._empty()
         return self
 
+    @contextmanager
+    def weights(self) -> Iterator[None]:
+        """Within the context offloaded weights are on the device; `score` and `hidden_states` enter it themselves."""
+        if not self._host or self._is_loaded():
+            yield
+            return
+        for parameter, host in self._host.items():
+            # A copy, also where device and host are one: what is emptied afterwards must not be the host's own.
+            parameter.data = host.to(self.groups.device, non_blocking=True, copy=True)
+        try:
+            yield
+        finally:
+            self._empty()
+
+    def _is_loaded(self) -> bool:
+        return next(iter(self._host)).numel() > 0
+
+    def _empty(self) -> None:
+        for parameter in self._host:
+            parameter.data = parameter.data.new_empty(0)
+
     def detach(self) -> None:
-        """Take the hook off; the teacher stays frozen."""
+        """Take the hook off; the teacher stays frozen, its weights come back to the device."""
         if self._hook is not None:
             self._hook.remove()
-        self._hook, self.chunks = None, []
+        for parameter, host in self._host.items():
+            parameter.data = host.to(self.groups.device)
+        self._hook, self.chunks, self._host = None, [], {}
 
     def score(self, batch: TrainingBatch, micro_batch_size: int) -> TeacherScores | None:
         """Score every row of `batch` [b, s].
@@ -121,7 +154,7 @@ class TeacherHook:
             raise RuntimeError("attach(model) before score(batch)")
         assert not any(p.requires_grad for c in self.chunks for p in c.parameters()), "the teacher must stay frozen"
         share = share_of(batch, self.groups.cp_rank, self.groups.cp_size)
-        with torch.no_grad():
+        with torch.no_grad(), self.weights():
             return run_schedule(
                 self.groups,
                 partial(self._forward_step, compute=compute),

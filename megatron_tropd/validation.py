@@ -58,6 +58,8 @@ def check_layout(role: str, model: ModelConfig) -> None:
             f"{role}.expert_model_parallel_size={model.expert_model_parallel_size}: only 1 is supported so far; remove "
             "the key."
         )
+    if model.offload and role != "teacher":
+        raise UserError(f"{role}.offload=true: only the frozen teacher's weights can leave the device. Remove the key.")
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         raise UserError(
             f"{role}.sequence_parallel=true needs {role}.tensor_model_parallel_size of at least 2, and it is 1: it "

@@ -186,6 +186,17 @@ def test_what_cannot_be_is_refused(options, said, large, capsys):
     assert said in output.out + output.err
 
 
+def test_an_offloaded_teacher_is_there_only_while_it_scores(large):
+    kept, offloaded = (
+        load_recipe("llama_70b_to_8b", [*large, f"teacher.offload={value}"]) for value in ("false", "true")
+    )
+    configs = [load_hf_config(getattr(kept, role).hf_path) for role in ("student", "teacher")]
+    before, after = (memory(Job(*configs, recipe, gpus=8)) for recipe in (kept, offloaded))
+    assert after.phases["teacher scores"] == pytest.approx(before.phases["teacher scores"])
+    for phase in ("rollout", "update"):
+        assert before.phases[phase] - after.phases[phase] == pytest.approx(before.parts["teacher weights"])
+
+
 def test_proposals_fit_and_come_fastest_first(large):
     recipe = load_recipe("llama_70b_to_8b", large)
     student, teacher = (load_hf_config(getattr(recipe, role).hf_path) for role in ("student", "teacher"))

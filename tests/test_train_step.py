@@ -147,6 +147,35 @@ def test_hook_comes_off_and_refuses_misuse(models):
     run_distributed(misuse_rank, 1, models)
 
 
+def test_an_offloaded_teacher_scores_the_same_and_leaves_nothing_on_the_device(models):
+    run_distributed(offload_rank, 2, models)
+
+
+def offload_rank(models):
+    from megatron_tropd import parallel
+    from megatron_tropd.teacher import TeacherHook
+
+    config = layout(2, 1, False, models / "teacher")
+    groups = parallel.initialize(config)
+    chunks = load(config, groups, training=False)
+    parameters = [p for chunk in chunks for p in chunk.parameters()]
+    before = [p.clone() for p in parameters]
+    kept = TeacherHook(groups, VOCAB_SIZE, topk=4).attach(chunks)
+    expected = kept.score(make_batch(), 2)
+    kept.detach()
+    hook = TeacherHook(groups, VOCAB_SIZE, topk=4, offload=True).attach(chunks)
+    for _ in range(2):
+        assert sum(p.untyped_storage().nbytes() for p in parameters) == 0
+        found = hook.score(make_batch(), 2)
+        assert torch.equal(found.logprobs, expected.logprobs)
+        assert torch.equal(found.topk_ids, expected.topk_ids)
+    with hook.weights():
+        assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
+    assert sum(p.untyped_storage().nbytes() for p in parameters) == 0
+    hook.detach()
+    assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
+
+
 def misuse_rank(models):
     from megatron_tropd import parallel
     from megatron_tropd.teacher import TeacherHook

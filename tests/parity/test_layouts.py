@@ -34,6 +34,8 @@ LAYOUTS = {
     "cp2_dp2": (4, {CP: 2}, None),
     "tp2_recompute_selective": (2, {TP: 2, "recompute": "selective"}, None),
     "pp2_recompute_full": (2, {PP: 2, "recompute": "full"}, None),
+    "tp2_teacher_offloaded": (2, {TP: 2}, {TP: 2, "offload": True}),
+    "dp2_teacher_tp2_offloaded": (2, {}, {TP: 2, "offload": True}),
     "dp2": (2, {}, None),
     "dp4": (4, {}, None),
     "tp2_dp2": (4, {TP: 2}, None),
