@@ -17,6 +17,7 @@ import torch
 
 from megatron_tropd import cpu_compat
 from megatron_tropd.config import RolloutConfig
+from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.megatron_inference_compat import inference_model, run_dynamic_engine, run_static_engine
 from megatron_tropd.parallel import ParallelGroups
 from megatron_tropd.sampling import Response, Sampler
@@ -39,6 +40,7 @@ class RolloutEngine:
         groups: ParallelGroups,
         config: RolloutConfig,
         max_sequence_length: int,
+        end: EndOfText | None = None,
     ):
         """Describe the engine; nothing is allocated yet.
 
@@ -48,12 +50,14 @@ class RolloutEngine:
             groups: process groups of the model.
             config: `rollout.*`: engine, max_batch_size, kv_cache_gb.
             max_sequence_length: the model's context.
+            end: end-of-text ids that are one event, whose log-prob is then that of all of them.
         """
         self.chunks = chunks
         self.tokenizer = tokenizer
         self.groups = groups
         self.config = config
         self.max_sequence_length = max_sequence_length
+        self.end = end or EndOfText()
 
     def generate(self, prompts: list[Prompt], prefixes: list[list[int]], sampling: Sampling) -> Rollouts:
         """Write `sampling.samples_per_prompt` responses to each prompt.
@@ -157,7 +161,7 @@ class RolloutEngine:
         run_static_engine(model, self._sampler(responses, sampling), self.tokenizer, self.groups)
 
     def _sampler(self, responses: list[Response], sampling: Sampling) -> Sampler:
-        return Sampler(responses, self.tokenizer, sampling, self.groups, self.tokenizer.vocab_size)
+        return Sampler(responses, self.tokenizer, sampling, self.groups, self.tokenizer.vocab_size, self.end)
 
     def _as_rollouts(self, responses: list[Response], sampling: Sampling) -> Rollouts:
         return Rollouts(

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_tropd import checkpoint
 from megatron_tropd.config import Recipe
 from megatron_tropd.convert import load_model_weights, resolve_hf_path
+from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.evaluation import extract_answer, load_problems
 from megatron_tropd.guidance import Guidance
 from megatron_tropd.held_out import HeldOut, load_held_out
@@ -102,7 +103,7 @@ def set_up(recipe: Recipe, groups: ParallelGroups) -> Run:
     hf_config = load_hf_config(hf_path)
     tokenizer = load_tokenizer(recipe.tokenizer.path or hf_path, recipe.tokenizer.chat_template)
     _check_vocabulary(tokenizer, hf_config, "student")
-    teacher_hf_path = _check_teacher(recipe, tokenizer) if objective.needs_teacher else None
+    teacher_hf_path, end = _check_teacher(recipe, tokenizer) if objective.needs_teacher else (None, EndOfText())
     teacher_groups = build_groups(recipe.teacher, groups) if objective.needs_teacher else groups
     context = hf_config.max_position_embeddings
     max_prompt = _longest_prompt(recipe, context)
@@ -122,10 +123,11 @@ def set_up(recipe: Recipe, groups: ParallelGroups) -> Run:
     modules = build_model(hf_config, recipe.student, groups, role="student")
     load_model_weights(modules, recipe.student, groups)
     student = build_student(modules, recipe.training, groups, tokenizer.vocab_size)
+    student.end = end
     teacher = None
     if teacher_hf_path:
-        teacher = _build_teacher(recipe, groups, teacher_groups, teacher_hf_path, objective, tokenizer.vocab_size)
-    engine = RolloutEngine(modules, tokenizer, groups, recipe.rollout, max_sequence_length=context)
+        teacher = _build_teacher(recipe, groups, teacher_groups, teacher_hf_path, objective, tokenizer.vocab_size, end)
+    engine = RolloutEngine(modules, tokenizer, groups, recipe.rollout, max_sequence_length=context, end=end)
     source = PromptSource(prompts, seed=recipe.data.seed, shuffle=recipe.data.shuffle)
     held_out = _build_held_out(recipe, groups, held_out_prompts, tokenizer, modules, teacher)
     folder = Path(recipe.logging.dir)
@@ -179,12 +181,22 @@ def _longest_prompt(recipe: Recipe, context: int) -> int:
     return min(room, recipe.data.max_prompt_tokens or room)
 
 
-def _check_teacher(recipe: Recipe, tokenizer: Tokenizer) -> Path:
+def _check_teacher(recipe: Recipe, tokenizer: Tokenizer) -> tuple[Path, EndOfText]:
+    """Return the teacher's folder, and the end-of-text ids to merge, at all of which rollouts then end."""
     hf_path = resolve_hf_path(recipe.teacher, "teacher")
     _check_vocabulary(tokenizer, load_hf_config(hf_path), "teacher")
-    if recipe.tokenizer.check_compatibility:
-        check_compatible(tokenizer, load_tokenizer(hf_path))
-    return hf_path
+    if not recipe.tokenizer.check_compatibility:
+        return hf_path, EndOfText()
+    other = load_tokenizer(hf_path)
+    check_compatible(tokenizer, other)
+    if tokenizer.eos_ids == other.eos_ids:
+        return hf_path, EndOfText()
+    logger.warning(
+        "student and teacher end with different ids, %s and %s: all of them are one event",
+        *(sorted(t.eos_ids) for t in (tokenizer, other)),
+    )
+    tokenizer.eos_ids |= other.eos_ids
+    return hf_path, EndOfText(tokenizer.eos_ids)
 
 
 def _check_vocabulary(tokenizer: Tokenizer, hf_config: Any, role: str) -> None:
@@ -245,6 +257,7 @@ def _build_teacher(
     hf_path: Path,
     objective: Objective,
     vocab_size: int,
+    end: EndOfText,
 ) -> TeacherHook:
     config = dataclasses.replace(recipe.teacher, recompute=None)
     hf_config = load_hf_config(hf_path)
@@ -258,6 +271,7 @@ def _build_teacher(
         implementation=recipe.objective.kernel,
         student_groups=student_groups,
         offload=recipe.teacher.offload,
+        end=end,
     )
     return hook.attach(chunks)
 

@@ -14,13 +14,19 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.counter_rng import STREAM_SAMPLING, counter_uniform
+from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.types import Prompt, Sampling
 
 _ELEMENTS_AT_ONCE = 1 << 25  # bounds the [rows, v] temporaries of one draw: 128 MiB in fp32, 256 MiB in fp64
 
 
 def draw(
-    logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
+    logits: torch.Tensor,
+    uniforms: torch.Tensor,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    end: EndOfText | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token a row.
 
@@ -30,14 +36,15 @@ def draw(
         temperature: 0 takes the most probable token (the lowest id of equals).
         top_k: keep the k most probable tokens; 0: all.
         top_p: then keep the fewest most probable tokens whose mass reaches top_p; 1: all.
+        end: end-of-text ids that are one event.
 
     Returns:
         Tokens [n] int64 and their log-probs [n] fp32, of the whole softmax at `temperature` (1 when it is 0), before
-        top-k and top-p.
+        top-k and top-p; of the whole event where the token is one of `end`.
     """
     rows = max(1, _ELEMENTS_AT_ONCE // logits.size(1))
     parts = [
-        _draw_rows(part, u, temperature, top_k, top_p)
+        _draw_rows(part, u, temperature, top_k, top_p, end or EndOfText())
         for part, u in zip(logits.split(rows), uniforms.split(rows), strict=True)
     ]
     if len(parts) == 1:
@@ -47,7 +54,7 @@ def draw(
 
 
 def _draw_rows(
-    logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_k: int, top_p: float
+    logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_k: int, top_p: float, end: EndOfText
 ) -> tuple[torch.Tensor, torch.Tensor]:
     scaled = logits.float() if temperature in (0, 1) else logits.float() / temperature
     if temperature == 0:
@@ -61,7 +68,7 @@ def _draw_rows(
         # Strictly below the total, so that a token without probability at the end is never reached by rounding.
         place = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
         tokens = torch.searchsorted(cumulative, place, right=True)[:, 0].clamp_(max=logits.size(1) - 1)
-    chosen = scaled.gather(-1, tokens[:, None])[:, 0]
+    chosen = end.merge(scaled.gather(-1, end.extend(tokens[:, None])), tokens[:, None])[:, 0]
     return tokens, chosen - scaled.logsumexp(-1)
 
 
@@ -99,13 +106,22 @@ class Response:
 class Sampler:
     """Draws the next token of any subset of responses and says which of them end with it."""
 
-    def __init__(self, responses: list[Response], tokenizer, sampling: Sampling, groups, vocab_size: int):
+    def __init__(
+        self,
+        responses: list[Response],
+        tokenizer,
+        sampling: Sampling,
+        groups,
+        vocab_size: int,
+        end: EndOfText | None = None,
+    ):
         self.responses = responses
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._device = groups.device
         self._vocab_size = vocab_size
         self._eos_ids = set(tokenizer.eos_ids)
+        self._end = end or EndOfText()
         self._sample_ids = torch.tensor([r.sample_id for r in responses], dtype=torch.int64, device=groups.device)
         self._group = groups.mp if groups.mp.size() > 1 else None
         # The group's ranks run over the tensor-parallel ranks first: this is the last stage's first one.
@@ -136,7 +152,7 @@ class Sampler:
                 sampling.seed, STREAM_SAMPLING, sampling.step, sample_ids, positions.to(self._device)
             )
             drawn[0], drawn[1] = draw(
-                logits[:, : self._vocab_size], uniforms, sampling.temperature, sampling.top_k, sampling.top_p
+                logits[:, : self._vocab_size], uniforms, sampling.temperature, sampling.top_k, sampling.top_p, self._end
             )
         if self._group is not None:
             dist.broadcast(drawn, self._source, group=self._group)

@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_tropd.batching import microbatches
 from megatron_tropd.context_parallel import gather_shares, share_of
+from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.exchange import Exchange
 from megatron_tropd.kernels import vocab_parallel_logprobs, vocab_parallel_topk
 from megatron_tropd.megatron_compat import run_schedule, unwrap_model
@@ -43,6 +44,7 @@ class TeacherHook:
         implementation: str = "auto",
         student_groups: ParallelGroups | None = None,
         offload: bool = False,
+        end: EndOfText | None = None,
     ):
         """Describe what to score.
 
@@ -55,6 +57,7 @@ class TeacherHook:
             implementation: of the kernels.
             student_groups: process groups of the student, where its layout is another.
             offload: keep the weights in (pinned) host memory between passes.
+            end: end-of-text ids that are one event.
         """
         self.groups = groups
         unlike = student_groups is not None and student_groups is not groups
@@ -65,6 +68,7 @@ class TeacherHook:
         self.with_entropy = with_entropy
         self.implementation = implementation
         self.offload = offload
+        self.end = end or EndOfText()
         self.chunks: list[torch.nn.Module] = []
         self._host: dict[torch.nn.Parameter, torch.Tensor] = {}  # offloaded weights
         self._hook: OutputHook | None = None
@@ -193,13 +197,15 @@ class TeacherHook:
         labels = batch.labels.t().unsqueeze(-1)  # [s, b, 1]
         mask = (batch.loss_kind != LOSS_NONE).t()  # [s, b]
         options = {"temperature": self.temperature, "mask": mask, "implementation": self.implementation}
-        logprobs, entropy = vocab_parallel_logprobs(
-            logits, labels, self.groups.tp, self.vocab_size, with_entropy=self.with_entropy, **options
+        gathered, entropy = vocab_parallel_logprobs(
+            logits, self.end.extend(labels), self.groups.tp, self.vocab_size, with_entropy=self.with_entropy, **options
         )
+        logprobs = self.end.merge(gathered, labels)
         topk_shape = (*logprobs.shape[:2], 0)
         topk_logprobs, topk_ids = logits.new_zeros(topk_shape, dtype=torch.float32), labels.new_zeros(topk_shape)
         if self.topk:
             topk_logprobs, topk_ids = vocab_parallel_topk(logits, self.topk, self.groups.tp, self.vocab_size, **options)
+            topk_logprobs, topk_ids = self.end.merge_topk(topk_logprobs, topk_ids, gathered[..., 1:])
         return TeacherScores(
             logprobs=logprobs.squeeze(-1).t(),
             topk_ids=topk_ids.transpose(0, 1),

@@ -21,6 +21,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_tropd.batching import microbatches
 from megatron_tropd.config import ObjectiveConfig, TrainingConfig
 from megatron_tropd.context_parallel import share_of, whole_of
+from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.kernels import vocab_parallel_logprobs
 from megatron_tropd.megatron_compat import keep_adam_step_on_load, run_schedule, unwrap_model
 from megatron_tropd.objectives import Objective, TokenDetails
@@ -39,6 +40,7 @@ class Student:
     groups: ParallelGroups
     hook: OutputHook
     vocab_size: int
+    end: EndOfText = field(default_factory=EndOfText)  # end-of-text ids that are one event
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -183,7 +185,7 @@ def forward_step(
         ids = objective.ids(batch, scores).transpose(0, 1)  # [s, b, 1 + k]
         logprobs, entropy = vocab_parallel_logprobs(
             logits,
-            ids,
+            student.end.extend(ids),
             student.groups.tp,
             student.vocab_size,
             temperature=config.temperature,
@@ -192,6 +194,7 @@ def forward_step(
             inplace_backward=True,  # nothing else reads the logits: their gradient may overwrite them
             implementation=config.kernel,
         )
+        logprobs = student.end.merge(logprobs, ids)
         return torch.cat([logprobs, entropy.unsqueeze(-1)], dim=-1)  # [s, b, 1 + k + 1]
 
     with student.hook.armed(gather_logprobs):

@@ -1,0 +1,80 @@
+"""End-of-text ids that differ between teacher and student are one event: its probability is the sum over all of them.
+
+A base model ends with one token and the instructed teacher with another; read token by token, each would find the
+other's ending improbable. Where the two sets are equal there is nothing to merge, and nothing is computed.
+
+    end = EndOfText(student_ids | teacher_ids)
+    logprobs = end.merge(gather(end.extend(ids)), ids)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+ABSENT = -1e4  # log-prob of a top-k place whose id has been merged into another: no mass, and no infinity
+
+
+class EndOfText:
+    """The ids that are one event; of fewer than two there is nothing to merge."""
+
+    def __init__(self, ids: Iterable[int] = ()):
+        """Take the ids of both models."""
+        ids = sorted(set(ids))
+        self.ids = ids if len(ids) > 1 else []
+        self._on: dict[torch.device, torch.Tensor] = {}  # copied to a device once, not in every micro-batch
+
+    def __bool__(self) -> bool:
+        return bool(self.ids)
+
+    def extend(self, ids: torch.Tensor) -> torch.Tensor:
+        """Append the event's ids to `ids` [..., j], so that `merge` finds their log-probs in the last columns."""
+        if not self:
+            return ids
+        return torch.cat([ids, self._tensor(ids.device).expand(*ids.shape[:-1], -1)], dim=-1)
+
+    def merge(self, logprobs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Return log-probs [..., j] at `ids`, the event's where an id is one of its own; differentiable.
+
+        Args:
+            logprobs: [..., j + e] at `extend(ids)`.
+            ids: [..., j]: the sampled token, then perhaps a top-k, in which the event is counted once; ABSENT after.
+        """
+        if not self:
+            return logprobs
+        j = ids.size(-1)
+        own, event = logprobs[..., :j], logprobs[..., j:].logsumexp(-1, keepdim=True)
+        inside = self._inside(ids)
+        return torch.where(self._repeated(inside), ABSENT, torch.where(inside, event, own))
+
+    def merge_topk(
+        self, values: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a top-k [..., k] with the event once, at its own probability, and in order again.
+
+        Args:
+            values: [..., k] log-probs, most probable first.
+            ids: [..., k]; an event whose ids are all below the k-th stays out.
+            logprobs: [..., e] of the event's ids.
+        """
+        if not self:
+            return values, ids
+        inside = self._inside(ids)
+        values = torch.where(inside, logprobs.logsumexp(-1, keepdim=True), values)
+        repeated = inside & (inside.cumsum(-1) > 1)
+        values, order = torch.where(repeated, ABSENT, values).sort(dim=-1, descending=True, stable=True)
+        return values, ids.gather(-1, order)
+
+    def _inside(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.isin(ids, self._tensor(ids.device))
+
+    def _tensor(self, device: torch.device) -> torch.Tensor:
+        if device not in self._on:
+            self._on[device] = torch.tensor(self.ids, dtype=torch.int64, device=device)
+        return self._on[device]
+
+    def _repeated(self, inside: torch.Tensor) -> torch.Tensor:
+        """Mark the event's further places among columns 1 and on (the top-k); column 0 is the sampled token."""
+        topk = inside[..., 1:]
+        return torch.cat([torch.zeros_like(inside[..., :1]), topk & (topk.cumsum(-1) > 1)], dim=-1)
