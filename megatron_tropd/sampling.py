@@ -126,6 +126,7 @@ class Sampler:
         self._group = groups.mp if groups.mp.size() > 1 else None
         # The group's ranks run over the tensor-parallel ranks first: this is the last stage's first one.
         self._source = dist.get_process_group_ranks(groups.mp)[(groups.pp_size - 1) * groups.tp_size]
+        self._context = groups.cp if groups.cp.size() > 1 else None
         self._draws = groups.rank == self._source
         assert not self._draws or (groups.is_last_stage and groups.tp_rank == 0), "unexpected order of ranks"
         # Any token holds at least one byte of text, so this many of them surely cover a stop string just completed.
@@ -156,6 +157,9 @@ class Sampler:
             )
         if self._group is not None:
             dist.broadcast(drawn, self._source, group=self._group)
+        if self._context is not None:
+            # These ranks generate the same; rounding on a GPU must not let them part.
+            dist.broadcast(drawn, dist.get_global_rank(self._context, 0), group=self._context)
         tokens, logprobs = drawn.tolist()
         ended = [self._record(*item) for item in zip(rows, tokens, logprobs, strict=True)]
         return drawn[0].long(), ended

@@ -143,8 +143,12 @@ class TeacherHook:
         """Return the output layer's input [b, s, h] at tokens with a loss, zeros elsewhere; where `score` returns.
 
         For objectives and measurements over the whole vocabulary: `Exchange.reshard_output_weight` has the other factor
-        of the logits. Only for a teacher of another layout than the student's.
+        of the logits.
         """
+        if self.exchange is None:
+            parts = self._run(batch, micro_batch_size, self._keep_hidden)
+            kept = (batch.loss_kind != LOSS_NONE).unsqueeze(-1)
+            return gather_shares(torch.cat(parts), self.groups.cp) * kept if parts else None
         share = self.exchange.distribute(batch, micro_batch_size)
         parts = self._run(share.batch, micro_batch_size, self._keep_hidden)
         config = self.chunks[-1].config

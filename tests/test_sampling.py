@@ -118,7 +118,13 @@ class _Letters:
 
 def _sampler(monkeypatch, responses, **options):
     groups = SimpleNamespace(
-        device=torch.device("cpu"), mp=SimpleNamespace(size=lambda: 1), pp_size=1, tp_size=1, rank=0, tp_rank=0
+        device=torch.device("cpu"),
+        mp=SimpleNamespace(size=lambda: 1),
+        cp=SimpleNamespace(size=lambda: 1),
+        pp_size=1,
+        tp_size=1,
+        rank=0,
+        tp_rank=0,
     )
     groups.is_last_stage = True
     monkeypatch.setattr(sampling.dist, "get_process_group_ranks", lambda group: [0])

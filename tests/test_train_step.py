@@ -147,6 +147,32 @@ def test_hook_comes_off_and_refuses_misuse(models):
     run_distributed(misuse_rank, 1, models)
 
 
+@pytest.mark.parametrize("teacher", [(2, 1), (1, 2)], ids=["same_layout", "other_layout"])
+def test_hidden_states_times_the_output_layer_are_the_logits(models, teacher):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(models / "teacher", dtype=torch.float64, attn_implementation="eager")
+    batch = make_batch()
+    with torch.no_grad():
+        expected = model(batch.tokens).logits
+    kept = batch.loss_kind != 0
+    for hidden in run_distributed(hidden_rank, 2, models, teacher):
+        logits = hidden.double() @ model.lm_head.weight.double().t()
+        torch.testing.assert_close(logits[kept], expected[kept], rtol=1e-5, atol=2e-5)
+        assert not hidden[~kept].any()
+
+
+def hidden_rank(models, teacher):
+    from megatron_tropd import parallel
+    from megatron_tropd.teacher import TeacherHook
+
+    groups = parallel.initialize(layout(2, 1, False, models / "teacher"))
+    config = layout(*teacher, False, models / "teacher")
+    others = parallel.build_groups(config, groups)
+    hook = TeacherHook(others, VOCAB_SIZE, student_groups=groups).attach(load(config, others, training=False))
+    return hook.hidden_states(make_batch(), 2)
+
+
 def test_an_offloaded_teacher_scores_the_same_and_leaves_nothing_on_the_device(models):
     run_distributed(offload_rank, 2, models)
 
