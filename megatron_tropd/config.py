@@ -134,6 +134,7 @@ class TrainingConfig:
     clip_grad: float = _key(1.0, "largest global gradient norm; 0: off", low=0)
     seed: int = _key(1234, "seed of sampling, gate and dropout")
     use_distributed_optimizer: bool = _key(True, "shard optimizer state over the data-parallel ranks")
+    overlap_grad_reduce: bool = _key(False, "reduce gradients over the data-parallel ranks during the backward pass")
 
 
 @dataclass

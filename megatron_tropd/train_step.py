@@ -66,7 +66,7 @@ def build_student(
     config = modules[0].config
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=training.overlap_grad_reduce,
         use_distributed_optimizer=training.use_distributed_optimizer,
         check_for_nan_in_grad=True,
     )

@@ -11,6 +11,8 @@ TOLERANCE = 1e-5
 TP, PP, VPP = (f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "virtual_pipeline"))
 SP, CP = "sequence_parallel", "context_parallel_size"
 
+OVERLAP = "training.overlap_grad_reduce=true"
+
 # name -> (processes, student's layout, teacher's layout or None for the same)
 LAYOUTS = {
     "tp2": (2, {TP: 2}, None),
@@ -36,6 +38,8 @@ LAYOUTS = {
     "pp2_recompute_full": (2, {PP: 2, "recompute": "full"}, None),
     "tp2_teacher_offloaded": (2, {TP: 2}, {TP: 2, "offload": True}),
     "dp2_teacher_tp2_offloaded": (2, {}, {TP: 2, "offload": True}),
+    "dp2_overlap": (2, {}, None),
+    "pp2_dp2_interleaved_overlap": (4, {PP: 2, VPP: 2}, None),
     "dp2": (2, {}, None),
     "dp4": (4, {}, None),
     "tp2_dp2": (4, {TP: 2}, None),
@@ -80,6 +84,7 @@ def overrides_of(material, run, student, teacher):
         *("training.steps=3", "training.prompts_per_step=4", "training.micro_batch_size=1", "training.lr=1e-2"),
         # A large eps keeps rounding errors of tiny gradients from being blown up to whole updates.
         *("training.adam_eps=1e-2", "checkpoint.save_interval=0", "logging.samples=1"),
+        *([OVERLAP] if "overlap" in run.name else []),
         *("evaluation.interval=3", f"evaluation.held_out={material / 'prompts.jsonl'}"),
     ]
 
@@ -138,7 +143,7 @@ def largest_difference(ours, theirs):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_trains_what_one_process_trains(name, material, single, table, tmp_path):
     processes, student, teacher = LAYOUTS[name]
-    records, evaluations, gates, weights = outcome(processes, material, tmp_path, student, teacher)
+    records, evaluations, gates, weights = outcome(processes, material, tmp_path / name, student, teacher)
     metrics = max(largest_difference(records, single[0]), largest_difference(evaluations, single[1]))
     other_gates = sum(a != b for key in gates for a, b in zip(gates[key], single[2].get(key, gates[key]), strict=True))
     assert weights.keys() == single[3].keys()
