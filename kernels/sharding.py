@@ -114,6 +114,25 @@ def rows_with_gradient(gradient: torch.Tensor, mask: torch.Tensor | None) -> tor
     return None if bool(used.all()) else used
 
 
+def write_rows(out: torch.Tensor, chunk: slice | torch.Tensor, values: torch.Tensor) -> None:
+    """Copy `values` [c, true width] into the rows of `chunk`; a slice takes them without a copy in out's dtype."""
+    if isinstance(chunk, slice):
+        out[chunk, : values.size(1)].copy_(values)
+    else:
+        out[chunk, : values.size(1)] = values.to(out.dtype)
+
+
+def check_leading(mask: torch.Tensor | None, **tensors: torch.Tensor) -> None:
+    """Raise ValueError unless all named tensors [..., c] and the mask [...] have the same leading dimensions."""
+    shapes = {name.replace("_", " "): tuple(t.shape) for name, t in tensors.items()}
+    leading = {shape[:-1] for shape in shapes.values()} | (set() if mask is None else {tuple(mask.shape)})
+    if len(leading) > 1:
+        named = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(
+            f"{named} and mask {None if mask is None else tuple(mask.shape)} must share their leading dimensions"
+        )
+
+
 def zero_other_rows(out: torch.Tensor, mask: torch.Tensor | None, shard: VocabShard) -> None:
     """Zero what a backward pass leaves alone: rows that the mask [n] leaves out, and padding columns."""
     if mask is not None:

@@ -97,6 +97,7 @@ def step_rank(recipe):
     """Peak bytes of a real training step on the CPU: what is resident, and what the step adds."""
     from megatron_tropd import parallel
     from megatron_tropd.convert import load_model_weights
+    from megatron_tropd.kernels.benchmarks.measure import peak_on_cpu
     from megatron_tropd.model import build_model
     from megatron_tropd.objectives import build_objective
     from megatron_tropd.train_step import build_student, train_step
@@ -117,14 +118,7 @@ def step_rank(recipe):
     scores = TeacherScores(logprobs, *top, logprobs)
     step = partial(train_step, student, batch, scores, objective, recipe.objective, 0, 2)
     step()  # the optimizer makes its state
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        step()
-    held = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+    peak = peak_on_cpu(step)
     tensors = [p for c in chunks for p in c.parameters()]
     tensors += [p.main_grad for p in tensors]
     for optimizer in getattr(student.optimizer, "chained_optimizers", [student.optimizer]):

@@ -24,7 +24,7 @@ def measure(call: Callable[[], object], device: torch.device, repeats: int, coun
     """Run `call` once to warm up, then `repeats` times for the clock, once for memory and once for traffic."""
     call()
     seconds = statistics.median(_timed(call, device) for _ in range(repeats))
-    extra = _peak_on_cuda(call, device) if device.type == "cuda" else _peak_on_cpu(call)
+    extra = _peak_on_cuda(call, device) if device.type == "cuda" else peak_on_cpu(call)
     return Measurement(seconds, extra, _traffic(call) if count_traffic else None)
 
 
@@ -51,7 +51,7 @@ def _peak_on_cuda(call: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _peak_on_cpu(call: Callable[[], object]) -> int:
+def peak_on_cpu(call: Callable[[], object]) -> int:
     """Largest running sum of what PyTorch's CPU allocator gave out during the call, from the profiler's records."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()

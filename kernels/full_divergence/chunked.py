@@ -10,6 +10,7 @@ from megatron_tropd.kernels.sharding import (
     exp_,
     row_chunks,
     rows_with_gradient,
+    write_rows,
     zero_other_rows,
 )
 
@@ -151,7 +152,4 @@ def write_gradient(
         else:
             over_student, _ = _over_mixture(a, b, beta)
             result = over_student.sub_(divergence[chunk].unsqueeze(1)).mul_(exp_(a)).mul_(g * (1 - beta))
-        if isinstance(chunk, slice):
-            out[chunk, : shard.true_width].copy_(result)
-        else:
-            out[chunk, : shard.true_width] = result.to(out.dtype)
+        write_rows(out, chunk, result)

@@ -22,9 +22,7 @@ class FullDivergence(torch.autograd.Function):
         divergence = loss
         if kind == "jsd":
             parts = passes.mixture_statistics(student, teacher, beta, mask, stats, shard, scale)
-            divergence, from_teacher = shard.all_gather(parts).sum(0).unbind(1)
-            loss = beta * from_teacher + (1 - beta) * divergence
-            loss = loss if mask is None else torch.where(mask, loss, 0.0)
+            divergence, loss = merge_mixture(shard.all_gather(parts), beta, mask)
         ctx.save_for_backward(student, teacher, mask, stats, divergence)
         ctx.settings = (kind, beta, shard, scale, inplace, passes)
         return loss.clone()  # `divergence` may be the same tensor, and is kept
@@ -39,6 +37,13 @@ class FullDivergence(torch.autograd.Function):
             out, student.detach(), teacher.detach(), kind, beta, mask, stats, divergence, gradient, shard, scale
         )
         return out, *[None] * 8
+
+
+def merge_mixture(gathered: torch.Tensor, beta: float, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge jsd's second look [tp, n, 2] into KL(student || m) [n] and the loss [n], 0 on rows left out."""
+    divergence, from_teacher = gathered.sum(0).unbind(1)
+    loss = beta * from_teacher + (1 - beta) * divergence
+    return divergence, loss if mask is None else torch.where(mask, loss, 0.0)
 
 
 def merge(gathered: torch.Tensor, kind: str, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron_tropd.kernels.full_divergence import reference
 from megatron_tropd.kernels.full_divergence.function import FullDivergence
 from megatron_tropd.kernels.implementations import choose
-from megatron_tropd.kernels.sharding import VocabShard, as_rows, recut_shards
+from megatron_tropd.kernels.sharding import VocabShard, as_rows, check_leading, recut_shards
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
 
@@ -51,13 +51,7 @@ def full_divergence(
         ValueError: shapes that do not fit, an unknown kind or implementation, beta out of range.
     """
     check(kind, beta)
-    if student_logits.shape[:-1] != teacher_logits.shape[:-1] or (
-        mask is not None and mask.shape != student_logits.shape[:-1]
-    ):
-        raise ValueError(
-            f"student logits {tuple(student_logits.shape)}, teacher logits {tuple(teacher_logits.shape)} and mask "
-            f"{None if mask is None else tuple(mask.shape)} must share their leading dimensions"
-        )
+    check_leading(mask, student_logits=student_logits, teacher_logits=teacher_logits)
     student, teacher = as_rows(student_logits), as_rows(teacher_logits.detach())
     shard = VocabShard.of(student.size(1), group, vocab_size)
     VocabShard.of(teacher.size(1), group, vocab_size)

@@ -10,20 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_tropd.kernels.logprobs.triton import as_bytes
 from megatron_tropd.kernels.sharding import VocabShard
+from megatron_tropd.kernels.triton_rows import advance, as_bytes, block_size
 
 _BLOCK = 2048
 _KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
-
-
-@triton.jit
-def _advance(top, z):
-    """Return the running maximum with block z in it, the shift of what was summed, and z less that maximum."""
-    new_top = tl.maximum(top, tl.max(z, 0))
-    shift = tl.where(top == -float("inf"), 0.0, top - new_top)  # 0: nothing was summed yet
-    relative = tl.maximum(z - tl.where(new_top == -float("inf"), 0.0, new_top), -1e30)
-    return new_top, shift, relative
 
 
 @triton.jit
@@ -55,8 +46,8 @@ def _statistics_kernel(
         inside = columns < width
         w = tl.load(weighting + row * weighting_row_stride + columns * weighting_column_stride, inside, -float("inf"))
         o = tl.load(other + row * other_row_stride + columns * other_column_stride, inside, -float("inf"))
-        top_w, shift_w, w = _advance(top_w, w.to(tl.float32) * scale)
-        top_o, shift_o, o = _advance(top_o, o.to(tl.float32) * scale)
+        top_w, shift_w, w = advance(top_w, w.to(tl.float32) * scale)
+        top_o, shift_o, o = advance(top_o, o.to(tl.float32) * scale)
         e = tl.exp(w)
         if with_cross:
             # Moving both maxima moves each earlier term (w - o) by the difference of the shifts.
@@ -212,7 +203,7 @@ def statistics(
         shard.true_width,
         scale,
         kind != "jsd",
-        _block(shard.true_width),
+        block_size(shard.true_width, _BLOCK),
     )
     return out[:, [2, 3, 0, 1, 4]] if kind == "forward_kl" else out
 
@@ -241,7 +232,7 @@ def mixture_statistics(
         shard.true_width,
         scale,
         beta,
-        _block(shard.true_width),
+        block_size(shard.true_width, _BLOCK),
     )
     return out
 
@@ -263,7 +254,7 @@ def write_gradient(
     n, columns = out.shape
     if n == 0:
         return
-    block = _block(columns)
+    block = block_size(columns, _BLOCK)
     _gradient_kernel[(n, triton.cdiv(columns, block))](
         student,
         teacher,
@@ -282,7 +273,3 @@ def write_gradient(
         _KINDS[kind],
         block,
     )
-
-
-def _block(width: int) -> int:
-    return min(_BLOCK, max(16, triton.next_power_of_2(width)))

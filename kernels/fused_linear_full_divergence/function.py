@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_tropd.kernels.full_divergence.function import merge
+from megatron_tropd.kernels.full_divergence.function import merge, merge_mixture
 from megatron_tropd.kernels.linear import Logits, WeightGradient, token_chunks
 from megatron_tropd.kernels.sharding import VocabShard
 
@@ -38,9 +38,7 @@ class FusedLinearFullDivergence(torch.autograd.Function):
             parts = over_chunks(
                 2, lambda s, t, m, rows: passes.mixture_statistics(s, t, beta, m, stats[rows], shard, scale)
             )
-            divergence, from_teacher = parts.sum(0).unbind(1)
-            loss = beta * from_teacher + (1 - beta) * divergence
-            loss = loss if mask is None else torch.where(mask, loss, 0.0)
+            divergence, loss = merge_mixture(parts, beta, mask)
         ctx.save_for_backward(hidden, weight, teacher_hidden, teacher_weight, mask, stats, divergence)
         ctx.settings = (kind, beta, shard, scale, passes)
         return loss.clone()  # `divergence` may be the same tensor, and is kept

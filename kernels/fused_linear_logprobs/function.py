@@ -23,10 +23,7 @@ class FusedLinearLogprobs(torch.autograd.Function):
         for chunk in token_chunks(hidden.size(0), weight.size(0), hidden.device):
             part = None if mask is None else mask[chunk]
             local[chunk] = passes.statistics(logits(chunk), ids[chunk], part, shard, scale, with_entropy)
-        top, rest, logprobs, entropy = merge(shard.all_gather(local), mask, with_entropy)
-        largest = (-rest).exp()
-        if mask is not None:
-            largest = largest.masked_fill_(~mask, 0.0)
+        top, rest, logprobs, entropy, largest = merge(shard.all_gather(local), mask, with_entropy)
         ctx.mark_non_differentiable(*(t for t in (entropy, largest) if t is not None))
         ctx.save_for_backward(hidden, weight, ids, mask, top, rest, logprobs)
         ctx.settings = (shard, scale, passes)

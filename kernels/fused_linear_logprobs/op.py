@@ -9,7 +9,8 @@ from megatron_tropd.kernels.fused_linear_logprobs import reference
 from megatron_tropd.kernels.fused_linear_logprobs.function import FusedLinearLogprobs
 from megatron_tropd.kernels.implementations import choose
 from megatron_tropd.kernels.linear import check_linear
-from megatron_tropd.kernels.sharding import VocabShard
+from megatron_tropd.kernels.logprobs.function import as_outputs
+from megatron_tropd.kernels.sharding import VocabShard, check_leading
 
 
 def fused_linear_logprobs(
@@ -47,11 +48,7 @@ def fused_linear_logprobs(
         ValueError: shapes or dtypes that do not fit, an unknown implementation.
     """
     check_linear(hidden, weight, "the")
-    if ids.shape[:-1] != hidden.shape[:-1] or (mask is not None and mask.shape != hidden.shape[:-1]):
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)}, ids {tuple(ids.shape)} and mask "
-            f"{None if mask is None else tuple(mask.shape)} must share their leading dimensions"
-        )
+    check_leading(mask, hidden=hidden, ids=ids)
     rows, flat_ids = hidden.reshape(-1, hidden.size(-1)), ids.reshape(-1, ids.size(-1))
     flat_mask = None if mask is None else mask.reshape(-1)
     shard = VocabShard.of(weight.size(0), group, vocab_size)
@@ -62,7 +59,4 @@ def fused_linear_logprobs(
         result = FusedLinearLogprobs.apply(
             rows, weight, flat_ids, flat_mask, shard, 1.0 / temperature, with_entropy, passes
         )
-    logprobs, entropy, largest = result
-    leading = ids.shape[:-1]
-    outputs = (logprobs.view(ids.shape), entropy.view(leading) if with_entropy else None)
-    return (*outputs, largest.view(leading)) if with_max_probability else outputs
+    return as_outputs(result, ids.shape, with_entropy, with_max_probability)

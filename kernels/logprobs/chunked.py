@@ -10,6 +10,7 @@ from megatron_tropd.kernels.sharding import (
     exp_,
     row_chunks,
     rows_with_gradient,
+    write_rows,
     zero_other_rows,
 )
 
@@ -95,7 +96,4 @@ def write_gradient(
         p = exp_(read(chunk).sub_(top[chunk, None])).mul_(-g.sum(1, keepdim=True) * (-rest[chunk, None]).exp())
         local, owned = shard.local_ids(ids[chunk])
         p.scatter_add_(1, local, g.masked_fill(~owned, 0.0))
-        if isinstance(chunk, slice):
-            out[chunk, : shard.true_width].copy_(p)
-        else:
-            out[chunk, : shard.true_width] = p.to(out.dtype)
+        write_rows(out, chunk, p)

@@ -6,8 +6,6 @@ ids, log-probs, two numbers a row, and the logits themselves (no copy).
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 
 from megatron_tropd.kernels.sharding import VocabShard
@@ -20,10 +18,7 @@ class GatheredLogprobs(torch.autograd.Function):
     def forward(ctx, logits, ids, mask, shard: VocabShard, scale: float, with_entropy: bool, inplace: bool, passes):
         """`mask` [n] or None: rows to compute, the others give zeros; `passes`: the implementation's module."""
         local = passes.statistics(logits, ids, mask, shard, scale, with_entropy)
-        top, rest, logprobs, entropy = merge(shard.all_gather(local), mask, with_entropy)
-        largest = (-rest).exp()
-        if mask is not None:
-            largest = largest.masked_fill_(~mask, 0.0)
+        top, rest, logprobs, entropy, largest = merge(shard.all_gather(local), mask, with_entropy)
         ctx.mark_non_differentiable(*(t for t in (entropy, largest) if t is not None))
         ctx.save_for_backward(logits, ids, mask, top, rest, logprobs)
         ctx.shard, ctx.scale, ctx.inplace, ctx.passes = shard, scale, inplace, passes
@@ -41,8 +36,9 @@ class GatheredLogprobs(torch.autograd.Function):
 
 def merge(
     gathered: torch.Tensor, mask: torch.Tensor | None, with_entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Merge [tp, n, 2 + e + j] into maximum [n], log-sum-exp less maximum [n], log-probs [n, j], entropy [n] or None.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Merge [tp, n, 2 + e + j] into maximum [n], log-sum-exp less maximum [n], log-probs [n, j], entropy [n] or None,
+    and largest probability [n].
 
     Maximum and rest stay apart: with logits of 1e4 their sum would cost three digits. Entropy = log-sum-exp - sum p z.
     """
@@ -53,16 +49,24 @@ def merge(
     rest = total.log() if mask is None else total.log().masked_fill_(~mask, 0.0)
     # One rank owns an id, the others hold 0.
     logprobs = gathered[..., 2 + with_entropy :].sum(0).sub_(top[:, None]).sub_(rest[:, None])
+    largest = (-rest).exp()
     if mask is not None:
-        logprobs = logprobs.masked_fill_(~mask[:, None], 0.0)
+        logprobs, largest = logprobs.masked_fill_(~mask[:, None], 0.0), largest.masked_fill_(~mask, 0.0)
     if not with_entropy:
-        return top, rest, logprobs, None
+        return top, rest, logprobs, None, largest
     # Relative to the global top, so that nothing large cancels: sum p (z - top).
     relative = gathered[..., 2] + totals * (tops - top).clamp(min=-1e30)
     entropy = rest - (weights * relative).sum(0) / total
-    return top, rest, logprobs, entropy if mask is None else entropy.masked_fill_(~mask, 0.0)
+    return top, rest, logprobs, entropy if mask is None else entropy.masked_fill_(~mask, 0.0), largest
 
 
-def gathered_logprobs(passes: ModuleType, logits, ids, mask, shard, scale, with_entropy, inplace):
-    """See op.vocab_parallel_logprobs; logits [n, V/tp], ids [n, j], mask [n] or None."""
-    return GatheredLogprobs.apply(logits, ids, mask, shard, scale, with_entropy, inplace, passes)
+def as_outputs(
+    result: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor],
+    shape: torch.Size,
+    with_entropy: bool,
+    with_max_probability: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Shape log-probs, entropy and largest probability of flat rows like the ids, [..., j] and [...], as asked for."""
+    logprobs, entropy, largest = result
+    outputs = (logprobs.view(shape), entropy.view(shape[:-1]) if with_entropy else None)
+    return (*outputs, largest.view(shape[:-1])) if with_max_probability else outputs

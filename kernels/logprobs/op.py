@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 from megatron_tropd.kernels.implementations import choose
 from megatron_tropd.kernels.logprobs import reference
-from megatron_tropd.kernels.logprobs.function import gathered_logprobs
-from megatron_tropd.kernels.sharding import VocabShard, as_rows
+from megatron_tropd.kernels.logprobs.function import GatheredLogprobs, as_outputs
+from megatron_tropd.kernels.sharding import VocabShard, as_rows, check_leading
 
 
 def vocab_parallel_logprobs(
@@ -49,11 +49,7 @@ def vocab_parallel_logprobs(
     Raises:
         ValueError: shapes that do not fit, logits that would have to be copied, an unknown implementation.
     """
-    if ids.shape[:-1] != logits.shape[:-1] or (mask is not None and mask.shape != logits.shape[:-1]):
-        raise ValueError(
-            f"logits {tuple(logits.shape)}, ids {tuple(ids.shape)} and mask "
-            f"{None if mask is None else tuple(mask.shape)} must share their leading dimensions"
-        )
+    check_leading(mask, logits=logits, ids=ids)
     rows = as_rows(logits)
     flat_ids = ids.reshape(-1, ids.size(-1))
     flat_mask = None if mask is None else mask.reshape(-1)
@@ -62,10 +58,7 @@ def vocab_parallel_logprobs(
     if passes is reference:
         result = reference.logprobs(rows, flat_ids, group, vocab_size, temperature, flat_mask)
     else:
-        result = gathered_logprobs(
-            passes, rows, flat_ids, flat_mask, shard, 1.0 / temperature, with_entropy, inplace_backward
+        result = GatheredLogprobs.apply(
+            rows, flat_ids, flat_mask, shard, 1.0 / temperature, with_entropy, inplace_backward, passes
         )
-    logprobs, entropy, largest = result
-    leading = ids.shape[:-1]
-    outputs = (logprobs.view(ids.shape), entropy.view(leading) if with_entropy else None)
-    return (*outputs, largest.view(leading)) if with_max_probability else outputs
+    return as_outputs(result, ids.shape, with_entropy, with_max_probability)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from megatron_tropd.kernels.sharding import VocabShard
+from megatron_tropd.kernels.triton_rows import advance, as_bytes, block_size
 
 _BLOCK = 4096
 _ID_BLOCK = 32
@@ -39,17 +40,12 @@ def _statistics_kernel(
     for start in range(0, width, block):
         columns = start + tl.arange(0, block)
         z = tl.load(logits + row * row_stride + columns * column_stride, columns < width, -float("inf"))
-        z = z.to(tl.float32) * scale
-        new_top = tl.maximum(top, tl.max(z, 0))
-        shift = tl.where(top == -float("inf"), 0.0, top - new_top)  # 0: nothing was summed yet
-        safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)
+        top, shift, relative = advance(top, z.to(tl.float32) * scale)
         decay = tl.exp(shift)
-        relative = tl.maximum(z - safe_top, -1e30)
         e = tl.exp(relative)
         if with_entropy:
             weighted = decay * (weighted + total * shift) + e * relative
         total = decay * total + e
-        top = new_top
     tl.store(out + row * out_stride, top)
     tl.store(out + row * out_stride + 1, tl.sum(total, 0))
     if with_entropy:
@@ -120,11 +116,6 @@ def _picked_gradient_kernel(
     tl.store(address, (scale * value).to(out.dtype.element_ty), mine >= 0)
 
 
-def as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """View a boolean mask as int8, which kernels can load."""
-    return None if mask is None else mask.contiguous().view(torch.int8)
-
-
 def statistics(
     logits: torch.Tensor,
     ids: torch.Tensor,
@@ -143,7 +134,14 @@ def statistics(
         return out
     strides = (*logits.stride(), out.stride(0))
     _statistics_kernel[(n,)](
-        logits, as_bytes(mask), out, *strides, shard.true_width, scale, with_entropy, _block(shard.true_width)
+        logits,
+        as_bytes(mask),
+        out,
+        *strides,
+        shard.true_width,
+        scale,
+        with_entropy,
+        block_size(shard.true_width, _BLOCK),
     )
     local, owned = shard.local_ids(ids)
     out[:, first:] = (logits.gather(1, local).float() * scale).masked_fill_(~owned, 0.0)
@@ -168,7 +166,7 @@ def write_gradient(
         return
     gradient = gradient.float().contiguous()
     gradient_sum, flags = gradient.sum(1), as_bytes(mask)
-    block = _block(columns)
+    block = block_size(columns, _BLOCK)
     _softmax_gradient_kernel[(n, triton.cdiv(columns, block))](
         logits,
         out,
@@ -188,7 +186,3 @@ def write_gradient(
     _picked_gradient_kernel[(n, triton.cdiv(ids.size(1), _ID_BLOCK))](
         out, flags, local, logprobs.contiguous(), gradient, gradient_sum, *out.stride(), ids.size(1), scale, _ID_BLOCK
     )
-
-
-def _block(width: int) -> int:
-    return min(_BLOCK, max(16, triton.next_power_of_2(width)))

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_tropd.kernels.logprobs.triton import as_bytes
 from megatron_tropd.kernels.sharding import VocabShard
+from megatron_tropd.kernels.triton_rows import advance, as_bytes, block_size
 
 _BLOCK = 2048
 
@@ -67,10 +67,8 @@ def _select_kernel(
     for start in range(0, width, block):
         columns = start + tl.arange(0, block)
         z, key = _load_keys(logits, row, row_stride, columns, column_stride, width, scale)
-        new_top = tl.maximum(top, tl.max(z, 0))
-        decay = tl.where(top == -float("inf"), 1.0, tl.exp(top - new_top))
-        total = decay * total + tl.exp(z - tl.where(new_top == -float("inf"), 0.0, new_top))
-        top = new_top
+        top, shift, relative = advance(top, z)
+        total = tl.exp(shift) * total + tl.exp(relative)
         inside = columns < width
         tie = inside & (key == prefix)
         tie_rank = tl.cumsum(tie.to(tl.int32), 0)
@@ -94,7 +92,7 @@ def statistics(
     out[:, 0] = -torch.inf
     out[:, 2 : 2 + k] = -torch.inf
     if wanted and n:
-        block = min(_BLOCK, max(16, triton.next_power_of_2(shard.true_width)))
+        block = block_size(shard.true_width, _BLOCK)
         _select_kernel[(n,)](
             logits, as_bytes(mask), out, *logits.stride(), shard.true_width, shard.start, k, wanted, scale, block
         )
