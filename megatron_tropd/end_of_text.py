@@ -46,7 +46,9 @@ class EndOfText:
         j = ids.size(-1)
         own, event = logprobs[..., :j], logprobs[..., j:].logsumexp(-1, keepdim=True)
         inside = self._inside(ids)
-        return torch.where(self._repeated(inside), ABSENT, torch.where(inside, event, own))
+        sampled, topk = inside[..., :1], inside[..., 1:]
+        repeated = torch.cat([torch.zeros_like(sampled), _repeated(topk)], dim=-1)
+        return torch.where(repeated, ABSENT, torch.where(inside, event, own))
 
     def merge_topk(
         self, values: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor
@@ -62,8 +64,7 @@ class EndOfText:
             return values, ids
         inside = self._inside(ids)
         values = torch.where(inside, logprobs.logsumexp(-1, keepdim=True), values)
-        repeated = inside & (inside.cumsum(-1) > 1)
-        values, order = torch.where(repeated, ABSENT, values).sort(dim=-1, descending=True, stable=True)
+        values, order = torch.where(_repeated(inside), ABSENT, values).sort(dim=-1, descending=True, stable=True)
         return values, ids.gather(-1, order)
 
     def _inside(self, ids: torch.Tensor) -> torch.Tensor:
@@ -74,7 +75,7 @@ class EndOfText:
             self._on[device] = torch.tensor(self.ids, dtype=torch.int64, device=device)
         return self._on[device]
 
-    def _repeated(self, inside: torch.Tensor) -> torch.Tensor:
-        """Mark the event's further places among columns 1 and on (the top-k); column 0 is the sampled token."""
-        topk = inside[..., 1:]
-        return torch.cat([torch.zeros_like(inside[..., :1]), topk & (topk.cumsum(-1) > 1)], dim=-1)
+
+def _repeated(inside: torch.Tensor) -> torch.Tensor:
+    """Mark the event's further places in a top-k [..., k]."""
+    return inside & (inside.cumsum(-1) > 1)

@@ -10,8 +10,9 @@ of the tokens with a loss then travel from the teacher's last stages to the stud
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -69,9 +70,7 @@ class Exchange:
         Raises:
             ValueError: the replicas' batches have different numbers of rows.
         """
-        multiple = micro_batch_size
-        if self.teacher.virtual_pipeline_size:
-            multiple *= self.teacher.pp_size  # Megatron's interleaved schedule takes whole groups of micro-batches
+        multiple = micro_batch_size * self.teacher.micro_batch_multiple
         tokens, labels, loss_kind = self._gather(batch)
         total, width = tokens.shape
         rows = -(-total // (self.teacher.dp_size * multiple)) * multiple
@@ -121,32 +120,18 @@ class Exchange:
             [b, s, channels] of this student replica's batch on its last stage, zeros where there is no loss; [0] on
             other stages.
         """
-        me = dist.get_rank()
-        ends = [0]
-        for count in share.counts:
-            ends.append(ends[-1] + count)
-        device = self.student.device
+        ends = [0, *accumulate(share.counts)]
 
         def tokens_of(source: int, target: int) -> tuple[int, int]:
             """Return the loss tokens [a, z) of the global batch that `source` sends to `target`."""
             a, z = self._rows(source, target, share)
             return ends[a], ends[z]
 
-        sent, received = [], []
-        for other in range(self.student.world_size):
-            a, z = tokens_of(me, other)
-            sent.append((a, z))
-            a, z = tokens_of(other, me)
-            received.append((a, z))
-        outgoing = torch.empty(0, channels, dtype=dtype, device=device)
+        kept = torch.empty(0, channels, dtype=dtype, device=self.student.device)
         if payload is not None:
             kept = payload[share.batch.loss_kind != LOSS_NONE]
-            first = ends[min(self.teacher.dp_rank * share.rows, len(share.counts))]
-            outgoing = torch.cat([kept[a - first : z - first] if z > a else kept[:0] for a, z in sent])
-        incoming = outgoing.new_empty((sum(z - a for a, z in received), channels))
-        lengths = ([z - a for a, z in received], [z - a for a, z in sent])
-        dist.all_to_all_single(incoming, outgoing.contiguous(), *lengths)
-        return self._unpack(incoming, received, share)
+        first = ends[min(self.teacher.dp_rank * share.rows, len(share.counts))]
+        return self._unpack(_exchange(kept, first, tokens_of), share)
 
     def _rows(self, source: int, target: int, share: Share) -> tuple[int, int]:
         """Return the global rows [a, z) that `source` sends to `target`; a = z for none."""
@@ -163,16 +148,15 @@ class Exchange:
         ranks = self._last_stages[replica]
         return target if target in ranks else ranks[self._students[target].tp % len(ranks)]
 
-    def _unpack(self, incoming: torch.Tensor, received: list[tuple[int, int]], share: Share) -> torch.Tensor:
-        if not self.student.is_last_stage:
-            return incoming
+    def _unpack(self, pieces: list[tuple[int, torch.Tensor]], share: Share) -> torch.Tensor:
         # Senders come in the order of ranks, rows in that of the batch.
-        pieces = incoming.split([z - a for a, z in received])
-        order = sorted(range(len(pieces)), key=lambda rank: received[rank])
+        tokens = torch.cat([piece for _, piece in sorted(pieces, key=lambda placed: placed[0])])
+        if not self.student.is_last_stage:
+            return tokens
         start = self.student.dp_rank * share.own_rows
         mask = share.loss_kind[start : start + share.own_rows] != LOSS_NONE
-        out = incoming.new_zeros((*mask.shape, incoming.size(1)))
-        out[mask] = torch.cat([pieces[rank] for rank in order])
+        out = tokens.new_zeros((*mask.shape, tokens.size(1)))
+        out[mask] = tokens
         return out[:, : share.own_width]
 
     def reshard_output_weight(
@@ -202,21 +186,35 @@ class Exchange:
             start = max(place.tp * shard, wanted.tp * width)
             return start, max(start, min((place.tp + 1) * shard, (wanted.tp + 1) * width))
 
-        me, world = dist.get_rank(), range(self.student.world_size)
-        sent, received = [overlap(me, r) for r in world], [overlap(r, me) for r in world]
-        offset = self.teacher.tp_rank * shard
-        outgoing = torch.empty(0, hidden_size, dtype=dtype, device=self.student.device)
-        if weight is not None:
-            outgoing = torch.cat([weight[a - offset : z - offset] if z > a else weight[:0] for a, z in sent])
-        incoming = outgoing.new_empty((sum(z - a for a, z in received), hidden_size))
-        dist.all_to_all_single(incoming, outgoing, [z - a for a, z in received], [z - a for a, z in sent])
+        if weight is None:
+            weight = torch.empty(0, hidden_size, dtype=dtype, device=self.student.device)
+        pieces = _exchange(weight, self.teacher.tp_rank * shard, overlap)
         if not self.student.is_last_stage:
             return None
-        out = incoming.new_zeros((width, hidden_size))
-        bounds = [0]
-        for a, z in received:
-            bounds.append(bounds[-1] + z - a)
-        for (a, z), (begin, end) in zip(received, pairwise(bounds), strict=True):
-            if z > a:
-                out[a - self.student.tp_rank * width : z - self.student.tp_rank * width] = incoming[begin:end]
+        out = weight.new_zeros((width, hidden_size))
+        for a, piece in pieces:
+            if len(piece):
+                out[a - self.student.tp_rank * width :][: len(piece)] = piece
         return out
+
+
+def _exchange(
+    mine: torch.Tensor, first: int, overlap: Callable[[int, int], tuple[int, int]]
+) -> list[tuple[int, torch.Tensor]]:
+    """Send every rank its part of a distributed list of rows, in one exchange over all ranks.
+
+    Args:
+        mine: [m, c] rows that this rank holds.
+        first: place of its first row in the whole list.
+        overlap: (source, target) -> the places [a, z) that one sends the other; a = z for none.
+
+    Returns:
+        For each source the place of its first row and the rows.
+    """
+    me, world = dist.get_rank(), range(dist.get_world_size())
+    sent, received = [overlap(me, rank) for rank in world], [overlap(rank, me) for rank in world]
+    outgoing = torch.cat([mine[a - first : z - first] if z > a else mine[:0] for a, z in sent])
+    lengths = [z - a for a, z in received]
+    incoming = outgoing.new_empty((sum(lengths), mine.size(1)))
+    dist.all_to_all_single(incoming, outgoing, lengths, [z - a for a, z in sent])
+    return [(a, piece) for (a, _), piece in zip(received, incoming.split(lengths), strict=True)]

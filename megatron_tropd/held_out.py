@@ -80,9 +80,7 @@ class HeldOut:
         self._models = {"teacher": teacher.chunks, "student": student_chunks}
         self._hooks = {role: OutputHook(chunks) for role, chunks in self._models.items()}
         self._teacher_weight = self._reshard_teacher() if teacher.exchange else None
-        # Megatron's interleaved schedule takes micro-batches in groups of the pipeline's size.
-        interleaved = groups.virtual_pipeline_size and groups.pp_size
-        self._group_rows = micro_batch_size * (interleaved or 1)
+        self._group_rows = micro_batch_size * groups.micro_batch_multiple
         longest = -(-len(prompts) // groups.dp_size)  # every replica gets as many rows, the last ones perhaps fillers
         mine = prompts[groups.dp_rank :: groups.dp_size]
         responses = [_response_tokens(prompt, tokenizer, max_response_tokens) for prompt in mine]

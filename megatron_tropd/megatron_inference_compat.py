@@ -243,9 +243,6 @@ def run_dynamic_engine(
         controller = _DynamicController(wrapper, _TokenizerAdapter(tokenizer))
         engine_options = {}
     wrapper.prep_model_for_inference()
-    if groups.device.type == "cpu":
-        # Plain attention multiplies masked places by zero: they must not hold NaN, as fresh memory may.
-        context.memory_buffer.zero_()
     controller.sampler = sampler
     controller.model_is_pipeline_parallel = False  # the sampler broadcasts tokens: logits need not leave the last stage
     engine = DynamicInferenceEngine(controller, context, **engine_options)

@@ -77,6 +77,11 @@ class ParallelGroups:
     world_size = property(lambda self: dist.get_world_size())
 
     @property
+    def micro_batch_multiple(self) -> int:
+        """Megatron's schedule takes micro-batches in groups of this many: the pipeline's size where it interleaves."""
+        return self.pp_size if self.virtual_pipeline_size else 1
+
+    @property
     def is_first_stage(self) -> bool:
         """Whether this rank holds the embedding."""
         return self.pp_rank == 0

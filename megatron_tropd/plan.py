@@ -31,6 +31,11 @@ class Accelerator:
     flops: float = 989e12 * 0.4  # dense bf16, reached in large matrix products of training
     bandwidth: float = 3.35e12 * 0.7  # bytes a second, reached while decoding
 
+    @property
+    def room_gb(self) -> float:
+        """What a plan may fill."""
+        return self.memory_gb - self.reserve_gb
+
 
 @dataclass(frozen=True)
 class Job:
@@ -114,7 +119,6 @@ def layer_activations(hf: Any, model: ModelConfig, sequence: int, fused_attentio
         return size * h / shard
     heads, groups, hd = hf.num_attention_heads / tp, hf.num_key_value_heads / tp, head_dim(hf)
     ffn = hf.intermediate_size / tp
-    inside = (2 * heads + 2 * groups) * hd * size
     if fused_attention:
         return size * (4 * h / shard + (heads + 2 * groups) * hd + heads * hd + 3 * ffn) + 4 * heads
     norms = 24 * h / shard if size == 4 else (16 + 2 * size) * h / shard
@@ -295,19 +299,16 @@ def layouts(hf: Any, model: ModelConfig, gpus: int, node: int = 8) -> Iterator[M
 def proposals(job: Job, gpu: Accelerator, count: int = 5) -> list[tuple[Job, Memory, float]]:
     """Return the fastest layouts that fit, with their memory and seconds a step; empty if none does."""
     fitting = []
-    options = [layouts(hf, getattr(job.recipe, role), job.gpus) for role, hf in _models(job)]
-    for student, teacher in itertools.product(*map(list, options)):
+    students = layouts(job.student, job.recipe.student, job.gpus)
+    teachers = layouts(job.teacher, job.recipe.teacher, job.gpus)
+    for student, teacher in itertools.product(students, teachers):
         for recompute in dict.fromkeys((job.recipe.student.recompute, "selective", "full")):
             recipe = replace(job.recipe, student=replace(student, recompute=recompute), teacher=teacher)
             other = replace(job, recipe=recipe)
             if recipe.training.prompts_per_step % other.replicas(student):
                 continue
             needed = memory(other)
-            if needed.peak <= (gpu.memory_gb - gpu.reserve_gb) * 1e9:
+            if needed.peak <= gpu.room_gb * 1e9:
                 fitting.append((other, needed, sum(step_seconds(other, gpu).values())))
                 break
     return sorted(fitting, key=lambda found: found[2])[:count]
-
-
-def _models(job: Job) -> list[tuple[str, Any]]:
-    return [("student", job.student), ("teacher", job.teacher)]

@@ -19,10 +19,11 @@ def describe(job: Job, gpu: Accelerator) -> tuple[str, bool]:
         lines = [problem]
     else:
         needed = memory(job)
-        room = gpu.memory_gb - gpu.reserve_gb
-        fits = needed.peak <= room * 1e9
+        fits = needed.peak <= gpu.room_gb * 1e9
         lines = _memory_lines(needed)
-        lines.append(f"peak {needed.peak / 1e9:.1f} GB of {room:.0f} ({gpu.memory_gb:.0f} less {gpu.reserve_gb:.0f})")
+        lines.append(
+            f"peak {needed.peak / 1e9:.1f} GB of {gpu.room_gb:.0f} ({gpu.memory_gb:.0f} less {gpu.reserve_gb:.0f})"
+        )
         lines[-1] += ": fits" if fits else ": DOES NOT FIT"
         seconds = step_seconds(job, gpu)
         lines += ["", "seconds a step, estimated: " + ", ".join(f"{name} {s:.3g}" for name, s in seconds.items())]

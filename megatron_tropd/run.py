@@ -67,8 +67,7 @@ class Run:
     @property
     def row_multiple(self) -> int:
         """Batches are filled up to a multiple of it: micro-batches, interleaved in groups of the pipeline's size."""
-        rows = self.recipe.training.micro_batch_size
-        return rows * self.groups.pp_size if self.groups.virtual_pipeline_size else rows
+        return self.recipe.training.micro_batch_size * self.groups.micro_batch_multiple
 
     def shard(self, prompts: list[Prompt]) -> list[Prompt]:
         """Return this data-parallel rank's contiguous share of a step's prompts."""

@@ -35,7 +35,7 @@ def full_logits(
             output = model(rows, position_ids, None)
         return output, lambda output, non_loss_data=True: None
 
-    microbatches = [tokens] * (groups.pp_size if groups.virtual_pipeline_size else 1)  # interleaving wants that many
+    microbatches = [tokens] * groups.micro_batch_multiple
     rows, length = tokens.shape
     try:
         with torch.no_grad():

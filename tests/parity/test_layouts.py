@@ -3,8 +3,8 @@
 import json
 
 import pytest
-import torch
 from helpers import run_distributed
+from test_train import TIMES, records, train_rank, weights_of
 from tiny_models import write_model
 
 TOLERANCE = 1e-5
@@ -57,7 +57,6 @@ LAYOUTS = {
     "dp4_teacher_tp2_pp2": (4, {}, {TP: 2, PP: 2, SP: True}),
     "pp2_dp2_teacher_tp2_dp2": (4, {PP: 2}, {TP: 2}),
 }
-TIMES = ("seconds_rollout", "seconds_teacher", "seconds_update", "tokens_per_second")
 
 
 @pytest.fixture(scope="module")
@@ -89,28 +88,12 @@ def overrides_of(material, run, student, teacher):
     ]
 
 
-def train_rank(overrides):
-    from megatron_tropd import load_recipe, train
-
-    return train(load_recipe(None, overrides))
-
-
 def outcome(processes, material, run, student, teacher):
     """Train; return records, evaluations, the gate of every logged token by (step, sample id), and the weights."""
     summary = run_distributed(train_rank, processes, overrides_of(material, run, student, teacher))[0]
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     gates = {(s["step"], s["sample_id"]): [t["kind"] for t in s["tokens"]] for s in samples}
-    return lines, summary["evaluations"], gates, weights_of(run / "checkpoints" / "step_000003" / "model")
-
-
-def weights_of(checkpoint):
-    import torch.distributed.checkpoint as dcp
-
-    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in metadata.items() if hasattr(m, "size")}
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-    return state
+    return records(run), summary["evaluations"], gates, weights_of(run / "checkpoints" / "step_000003" / "model")
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +126,8 @@ def largest_difference(ours, theirs):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_trains_what_one_process_trains(name, material, single, table, tmp_path):
     processes, student, teacher = LAYOUTS[name]
-    records, evaluations, gates, weights = outcome(processes, material, tmp_path / name, student, teacher)
-    metrics = max(largest_difference(records, single[0]), largest_difference(evaluations, single[1]))
+    metrics_records, evaluations, gates, weights = outcome(processes, material, tmp_path / name, student, teacher)
+    metrics = max(largest_difference(metrics_records, single[0]), largest_difference(evaluations, single[1]))
     other_gates = sum(a != b for key in gates for a, b in zip(gates[key], single[2].get(key, gates[key]), strict=True))
     assert weights.keys() == single[3].keys()
     weight = max(
