@@ -122,6 +122,9 @@ class TrainingConfig:
     exit_step: int | None = _key(None, "save and stop after this step, though the schedules go on to `steps`", low=1)
     prompts_per_step: int = _key(128, "prompts of a step, over all data-parallel ranks", low=1)
     micro_batch_size: int = _key(1, "sequences a forward pass", low=1)
+    max_tokens_per_micro_batch: int | None = _key(
+        None, "pack sequences into forward passes of so many tokens, instead of micro_batch_size padded ones", low=1
+    )
     optimizer: str = _key("adam", "Megatron optimizer (adam is AdamW)", ("adam", "sgd"))
     lr: float = _key(5e-6, "peak learning rate", low=0)
     min_lr: float | None = _key(None, "lowest learning rate of a decaying schedule; default: 0", low=0)

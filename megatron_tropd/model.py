@@ -26,8 +26,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tropd.config import ModelConfig
-from megatron_tropd.context_parallel import ContextParallelAttention
 from megatron_tropd.parallel import ParallelGroups
+from megatron_tropd.plain_attention import PlainAttention
 from megatron_tropd.types import UserError
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
@@ -217,8 +217,7 @@ def _layer_spec(config: TransformerConfig, groups: ParallelGroups, vp_stage: int
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    if config.context_parallel_size > 1:
-        layer.self_attention.submodules.core_attention = ContextParallelAttention
+    layer.self_attention.submodules.core_attention = PlainAttention
     if config.qk_layernorm:
         layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = RMSNorm
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp_rank)

@@ -198,7 +198,7 @@ class Objective:
             self.config.gate_threshold,
             seed=self.seed,
             step=step,
-            sample_ids=batch.sample_ids,
+            sample_ids=batch.token_sample_ids,
             positions=batch.position_ids + 1,  # of the label
         )
         return gate if self.method.gated else TrustGate(gate.rho, torch.ones_like(gate.weight))

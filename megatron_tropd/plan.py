@@ -58,6 +58,12 @@ class Job:
         return self.gpus // model_ranks(model)
 
     @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens of a micro-batch, padding included, before context parallelism splits them."""
+        training = self.recipe.training
+        return training.max_tokens_per_micro_batch or training.micro_batch_size * self.sequence
+
+    @property
     def rows(self) -> int:
         """Sequences of a student replica in a step."""
         rollout = self.recipe.rollout
@@ -189,9 +195,9 @@ def _stage_memory(job: Job, student_stage: int, teacher_stage: int) -> Memory:
     states = 8 if size == 4 else 12  # Adam's moments, and fp32 main weights where the model has none
     states = states if training.optimizer == "adam" else states - 8
     shards = job.replicas(model) * model.context_parallel_size if training.use_distributed_optimizer else 1
-    tokens = training.micro_batch_size * job.sequence / model.context_parallel_size
+    tokens = job.micro_batch_tokens / model.context_parallel_size
     a_layer = layer_activations(hf, model, job.sequence, job.fused_attention)
-    micro_batches = max(1, job.rows // training.micro_batch_size)
+    micro_batches = max(1, job.rows * job.sequence // job.micro_batch_tokens)
     found = Memory(student_stage, teacher.offload)
     found.parts = {
         "student weights": parameters * size,
@@ -203,7 +209,7 @@ def _stage_memory(job: Job, student_stage: int, teacher_stage: int) -> Memory:
         "activations": tokens * (layers * a_layer * _in_flight(model, student_stage, micro_batches) + _once(job)),
         "logits": _logits(hf, model, tokens, student_stage),
     }
-    scored = training.micro_batch_size * job.sequence / teacher.context_parallel_size
+    scored = job.micro_batch_tokens / teacher.context_parallel_size
     whole = replace(teacher, recompute=None)
     a_teacher = layer_activations(job.teacher, whole, job.sequence, job.fused_attention)
     found.parts["teacher activations"] = scored * a_teacher  # forward only: one layer at a time
@@ -262,7 +268,7 @@ def _pass_seconds(job: Job, hf: Any, model: ModelConfig, gpu: Accelerator, passe
     total = job.rows * job.replicas(job.recipe.student) * job.sequence
     attention = 2 * hf.num_hidden_layers * hf.num_attention_heads * head_dim(hf) * job.sequence  # causal: half of 4
     flops = passes * total * (2 * parameters(hf) + attention)
-    micro_batches = max(1, total // job.sequence // job.replicas(model) // job.recipe.training.micro_batch_size)
+    micro_batches = max(1, total // job.replicas(model) // job.micro_batch_tokens)
     vpp = model.virtual_pipeline_model_parallel_size or 1
     bubble = (model.pipeline_model_parallel_size - 1) / (micro_batches * vpp)
     return flops / (job.gpus * gpu.flops) * (1 + bubble)

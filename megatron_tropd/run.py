@@ -118,6 +118,7 @@ def set_up(recipe: Recipe, groups: ParallelGroups) -> Run:
         enabled=objective.uses_guidance,
     )
     guidance.check(prompts)
+    _check_budget(recipe, prompts)
 
     modules = build_model(hf_config, recipe.student, groups, role="student")
     load_model_weights(modules, recipe.student, groups)
@@ -167,6 +168,16 @@ def _check_batch(recipe: Recipe, groups: ParallelGroups) -> None:
         raise UserError(
             f"training.prompts_per_step={prompts} cannot be split over {groups.dp_size} data-parallel ranks "
             f"({groups.world_size} processes); use a multiple of {groups.dp_size}"
+        )
+
+
+def _check_budget(recipe: Recipe, prompts: list[Prompt]) -> None:
+    budget, longest = recipe.training.max_tokens_per_micro_batch, max(len(prompt.tokens) for prompt in prompts)
+    if budget is not None and budget < longest + recipe.rollout.max_new_tokens:
+        raise UserError(
+            f"training.max_tokens_per_micro_batch={budget} cannot hold {longest} prompt tokens (the longest of "
+            f"{recipe.data.prompts}) and rollout.max_new_tokens={recipe.rollout.max_new_tokens}; use at least "
+            f"{longest + recipe.rollout.max_new_tokens}"
         )
 
 

@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-from megatron_tropd.batching import microbatches
-from megatron_tropd.context_parallel import gather_shares, share_of
 from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.exchange import Exchange
 from megatron_tropd.kernels import vocab_parallel_logprobs, vocab_parallel_topk
 from megatron_tropd.megatron_compat import run_schedule, unwrap_model
+from megatron_tropd.micro_batches import split_batch
 from megatron_tropd.output_hook import OutputHook
 from megatron_tropd.parallel import ParallelGroups
 from megatron_tropd.types import LOSS_NONE, TeacherScores, TrainingBatch
@@ -72,7 +71,7 @@ class TeacherHook:
         self.chunks: list[torch.nn.Module] = []
         self._host: dict[torch.nn.Parameter, torch.Tensor] = {}  # offloaded weights
         self._hook: OutputHook | None = None
-        self._part: Any = None
+        self._part: torch.Tensor | None = None
 
     def attach(self, chunks: list[torch.nn.Module]) -> TeacherHook:
         """Freeze the teacher's model chunks and hook their output layer."""
@@ -119,23 +118,27 @@ class TeacherHook:
             parameter.data = host.to(self.groups.device)
         self._hook, self.chunks, self._host = None, [], {}
 
-    def score(self, batch: TrainingBatch, micro_batch_size: int) -> TeacherScores | None:
+    def score(self, batch: TrainingBatch, micro_batch_size: int, max_tokens: int | None = None) -> TeacherScores | None:
         """Score every row of `batch` [b, s].
 
         Collective over all ranks of the student's replica, and of the whole job where the teacher's layout is another.
         The batch is the student replica's, the same on all its ranks.
+
+        Args:
+            batch: the student replica's.
+            micro_batch_size: rows a forward pass.
+            max_tokens: pack sequences into forward passes of about so many tokens instead; None: no packing.
 
         Returns:
             TeacherScores of the whole batch on the student's last pipeline stage, None on the others. Rows and
             positions without a loss hold zeros.
         """
         if self.exchange is None:
-            parts = self._run(batch, micro_batch_size, self._score_logits)
-            return self._whole(parts) if parts else None
+            packed = self._run(batch, micro_batch_size, max_tokens, self._score_logits)
+            return None if packed is None else _unpack(packed, self.topk, self.with_entropy)
         share = self.exchange.distribute(batch, micro_batch_size)
-        parts = self._run(share.batch, micro_batch_size, self._score_logits)
+        payload = self._run(share.batch, micro_batch_size, max_tokens, self._score_logits)
         channels = 1 + self.with_entropy + 2 * self.topk
-        payload = _pack(self._whole(parts)) if parts else None
         packed = self.exchange.collect(payload, share, channels, torch.int32)
         return _unpack(packed, self.topk, self.with_entropy) if self.exchange.student.is_last_stage else None
 
@@ -146,40 +149,35 @@ class TeacherHook:
         of the logits.
         """
         if self.exchange is None:
-            parts = self._run(batch, micro_batch_size, self._keep_hidden)
-            kept = (batch.loss_kind != LOSS_NONE).unsqueeze(-1)
-            return gather_shares(torch.cat(parts), self.groups.cp) * kept if parts else None
+            hidden = self._run(batch, micro_batch_size, None, self._keep_hidden)
+            return None if hidden is None else hidden * (batch.loss_kind != LOSS_NONE).unsqueeze(-1)
         share = self.exchange.distribute(batch, micro_batch_size)
-        parts = self._run(share.batch, micro_batch_size, self._keep_hidden)
+        payload = self._run(share.batch, micro_batch_size, None, self._keep_hidden)
         config = self.chunks[-1].config
-        payload = gather_shares(torch.cat(parts), self.groups.cp) if parts else None
         packed = self.exchange.collect(payload, share, config.hidden_size, config.params_dtype)
         return packed if self.exchange.student.is_last_stage else None
 
-    def _run(self, batch: TrainingBatch, micro_batch_size: int, compute: Callable) -> list[Any]:
-        """Run the teacher's schedule; return what `compute` makes of each micro-batch, on the last stage alone."""
+    def _run(
+        self, batch: TrainingBatch, micro_batch_size: int, max_tokens: int | None, compute: Callable
+    ) -> torch.Tensor | None:
+        """Run the teacher's schedule; return what `compute` makes of each token, [b, s, c], on the last stage alone."""
         if self._hook is None:
             raise RuntimeError("attach(model) before score(batch)")
         assert not any(p.requires_grad for c in self.chunks for p in c.parameters()), "the teacher must stay frozen"
-        share = share_of(batch, self.groups.cp_rank, self.groups.cp_size)
+        sequence_parallel = self.chunks[0].config.sequence_parallel
+        split = split_batch(batch, self.groups, micro_batch_size, max_tokens, sequence_parallel)
         with torch.no_grad(), self.weights():
-            return run_schedule(
+            parts = run_schedule(
                 self.groups,
                 partial(self._forward_step, compute=compute),
-                microbatches(share, micro_batch_size),
+                split.batches,
                 self.chunks,
-                seq_length=batch.tokens.size(1),
-                micro_batch_size=micro_batch_size,
+                seq_length=split.seq_length,
+                micro_batch_size=split.micro_batch_size,
                 forward_only=True,
                 collect_non_loss_data=True,
             )
-
-    def _whole(self, parts: list[TeacherScores]) -> TeacherScores:
-        """Put micro-batches, and the context-parallel ranks' shares of sequences, together."""
-        scores = _concatenate(parts)
-        if self.groups.cp_size == 1:
-            return scores
-        return _unpack(gather_shares(_pack(scores), self.groups.cp), self.topk, self.with_entropy)
+        return split.join(parts) if parts else None
 
     def _forward_step(self, data_iterator: Iterator[TrainingBatch], model: torch.nn.Module, *, compute: Callable):
         batch = next(data_iterator)
@@ -189,15 +187,15 @@ class TeacherHook:
             return logits[..., :1]  # GPTModel transposes what the output layer returns: hand on as little as possible
 
         with self._hook.armed(keep):
-            output = model(batch.tokens, batch.position_ids, None)
+            output = model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.packed_seq_params)
         return output, self._collect
 
     def _collect(self, output: torch.Tensor, non_loss_data: bool = True) -> Any:
         part, self._part = self._part, None
         return part
 
-    def _score_logits(self, logits: torch.Tensor, hidden: torch.Tensor, batch: TrainingBatch) -> TeacherScores:
-        """Turn logits [s, b, V/tp] into this micro-batch's scores."""
+    def _score_logits(self, logits: torch.Tensor, hidden: torch.Tensor, batch: TrainingBatch) -> torch.Tensor:
+        """Turn logits [s, b, V/tp] into this micro-batch's scores, packed [b, s, c]."""
         labels = batch.labels.t().unsqueeze(-1)  # [s, b, 1]
         mask = (batch.loss_kind != LOSS_NONE).t()  # [s, b]
         options = {"temperature": self.temperature, "mask": mask, "implementation": self.implementation}
@@ -210,12 +208,13 @@ class TeacherHook:
         if self.topk:
             topk_logprobs, topk_ids = vocab_parallel_topk(logits, self.topk, self.groups.tp, self.vocab_size, **options)
             topk_logprobs, topk_ids = self.end.merge_topk(topk_logprobs, topk_ids, gathered[..., 1:])
-        return TeacherScores(
+        scores = TeacherScores(
             logprobs=logprobs.squeeze(-1).t(),
             topk_ids=topk_ids.transpose(0, 1),
             topk_logprobs=topk_logprobs.transpose(0, 1),
             entropy=None if entropy is None else entropy.t(),
         )
+        return _pack(scores)
 
     def _keep_hidden(self, logits: torch.Tensor, hidden: torch.Tensor, batch: TrainingBatch) -> torch.Tensor:
         """Return hidden states [b, s, h], whole on every tensor-parallel rank."""
@@ -224,15 +223,6 @@ class TeacherHook:
                 hidden, tensor_parallel_output_grad=False, group=self.groups.tp
             )
         return hidden.transpose(0, 1)
-
-
-def _concatenate(parts: list[TeacherScores]) -> TeacherScores:
-    return TeacherScores(
-        logprobs=torch.cat([p.logprobs for p in parts]),
-        topk_ids=torch.cat([p.topk_ids for p in parts]),
-        topk_logprobs=torch.cat([p.topk_logprobs for p in parts]),
-        entropy=None if parts[0].entropy is None else torch.cat([p.entropy for p in parts]),
-    )
 
 
 def _pack(scores: TeacherScores) -> torch.Tensor:

@@ -73,11 +73,10 @@ def _train(run: Run, termination: TerminationFlag) -> dict[str, Any]:
             pad_id=run.tokenizer.pad_id,
             device=run.groups.device,
         )
-        scores = run.teacher.score(batch, training.micro_batch_size) if run.teacher else None
+        sizes = (training.micro_batch_size, training.max_tokens_per_micro_batch)
+        scores = run.teacher.score(batch, *sizes) if run.teacher else None
         clock.lap("seconds_teacher")
-        result = train_step(
-            run.student, batch, scores, run.objective, run.recipe.objective, step, training.micro_batch_size
-        )
+        result = train_step(run.student, batch, scores, run.objective, run.recipe.objective, step, *sizes)
         clock.lap("seconds_update")
         run.state.step, run.state.cursor = step + 1, run.source.state_dict()
         _log(run, writer, step, result, rollouts, clock)

@@ -18,12 +18,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_tropd.batching import microbatches
 from megatron_tropd.config import ObjectiveConfig, TrainingConfig
-from megatron_tropd.context_parallel import share_of, whole_of
 from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.kernels import vocab_parallel_logprobs
 from megatron_tropd.megatron_compat import keep_adam_step_on_load, run_schedule, unwrap_model
+from megatron_tropd.micro_batches import split_batch
 from megatron_tropd.objectives import Objective, TokenDetails
 from megatron_tropd.output_hook import OutputHook
 from megatron_tropd.parallel import ParallelGroups
@@ -56,7 +55,7 @@ class StepResult:
     num_loss_tokens: int = 0
     grad_norm: float = 0.0
     learning_rate: float = 0.0
-    details: TokenDetails | None = None  # of this rank's first micro-batch
+    details: TokenDetails | None = None  # [b, s] of this rank's batch
 
 
 def build_student(
@@ -123,6 +122,7 @@ def train_step(
     config: ObjectiveConfig,
     step: int,
     micro_batch_size: int,
+    max_tokens: int | None = None,
 ) -> StepResult:
     """Run one optimizer step over this data-parallel rank's `batch`.
 
@@ -134,6 +134,7 @@ def train_step(
         config: `objective.*` of the recipe (temperature and kernel are read here).
         step: global step, an argument of the gate's random numbers.
         micro_batch_size: rows a forward pass.
+        max_tokens: pack sequences into forward passes of about so many tokens instead; None: no packing.
 
     Returns:
         Reduced metrics (see `reduce_reports`) with gradient norm and learning rate.
@@ -142,27 +143,23 @@ def train_step(
         chunk.train()
         chunk.zero_grad_buffer()
     student.optimizer.zero_grad()
-    cp = (student.groups.cp_rank, student.groups.cp_size)
-    seq_length, batch = batch.tokens.size(1), share_of(batch, *cp)
-    scores = None if scores is None else share_of(scores, *cp)
-    rows = microbatches(batch, micro_batch_size)
-    starts = range(0, batch.tokens.size(0), micro_batch_size)
-    work = [
-        (m, None if scores is None else scores.rows(i, i + micro_batch_size)) for m, i in zip(rows, starts, strict=True)
-    ]
+    sequence_parallel = student.modules[0].config.sequence_parallel
+    split = split_batch(batch, student.groups, micro_batch_size, max_tokens, sequence_parallel)
     reports = run_schedule(
         student.groups,
         partial(forward_step, student=student, objective=objective, config=config, step=step),
-        work,
+        list(zip(split.batches, split.take(scores), strict=True)),
         student.chunks,
-        seq_length=seq_length,
-        micro_batch_size=micro_batch_size,
+        seq_length=split.seq_length,
+        micro_batch_size=split.micro_batch_size,
         forward_only=False,
     )
     updated, grad_norm, _ = student.optimizer.step()
     if updated:
         student.scheduler.step(increment=1)
     result = reduce_reports(reports, student.groups)
+    if reports and reports[0]["details"] is not None:
+        result.details = split.join([report["details"] for report in reports])
     result.grad_norm = float(grad_norm or 0.0)
     result.learning_rate = student.optimizer.param_groups[0]["lr"]
     result.metrics["update_skipped"] = float(not updated)
@@ -198,7 +195,7 @@ def forward_step(
         return torch.cat([logprobs, entropy.unsqueeze(-1)], dim=-1)  # [s, b, 1 + k + 1]
 
     with student.hook.armed(gather_logprobs):
-        output = model(batch.tokens, batch.position_ids, None)
+        output = model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.packed_seq_params)
     return output, partial(loss_func, batch=batch, scores=scores, objective=objective, step=step)
 
 
@@ -246,8 +243,7 @@ def reduce_reports(reports: list[dict[str, Any]], groups: ParallelGroups) -> Ste
         for name, value in zip(extremes, packed.tolist(), strict=True):
             if abs(value) != float("inf"):  # no token of that kind anywhere
                 metrics[name.lstrip("-")] = -value if name.startswith("-") else value
-    details = whole_of(reports[0]["details"], groups.cp)
-    return StepResult(metrics=metrics, num_loss_tokens=num_tokens, details=details)
+    return StepResult(metrics=metrics, num_loss_tokens=num_tokens)
 
 
 def _stack(reports: list[dict[str, Any]], part: str, combine: Any) -> dict[str, torch.Tensor]:

@@ -44,7 +44,7 @@ def trust_gate(
         threshold: tau of the threshold gate.
         seed: the run's seed.
         step: the training step.
-        sample_ids: [b] global sample ids.
+        sample_ids: [b, s] (or [b, 1]) global sample ids.
         positions: [b, s] absolute positions of the sampled tokens.
 
     Raises:
@@ -52,7 +52,7 @@ def trust_gate(
     """
     rho = (teacher_logprobs.float() - student_logprobs.float()).clamp(max=0.0).exp()
     if gate == "bernoulli":
-        uniform = counter_uniform(seed, STREAM_GATE, step, sample_ids.unsqueeze(-1), positions)
+        uniform = counter_uniform(seed, STREAM_GATE, step, sample_ids, positions)
         weight = (uniform < rho).to(rho.dtype)
     elif gate == "threshold":
         weight = (rho >= threshold).to(rho.dtype)

@@ -79,19 +79,25 @@ class Rollouts:
 
 @dataclass
 class TrainingBatch:
-    """Padded sequences of one data-parallel rank (or one micro-batch of them, see `rows`)."""
+    """Padded sequences of one data-parallel rank, or one micro-batch of them, which may be packed into one row."""
 
     tokens: torch.Tensor  # [b, s] int64
     labels: torch.Tensor  # [b, s] int64, tokens shifted left by one; 0 where there is no next token
     position_ids: torch.Tensor  # [b, s] int64
     loss_kind: torch.Tensor  # [b, s] int8, LOSS_*
     old_logprobs: torch.Tensor  # [b, s] fp32, π_old of labels where loss_kind is LOSS_STUDENT, else 0
-    sample_ids: torch.Tensor  # [b] int64; -1 marks a filler row without loss
-    packed_seq_params: Any | None = None
+    sample_ids: torch.Tensor  # [b] int64; -1 marks a filler row without loss; packed, [1, t] of every token
+    packed_seq_params: Any | None = None  # Megatron's, of a packed micro-batch (micro_batches.py)
 
     def rows(self, start: int, stop: int) -> TrainingBatch:
         """Return rows [start, stop) as views."""
         return _slice_rows(self, start, stop)
+
+    @property
+    def token_sample_ids(self) -> torch.Tensor:
+        """The sample [b, s] of every token."""
+        ids = self.sample_ids
+        return ids if ids.dim() > 1 else ids.unsqueeze(-1).expand_as(self.tokens)
 
     @property
     def num_loss_tokens(self) -> torch.Tensor:

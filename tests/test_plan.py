@@ -180,6 +180,15 @@ def test_what_cannot_be_is_refused(options, said, large, capsys):
     assert said in output.out + output.err
 
 
+def test_a_token_budget_is_planned_like_as_many_padded_tokens(large):
+    options = ["training.micro_batch_size=2", f"training.max_tokens_per_micro_batch={2 * (512 + 8096)}"]
+    recipes = [load_recipe("llama_70b_to_8b", [*large, "rollout.max_new_tokens=8096", o]) for o in options]
+    configs = [load_hf_config(getattr(recipes[0], role).hf_path) for role in ("student", "teacher")]
+    padded, packed = (Job(*configs, recipe, gpus=8) for recipe in recipes)
+    assert packed.micro_batch_tokens == padded.micro_batch_tokens
+    assert memory(packed).parts == memory(padded).parts
+
+
 def test_an_offloaded_teacher_is_there_only_while_it_scores(large):
     kept, offloaded = (
         load_recipe("llama_70b_to_8b", [*large, f"teacher.offload={value}"]) for value in ("false", "true")

@@ -240,6 +240,7 @@ BAD_INPUT = {
     "training.prompts_per_step=3": "data-parallel ranks",
     "student.hf_path=nowhere": "no such folder",
     "data.prompts=nowhere.jsonl": "nowhere.jsonl",
+    "training.max_tokens_per_micro_batch=20": "use at least",
 }
 
 

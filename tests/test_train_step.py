@@ -7,8 +7,16 @@ import torch
 from helpers import run_distributed
 from tiny_models import VOCAB_SIZE, write_model
 
-LAYOUTS = [(1, 1, False), (2, 1, False), (1, 2, False), (2, 1, True), (2, 2, True)]
-IDS = ["single", "tp2", "pp2", "tp2_sequence_parallel", "tp2_pp2"]
+# Tensor- and pipeline-parallel sizes, sequence parallelism, and the tokens of a packed micro-batch.
+LAYOUTS = {
+    "single": (1, 1, False, None),
+    "tp2": (2, 1, False, None),
+    "pp2": (1, 2, False, None),
+    "tp2_sequence_parallel": (2, 1, True, None),
+    "tp2_pp2": (2, 2, True, None),
+    "packed": (1, 1, False, 1000),
+    "tp2_pp2_packed": (2, 2, True, 32),
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +65,7 @@ def load(config, groups, training: bool):
     return chunks
 
 
-def megatron_step(models, student_name, tp, pp, sequence_parallel):
+def megatron_step(models, student_name, tp, pp, sequence_parallel, max_tokens):
     """One step; returns the teacher's scores (last stage), metrics, and the weight gradients under HF names."""
     from megatron_tropd import parallel
     from megatron_tropd.config import TrainingConfig
@@ -74,8 +82,8 @@ def megatron_step(models, student_name, tp, pp, sequence_parallel):
     training = TrainingConfig(steps=2, lr=0.0, clip_grad=0.0, micro_batch_size=2, weight_decay=0.0)
     student = build_student(load(student_config, groups, training=True), training, groups, VOCAB_SIZE)
     batch = make_batch()
-    scores = teacher.score(batch, micro_batch_size=2)
-    result = train_step(student, batch, scores, objective, config, step=5, micro_batch_size=2)
+    scores = teacher.score(batch, 2, max_tokens)
+    result = train_step(student, batch, scores, objective, config, 5, 2, max_tokens)
     assert all(torch.equal(a, b) for a, b in zip(before, (p for c in teacher.chunks for p in c.parameters())))
     assert not any(p.requires_grad or p.grad is not None for c in teacher.chunks for p in c.parameters())
     return scores, result.metrics, result.grad_norm, gradients(student, groups, student_config.hf_path)
@@ -118,10 +126,11 @@ def reference_step(models, student_name):
 
 
 @pytest.mark.parametrize("student", ["tied", "biased"])
-@pytest.mark.parametrize(("tp", "pp", "sequence_parallel"), LAYOUTS, ids=IDS)
-def test_scores_loss_and_weight_gradients_equal_float64_autograd(student, tp, pp, sequence_parallel, models):
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_scores_loss_and_weight_gradients_equal_float64_autograd(student, name, models):
+    tp, pp, *_ = LAYOUTS[name]
     expected_scores, expected_loss, expected_gradients = reference_step(models, student)
-    results = run_distributed(megatron_step, tp * pp, models, student, tp, pp, sequence_parallel)
+    results = run_distributed(megatron_step, tp * pp, models, student, *LAYOUTS[name])
     kept = make_batch().loss_kind != 0
     scores, metrics, grad_norm, _ = results[-1]  # the last rank is on the last stage
     for name in ("logprobs", "topk_logprobs", "entropy"):

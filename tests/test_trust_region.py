@@ -11,7 +11,7 @@ from megatron_tropd.trust_region import trust_gate
 
 def gate(kind: str, student, teacher, **options):
     student, teacher = torch.tensor([student]), torch.tensor([teacher])
-    where = {"sample_ids": torch.tensor([3]), "positions": torch.arange(student.size(1))[None]}
+    where = {"sample_ids": torch.tensor([[3]]), "positions": torch.arange(student.size(1))[None]}
     return trust_gate(student, teacher, kind, 0.5, **{"seed": 1, "step": 2, **where, **options})
 
 

@@ -11,7 +11,11 @@ TOLERANCE = 1e-5
 TP, PP, VPP = (f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "virtual_pipeline"))
 SP, CP = "sequence_parallel", "context_parallel_size"
 
-OVERLAP = "training.overlap_grad_reduce=true"
+# Settings of training by what a layout's name contains.
+OPTIONS = {
+    "overlap": "training.overlap_grad_reduce=true",
+    "packed": "training.max_tokens_per_micro_batch=96",
+}
 
 # name -> (processes, student's layout, teacher's layout or None for the same)
 LAYOUTS = {
@@ -44,6 +48,14 @@ LAYOUTS = {
     "dp4": (4, {}, None),
     "tp2_dp2": (4, {TP: 2}, None),
     "pp2_dp2": (4, {PP: 2}, None),
+    "packed": (1, {}, None),
+    "tp2_sp_packed": (2, {TP: 2, SP: True}, None),
+    "cp2_packed": (2, {CP: 2}, None),
+    "dp2_packed": (2, {}, None),
+    "pp2_interleaved_packed": (2, {PP: 2, VPP: 2}, None),
+    "pp2_recompute_full_packed": (2, {PP: 2, "recompute": "full"}, None),
+    "dp2_teacher_tp2_packed": (2, {}, {TP: 2}),
+    "cp2_tp2_teacher_pp2_cp2_packed": (4, {TP: 2, CP: 2}, {PP: 2, CP: 2}),
     "tp2_teacher_pp2": (2, {TP: 2}, {PP: 2}),
     "tp2_teacher_dp2": (2, {TP: 2}, {}),
     "pp2_teacher_tp2_sp": (2, {PP: 2}, {TP: 2, SP: True}),
@@ -83,7 +95,7 @@ def overrides_of(material, run, student, teacher):
         *("training.steps=3", "training.prompts_per_step=4", "training.micro_batch_size=1", "training.lr=1e-2"),
         # A large eps keeps rounding errors of tiny gradients from being blown up to whole updates.
         *("training.adam_eps=1e-2", "checkpoint.save_interval=0", "logging.samples=1"),
-        *([OVERLAP] if "overlap" in run.name else []),
+        *(option for name, option in OPTIONS.items() if name in run.name),
         *("evaluation.interval=3", f"evaluation.held_out={material / 'prompts.jsonl'}"),
     ]
 

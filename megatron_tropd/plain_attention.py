@@ -1,0 +1,78 @@
+"""Attention in plain PyTorch over packed sequences and context-parallel shares, where Transformer Engine is absent.
+
+Everything else goes to Megatron's own local attention. With context parallelism the keys and values of a layer are
+gathered on every rank, their gradient reduce-scattered: memory for simplicity, where Transformer Engine's ring or
+all-to-all attention is not there.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+from megatron_tropd.context_parallel import share_places
+
+
+class PlainAttention(DotProductAttention):
+    """Causal attention of a rank's queries over the keys of their own sequences."""
+
+    def __init__(self, config: Any, *args: Any, pg_collection: Any = None, **kwargs: Any):
+        """Take what Megatron's DotProductAttention takes."""
+        single = copy.copy(config)
+        single.context_parallel_size = 1  # what Megatron's own class insists on
+        super().__init__(single, *args, pg_collection=pg_collection, **kwargs)
+        self.cp_group = pg_collection.cp
+        self.whole_sequences = False  # set while generating, when every rank holds all of a sequence
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *args: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attend from query [s/cp, b, np, hn] to key and value [s/cp, b, ng, hn]; return [s/cp, b, np * hn].
+
+        Packed, all are [t/cp, heads, hn] of several sequences one after the other, each of them split over the
+        context-parallel ranks by itself; returns [t/cp, np * hn].
+        """
+        size = 1 if self.whole_sequences else self.cp_group.size()
+        if packed_seq_params is None:
+            if size == 1:
+                return super().forward(query, key, value, *args, **kwargs)
+            return self._attend(query, key, value, [0, query.size(0) * size], size)
+        ends = packed_seq_params.cu_seqlens_q.tolist()
+        return self._attend(*(t.unsqueeze(1) for t in (query, key, value)), ends, size).squeeze(1)
+
+    def _attend(self, query, key, value, ends: list[int], size: int) -> torch.Tensor:
+        """Attend within each of the sequences [ends[i], ends[i + 1]), lengths counted over all ranks."""
+        if size > 1:
+            key, value = (gather_from_sequence_parallel_region(t, True, group=self.cp_group) for t in (key, value))
+        local = query.size(0)
+        outputs = []
+        for start, stop in zip(ends, ends[1:], strict=False):
+            own = query[start // size : stop // size]
+            if size == 1:
+                keys, values, visible = key[start:stop], value[start:stop], None
+            else:
+                places = [share_places(stop - start, rank, size, query.device) for rank in range(size)]
+                mine = torch.arange(start // size, stop // size, device=query.device)
+                rows = torch.cat([rank * local + mine for rank in range(size)])
+                keys, values = key[rows], value[rows]
+                visible = places[self.cp_group.rank()][:, None] >= torch.cat(places)[None]  # [own, keys]
+            outputs.append(self._one(own, keys, values, visible))
+        return torch.cat(outputs)
+
+    def _one(self, query, key, value, visible: torch.Tensor | None) -> torch.Tensor:
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, tokens, hn]
+        context = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, is_causal=visible is None, scale=self.softmax_scale, enable_gqa=True
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)
