@@ -60,6 +60,7 @@ def save(
     directory = Path(directory)
     final = directory / f"step_{state.step:06d}"
     temporary = directory / f".{final.name}.tmp"
+    student.gather_parameters(wait=True)
     on_rank_zero(lambda: _fresh_folder(temporary))
     save_checkpoint_weights(student.modules, temporary / "model", hf_path)
     on_rank_zero(lambda: (temporary / "optimizer").mkdir())

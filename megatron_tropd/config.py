@@ -138,6 +138,7 @@ class TrainingConfig:
     seed: int = _key(1234, "seed of sampling, gate and dropout")
     use_distributed_optimizer: bool = _key(True, "shard optimizer state over the data-parallel ranks")
     overlap_grad_reduce: bool = _key(False, "reduce gradients over the data-parallel ranks during the backward pass")
+    overlap_param_gather: bool = _key(False, "gather updated parameters while the next forward pass begins")
 
 
 @dataclass

@@ -132,6 +132,7 @@ def set_up(recipe: Recipe, groups: ParallelGroups) -> Run:
     held_out = _build_held_out(recipe, groups, held_out_prompts, tokenizer, modules, teacher)
     folder = Path(recipe.logging.dir)
     state = _resume(recipe, groups, student, source, folder)
+    student.gather_parameters()
     return Run(
         recipe,
         folder,

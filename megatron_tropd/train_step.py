@@ -46,6 +46,16 @@ class Student:
         """The bare GPTModel chunks: the very parameters that train."""
         return [unwrap_model(chunk) for chunk in self.chunks]
 
+    def gather_parameters(self, wait: bool = False) -> None:
+        """Begin to gather the parameters that other data-parallel ranks updated, or `wait` for them.
+
+        Does nothing without overlap_param_gather, where the optimizer gathers them itself. Else each layer waits for
+        its own when it runs next, in a rollout as in training; what reads parameters otherwise waits here.
+        """
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=wait)
+
 
 @dataclass
 class StepResult:
@@ -66,6 +76,8 @@ def build_student(
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=training.overlap_grad_reduce,
+        overlap_param_gather=training.overlap_param_gather,
+        align_param_gather=training.overlap_param_gather,  # all at once, see Student.gather_parameters
         use_distributed_optimizer=training.use_distributed_optimizer,
         check_for_nan_in_grad=True,
     )
@@ -111,6 +123,7 @@ def _optimizer_config(training: TrainingConfig, config: Any) -> OptimizerConfig:
         fp16=config.fp16,
         params_dtype=config.params_dtype,
         use_distributed_optimizer=training.use_distributed_optimizer,
+        overlap_param_gather=training.overlap_param_gather,
     )
 
 
@@ -155,6 +168,7 @@ def train_step(
         forward_only=False,
     )
     updated, grad_norm, _ = student.optimizer.step()
+    student.gather_parameters()
     if updated:
         student.scheduler.step(increment=1)
     result = reduce_reports(reports, student.groups)

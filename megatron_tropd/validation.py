@@ -117,6 +117,12 @@ def _check_guidance(recipe: Recipe) -> None:
 
 def _check_training(recipe: Recipe) -> None:
     training = recipe.training
+    needed = ("use_distributed_optimizer", "overlap_grad_reduce")
+    if training.overlap_param_gather and not all(getattr(training, key) for key in needed):
+        raise UserError(
+            "training.overlap_param_gather=true needs training.use_distributed_optimizer=true, whose shards it "
+            "gathers, and training.overlap_grad_reduce=true. Set both or drop it."
+        )
     if training.min_lr is not None and training.min_lr > training.lr:
         raise UserError(
             f"training.min_lr={training.min_lr} is above training.lr={training.lr}, the peak. Lower min_lr or raise lr."

@@ -129,11 +129,18 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
         (1, []),
         (2, both(LAYOUTS["tp2"][1])),
         (2, ["training.use_distributed_optimizer=false", *both(LAYOUTS["pp2"][1])]),
-        (2, ["student.dtype=bfloat16"]),
+        (2, ["student.dtype=bfloat16", "training.overlap_grad_reduce=true", "training.overlap_param_gather=true"]),
         (2, ["student.pipeline_model_parallel_size=2", "student.virtual_pipeline_model_parallel_size=2"]),
         (2, ["student.context_parallel_size=2", "teacher.tensor_model_parallel_size=2"]),
     ],
-    ids=["single", "tp2", "pp2_plain_optimizer", "dp2_bfloat16", "pp2_interleaved_teacher_dp2", "cp2_teacher_tp2"],
+    ids=[
+        "single",
+        "tp2",
+        "pp2_plain_optimizer",
+        "dp2_bfloat16_overlap",
+        "pp2_interleaved_teacher_dp2",
+        "cp2_teacher_tp2",
+    ],
 )
 def test_three_steps_and_three_more_equal_six_to_the_bit(processes, options, material, tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"

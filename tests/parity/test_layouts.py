@@ -14,6 +14,7 @@ SP, CP = "sequence_parallel", "context_parallel_size"
 # Settings of training by what a layout's name contains.
 OPTIONS = {
     "overlap": "training.overlap_grad_reduce=true",
+    "gather": "training.overlap_param_gather=true",
     "packed": "training.max_tokens_per_micro_batch=96",
 }
 
@@ -43,6 +44,8 @@ LAYOUTS = {
     "tp2_teacher_offloaded": (2, {TP: 2}, {TP: 2, "offload": True}),
     "dp2_teacher_tp2_offloaded": (2, {}, {TP: 2, "offload": True}),
     "dp2_overlap": (2, {}, None),
+    "dp2_overlap_gather": (2, {}, None),
+    "pp2_dp2_overlap_gather": (4, {PP: 2}, None),
     "pp2_dp2_interleaved_overlap": (4, {PP: 2, VPP: 2}, None),
     "dp2": (2, {}, None),
     "dp4": (4, {}, None),
