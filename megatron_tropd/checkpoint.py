@@ -64,7 +64,8 @@ def save(
     on_rank_zero(lambda: _fresh_folder(temporary))
     save_checkpoint_weights(student.modules, temporary / "model", hf_path)
     on_rank_zero(lambda: (temporary / "optimizer").mkdir())
-    save_sharded(_optimizer_state(student, is_loading=False), str(temporary / "optimizer"))
+    with student.training_state():
+        save_sharded(_optimizer_state(student, is_loading=False), str(temporary / "optimizer"))
     torch.save(_rng_state(), temporary / "rng" / f"rank_{dist.get_rank():05d}.pt")
 
     def publish() -> None:
@@ -88,11 +89,12 @@ def load(path: str | Path, student: Student) -> TrainingState:
     """
     path = Path(path)
     load_checkpoint_weights(student.modules, path / "model")
-    allocate_optimizer_state(student.optimizer)
-    sharded = _optimizer_state(student, is_loading=True)
-    loaded = dist_checkpointing.load(sharded, str(path / "optimizer"))
-    student.optimizer.load_state_dict(loaded["optimizer"])
-    separate_adam_steps(student.optimizer)
+    with student.training_state():
+        allocate_optimizer_state(student.optimizer)
+        sharded = _optimizer_state(student, is_loading=True)
+        loaded = dist_checkpointing.load(sharded, str(path / "optimizer"))
+        student.optimizer.load_state_dict(loaded["optimizer"])
+        separate_adam_steps(student.optimizer)
     student.scheduler.load_state_dict(loaded["scheduler"])
     state = TrainingState(**json.loads((path / "state.json").read_text()))
     if state.layout == layout_of(student.groups):

@@ -146,7 +146,7 @@ class Memory:
     """Bytes of the fullest GPU, by part; which parts are there at the same time is the phase's."""
 
     stage: int
-    teacher_offloaded: bool
+    offloaded: tuple[str, ...] = ()  # parts that are there in their own phase alone
     parts: dict[str, float] = field(default_factory=dict)
 
     _PHASES = {
@@ -155,18 +155,20 @@ class Memory:
         "update": ("batch and scores", "activations", "logits"),
     }
 
-    @property
-    def resident(self) -> float:
-        """Bytes that are there all the time."""
-        always = ("student weights", "student gradients", "optimizer", "teacher weights")
-        return sum(self.parts[name] for name in always[: 3 if self.teacher_offloaded else 4])
+    _OWN_PHASE = {
+        "student weights": None,
+        "student gradients": "update",
+        "optimizer": "update",
+        "teacher weights": "teacher scores",
+    }
 
     @property
     def phases(self) -> dict[str, float]:
         """Bytes at the peak of each phase of a step."""
-        found = {phase: self.resident + sum(self.parts[n] for n in names) for phase, names in self._PHASES.items()}
-        if self.teacher_offloaded:
-            found["teacher scores"] += self.parts["teacher weights"]
+        found = {}
+        for phase, names in self._PHASES.items():
+            lasting = [n for n, own in self._OWN_PHASE.items() if n not in self.offloaded or own == phase]
+            found[phase] = sum(self.parts[name] for name in (*lasting, *names))
         return found
 
     @property
@@ -198,7 +200,7 @@ def _stage_memory(job: Job, student_stage: int, teacher_stage: int) -> Memory:
     tokens = job.micro_batch_tokens / model.context_parallel_size
     a_layer = layer_activations(hf, model, job.sequence, job.fused_attention)
     micro_batches = max(1, job.rows * job.sequence // job.micro_batch_tokens)
-    found = Memory(student_stage, teacher.offload)
+    found = Memory(student_stage, _offloaded(job.recipe))
     found.parts = {
         "student weights": parameters * size,
         "student gradients": parameters * 4,
@@ -215,6 +217,11 @@ def _stage_memory(job: Job, student_stage: int, teacher_stage: int) -> Memory:
     found.parts["teacher activations"] = scored * a_teacher  # forward only: one layer at a time
     found.parts["teacher logits"] = _logits(job.teacher, teacher, scored, teacher_stage)
     return found
+
+
+def _offloaded(recipe: Recipe) -> tuple[str, ...]:
+    optimizer = ("student gradients", "optimizer") if recipe.training.offload_optimizer else ()
+    return (*optimizer, *(("teacher weights",) if recipe.teacher.offload else ()))
 
 
 def _once(job: Job) -> float:

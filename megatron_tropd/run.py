@@ -132,7 +132,6 @@ def set_up(recipe: Recipe, groups: ParallelGroups) -> Run:
     held_out = _build_held_out(recipe, groups, held_out_prompts, tokenizer, modules, teacher)
     folder = Path(recipe.logging.dir)
     state = _resume(recipe, groups, student, source, folder)
-    student.gather_parameters()
     return Run(
         recipe,
         folder,
@@ -300,10 +299,12 @@ def _resume(
         save_recipe(recipe, folder / "recipe.yaml")
 
     on_rank_zero(write_recipe)
-    if found[0] is None:
-        return checkpoint.TrainingState(step=0, cursor=source.state_dict(), layout=checkpoint.layout_of(groups))
-    state = checkpoint.load(found[0], student)
-    source.load_state_dict(state.cursor)
-    state.layout = checkpoint.layout_of(groups)
-    logger.warning("resuming from %s after step %d", found[0], state.step)
+    state = checkpoint.TrainingState(step=0, cursor=source.state_dict(), layout=checkpoint.layout_of(groups))
+    if found[0] is not None:
+        state = checkpoint.load(found[0], student)
+        source.load_state_dict(state.cursor)
+        state.layout = checkpoint.layout_of(groups)
+        logger.warning("resuming from %s after step %d", found[0], state.step)
+    student.gather_parameters()
+    student.leave_device()
     return state

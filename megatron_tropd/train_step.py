@@ -9,6 +9,7 @@ loss token of the global batch weighs the same.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -40,6 +41,8 @@ class Student:
     hook: OutputHook
     vocab_size: int
     end: EndOfText = field(default_factory=EndOfText)  # end-of-text ids that are one event
+    offload: bool = False  # see `training_state`
+    _is_away: bool = False
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -55,6 +58,28 @@ class Student:
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=wait)
+
+    @contextmanager
+    def training_state(self) -> Iterator[None]:
+        """Within the context gradients and optimizer state are on the device; outside, with `offload`, they are not.
+
+        Then rollouts and the teacher's pass have their memory. What an update leaves of gradients is lost.
+        """
+        if self._is_away:
+            for chunk in self.chunks:
+                chunk.restore_grad_buffers()
+            self.optimizer.restore_from_cpu()
+        self._is_away = False
+        yield
+        self.leave_device()
+
+    def leave_device(self) -> None:
+        """With `offload`, free the gradients and move the optimizer's state to host memory."""
+        if self.offload:
+            self._is_away = True
+            self.optimizer.offload_to_cpu()
+            for chunk in self.chunks:
+                chunk.offload_grad_buffers()
 
 
 @dataclass
@@ -106,7 +131,8 @@ def build_student(
         wd_incr_steps=training.steps,
         wd_incr_style="constant",
     )
-    return Student(chunks, optimizer, scheduler, groups, OutputHook(chunks), vocab_size)
+    hook = OutputHook(chunks)
+    return Student(chunks, optimizer, scheduler, groups, hook, vocab_size, offload=training.offload_optimizer)
 
 
 def _optimizer_config(training: TrainingConfig, config: Any) -> OptimizerConfig:
@@ -154,20 +180,22 @@ def train_step(
     """
     for chunk in student.chunks:
         chunk.train()
-        chunk.zero_grad_buffer()
-    student.optimizer.zero_grad()
     sequence_parallel = student.modules[0].config.sequence_parallel
     split = split_batch(batch, student.groups, micro_batch_size, max_tokens, sequence_parallel)
-    reports = run_schedule(
-        student.groups,
-        partial(forward_step, student=student, objective=objective, config=config, step=step),
-        list(zip(split.batches, split.take(scores), strict=True)),
-        student.chunks,
-        seq_length=split.seq_length,
-        micro_batch_size=split.micro_batch_size,
-        forward_only=False,
-    )
-    updated, grad_norm, _ = student.optimizer.step()
+    with student.training_state():
+        for chunk in student.chunks:
+            chunk.zero_grad_buffer()
+        student.optimizer.zero_grad()
+        reports = run_schedule(
+            student.groups,
+            partial(forward_step, student=student, objective=objective, config=config, step=step),
+            list(zip(split.batches, split.take(scores), strict=True)),
+            student.chunks,
+            seq_length=split.seq_length,
+            micro_batch_size=split.micro_batch_size,
+            forward_only=False,
+        )
+        updated, grad_norm, _ = student.optimizer.step()
     student.gather_parameters()
     if updated:
         student.scheduler.step(increment=1)

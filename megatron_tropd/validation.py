@@ -123,6 +123,11 @@ def _check_training(recipe: Recipe) -> None:
             "training.overlap_param_gather=true needs training.use_distributed_optimizer=true, whose shards it "
             "gathers, and training.overlap_grad_reduce=true. Set both or drop it."
         )
+    if training.offload_optimizer and recipe.student.dtype == "float32":
+        raise UserError(
+            "training.offload_optimizer=true contradicts student.dtype=float32, whose parameters are their own main "
+            "weights and must stay on the device. Set student.dtype=bfloat16 or drop the key."
+        )
     if training.min_lr is not None and training.min_lr > training.lr:
         raise UserError(
             f"training.min_lr={training.min_lr} is above training.lr={training.lr}, the peak. Lower min_lr or raise lr."

@@ -121,6 +121,7 @@ def test_wrong_values(override, message):
         (["training.min_lr=1", "training.lr_schedule=cosine"], "training.min_lr=1.0 is above training.lr"),
         (["training.min_lr=1e-7"], "has no use with training.lr_schedule=constant"),
         (["training.overlap_param_gather=true"], "needs training.use_distributed_optimizer=true"),
+        (["training.offload_optimizer=true", "student.dtype=float32"], "contradicts student.dtype=float32"),
         (["training.lr_warmup_steps=300"], "training.lr_warmup_steps=300 is more than training.steps=200"),
     ],
 )

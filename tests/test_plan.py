@@ -180,6 +180,18 @@ def test_what_cannot_be_is_refused(options, said, large, capsys):
     assert said in output.out + output.err
 
 
+def test_an_offloaded_optimizer_is_there_only_in_the_update(large):
+    kept, offloaded = (
+        load_recipe("llama_70b_to_8b", [*large, f"training.offload_optimizer={value}"]) for value in ("false", "true")
+    )
+    configs = [load_hf_config(getattr(kept, role).hf_path) for role in ("student", "teacher")]
+    before, after = (memory(Job(*configs, recipe, gpus=8)) for recipe in (kept, offloaded))
+    assert after.phases["update"] == before.phases["update"]
+    for phase in ("rollout", "teacher scores"):
+        saved = before.parts["student gradients"] + before.parts["optimizer"]
+        assert before.phases[phase] - after.phases[phase] == pytest.approx(saved)
+
+
 def test_a_token_budget_is_planned_like_as_many_padded_tokens(large):
     options = ["training.micro_batch_size=2", f"training.max_tokens_per_micro_batch={2 * (512 + 8096)}"]
     recipes = [load_recipe("llama_70b_to_8b", [*large, "rollout.max_new_tokens=8096", o]) for o in options]

@@ -211,6 +211,49 @@ def offload_rank(models):
     assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
 
 
+def test_gradients_are_freed_between_updates_and_the_updates_are_the_same(models):
+    kept, offloaded = (run_distributed(offloaded_optimizer_rank, 2, models, value) for value in (False, True))
+    for ours, theirs in zip(offloaded, kept, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def offloaded_optimizer_rank(models, offload: bool):
+    """Two updates in bfloat16, distributed optimizer; where offloaded, no gradient may be there outside of them."""
+    from megatron_tropd import parallel
+    from megatron_tropd.config import ModelConfig, TrainingConfig
+    from megatron_tropd.train_step import build_student, train_step
+
+    model = ModelConfig(hf_path=str(models / "tied"))
+    groups = parallel.initialize(model)
+    config, objective = make_objective()
+    training = TrainingConfig(steps=2, lr=1e-2, offload_optimizer=offload)
+    student = build_student(load(model, groups, training=True), training, groups, VOCAB_SIZE)
+    student.leave_device()
+    before = [p.clone() for p in student.modules[0].parameters()]
+    batch = make_batch()
+    batch.loss_kind[batch.loss_kind == 1] = 2  # cross-entropy alone: no teacher
+    for step in range(2):
+        assert freed(student) == offload
+        train_step(student, batch, None, sft(), config, step, 2)
+    assert freed(student) == offload
+    with student.training_state():
+        assert not freed(student)
+    after = list(student.modules[0].parameters())
+    assert not any(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    return [p.detach().clone() for p in after]
+
+
+def sft():
+    from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
+    from megatron_tropd.objectives import build_objective
+
+    return build_objective(ObjectiveConfig(name="sft"), GuidanceConfig(), seed=7)
+
+
+def freed(student) -> bool:
+    return not sum(p.main_grad.untyped_storage().nbytes() for chunk in student.modules for p in chunk.parameters())
+
+
 def misuse_rank(models):
     from megatron_tropd import parallel
     from megatron_tropd.teacher import TeacherHook
