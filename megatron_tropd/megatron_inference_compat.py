@@ -26,7 +26,10 @@ from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 from megatron.core.tensor_parallel.layers import get_global_memory_buffer
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
+from packaging.version import Version
 from tqdm import tqdm
+
+from megatron_tropd.megatron_compat import MEGATRON_VERSION
 
 try:  # 0.17 and later
     from megatron.core.inference.config import InferenceConfig
@@ -61,18 +64,18 @@ class _DynamicController(TextGenerationController):
         context = self.inference_wrapped_model.inference_context
         active = slice(context.paused_request_count, context.total_request_count)
         count = active.stop - active.start
-        if logits is None and InferenceConfig is not None:
-            logits = self._all_logits_cuda  # 0.17 and later keep them here; None but on the last stage
+        if logits is None:  # 0.18 and later keep them here; None but on the last stage
+            logits = getattr(self, "_all_logits_cuda", None)
         if logits is not None:
             logits = logits.squeeze(0)[:count]  # the model materializes only the last tokens' logits
         rows = context.request_ids[active].tolist()
         tokens, ended = self.sampler.advance(logits, rows, context.get_active_sequence_lengths())
-        self._sampled_tokens_cuda[:count] = tokens
+        self._sampled_tokens_cuda = tokens
         # Megatron ends a request when its token equals its termination id: set so where, and only where, it ends.
-        if InferenceConfig is None:
-            termination_ids = self._request_metadata["termination_id"][active]
-        else:
+        if hasattr(context, "active_request_metadata"):  # 0.18 and later
             termination_ids = context.active_request_metadata["termination_id"][:count]
+        else:
+            termination_ids = self._request_metadata["termination_id"][active]
         ended = torch.tensor(ended, device=tokens.device)
         termination_ids.copy_(torch.where(ended, tokens, -1).to(termination_ids.dtype))
 
@@ -238,6 +241,9 @@ def run_dynamic_engine(
         controller = _DynamicController(wrapper, _TokenizerAdapter(tokenizer), pp_group=groups.pp)
         engine_options = {"enable_cuda_graph": False, "random_seed": 0, "enable_chunked_prefill": False}
     else:
+        if Version("0.18") > MEGATRON_VERSION:  # it takes every stage to have as many layers
+            config = copy.copy(config)
+            config.num_layers = num_layers * groups.pp_size
         context = DynamicInferenceContext(config, InferenceConfig(**sizes))
         wrapper = GPTInferenceWrapper(model, context)
         controller = _DynamicController(wrapper, _TokenizerAdapter(tokenizer))
