@@ -240,7 +240,7 @@ def _add_convert(subcommands: Any) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the files (default: as stored, bit for bit)"
     )
     for parser in (there, back):
-        for name in ("tensor", "pipeline"):
+        for name in ("tensor", "pipeline", "expert"):
             parser.add_argument(
                 f"--{name}-model-parallel-size",
                 type=_positive,

@@ -127,6 +127,7 @@ def hf_to_mcore(arguments: argparse.Namespace) -> None:
         bound=arguments.bound,
         tensor_model_parallel_size=arguments.tensor_model_parallel_size,
         pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
+        expert_model_parallel_size=arguments.expert_model_parallel_size,
     )
 
 
@@ -140,6 +141,7 @@ def mcore_to_hf(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         tensor_model_parallel_size=arguments.tensor_model_parallel_size,
         pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
+        expert_model_parallel_size=arguments.expert_model_parallel_size,
     )
 
 

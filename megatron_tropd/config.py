@@ -41,7 +41,10 @@ class ModelConfig:
     account_for_embedding_in_pipeline_split: bool = _key(False, "count the embedding as a layer of the first stage")
     account_for_loss_in_pipeline_split: bool = _key(False, "count output layer and loss as a layer of the last stage")
     context_parallel_size: int = _key(1, "ranks that share each sequence", low=1)
-    expert_model_parallel_size: int = _key(1, "ranks that share the experts", low=1)
+    expert_model_parallel_size: int = _key(1, "ranks among which the experts are dealt out", low=1)
+    expert_tensor_parallel_size: int | None = _key(
+        None, "ranks that share each expert's matrices; default: tensor_model_parallel_size", low=1
+    )
     sequence_parallel: bool = _key(False, "shard activations outside attention and MLP over the tensor-parallel ranks")
     dtype: str = _key("bfloat16", "parameters and activations", ("float32", "bfloat16", "float16"))
     recompute: str | None = _key(None, "activation recomputation", ("selective", "full"))

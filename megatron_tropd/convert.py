@@ -158,6 +158,7 @@ def convert_hf_to_mcore(
     bound: float = 1e-4,
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
 ) -> None:
     """Convert a Hugging Face folder to a weights checkpoint, in the dtype of its files; atomic.
 
@@ -168,6 +169,7 @@ def convert_hf_to_mcore(
         bound: largest absolute logit difference that `verify` lets pass.
         tensor_model_parallel_size: under torchrun, spreads a model that is too large for one process.
         pipeline_model_parallel_size: likewise.
+        expert_model_parallel_size: likewise.
 
     Raises:
         UserError: the folder or the output cannot be used, or `verify` found a larger difference.
@@ -182,6 +184,7 @@ def convert_hf_to_mcore(
         dtype=_dtype_name(dtype, hf_path),
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
+        expert_model_parallel_size=expert_model_parallel_size,
     )
     groups = initialize(layout)
     temporary = output.with_name(f".{output.name}.tmp")
@@ -221,6 +224,7 @@ def convert_mcore_to_hf(
     dtype: str | None = None,
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
 ) -> None:
     """Export a weights checkpoint to a Hugging Face folder that `transformers` loads; atomic.
 
@@ -230,6 +234,7 @@ def convert_mcore_to_hf(
         dtype: of the files, by name; default: as stored, so that a conversion there and back is bit-identical.
         tensor_model_parallel_size: under torchrun, spreads a model that is too large for one process.
         pipeline_model_parallel_size: likewise.
+        expert_model_parallel_size: likewise.
 
     Raises:
         UserError: the checkpoint is not whole, or the output exists.
@@ -245,6 +250,7 @@ def convert_mcore_to_hf(
         dtype=stored,
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
+        expert_model_parallel_size=expert_model_parallel_size,
     )
     groups = initialize(layout)
     temporary = output.with_name(f".{output.name}.tmp")

@@ -25,17 +25,23 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
-    ffn: int
     vocab: int
     tied: bool
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`sources`: Hugging Face names, with {i} for the layer. `kind`: how they are cut and joined."""
+    """`sources`: Hugging Face names, {i} for the layer, {e} for the expert. `kind`: how they are cut and joined."""
 
     sources: tuple[str, ...]
-    kind: str  # replicated | rows | columns | gated | qkv | vocab
+    kind: str  # replicated | columns | gated | qkv | vocab
+    expert: int | None = None  # which of a rank's own experts it is of
+
+    def of_expert(self, first: int) -> Rule:
+        """Return the rule with the expert's number in the whole layer, `first` being that of the rank's first."""
+        if self.expert is None:
+            return self
+        return Rule(tuple(source.format(e=first + self.expert) for source in self.sources), self.kind, self.expert)
 
 
 _LAYER = "model.layers.{i}."
@@ -55,11 +61,18 @@ _RULES = {
     "mlp.linear_fc1.weight": Rule((_LAYER + "mlp.gate_proj.weight", _LAYER + "mlp.up_proj.weight"), "gated"),
     "mlp.linear_fc2.weight": Rule((_LAYER + "mlp.down_proj.weight",), "columns"),
 }
+_ROUTERS = {"mixtral": "block_sparse_moe.gate.weight", "qwen3_moe": "mlp.gate.weight"}
+_EXPERTS = {  # gate, up and down projection
+    "mixtral": tuple(f"block_sparse_moe.experts.{{e}}.{w}.weight" for w in ("w1", "w3", "w2")),
+    "qwen3_moe": tuple(f"mlp.experts.{{e}}.{p}_proj.weight" for p in ("gate", "up", "down")),
+}
+# Of Megatron's local layers, and of Transformer Engine's grouped ones.
+_EXPERT_NAME = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.)?linear_fc([12])\.weight(\d*)$")
 _EMBEDDING = "model.embed_tokens.weight"
 _NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)$")
 
 
-def rule_of(name: str, first_layer: int, tied: bool) -> Rule:
+def rule_of(name: str, first_layer: int, tied: bool, model_type: str = "llama") -> Rule:
     """Return the rule of Megatron's parameter `name`, whose chunk starts at global layer `first_layer`."""
     if name == "embedding.word_embeddings.weight":
         return Rule((_EMBEDDING,), "vocab")
@@ -68,15 +81,37 @@ def rule_of(name: str, first_layer: int, tied: bool) -> Rule:
     if name == "decoder.final_layernorm.weight":
         return Rule(("model.norm.weight",), "replicated")
     match = _NAME.match(name)
-    if match is None or match[2] not in _RULES:
+    rule = None if match is None else _RULES.get(match[2]) or _expert_rule(match[2], model_type)
+    if rule is None:
         raise KeyError(f"no Hugging Face counterpart of Megatron's parameter {name}")
-    rule = _RULES[match[2]]
-    layer = int(match[1]) + first_layer
-    return Rule(tuple(source.format(i=layer) for source in rule.sources), rule.kind)
+    layer = str(int(match[1]) + first_layer)
+    return Rule(tuple(source.replace("{i}", layer) for source in rule.sources), rule.kind, rule.expert)
+
+
+def _expert_rule(name: str, model_type: str) -> Rule | None:
+    """Return the rule of a router's or an expert's parameter, named within its layer."""
+    if model_type not in _EXPERTS:
+        return None
+    if name == "mlp.router.weight":
+        return Rule((_LAYER + _ROUTERS[model_type],), "replicated")
+    match = _EXPERT_NAME.match(name)
+    if match is None:
+        return None
+    *gated, down = (_LAYER + source for source in _EXPERTS[model_type])
+    expert = int(match[1] or match[3])
+    return Rule(tuple(gated), "gated", expert) if match[2] == "1" else Rule((down,), "columns", expert)
+
+
+def expert_suffixes(model_type: str, count: int) -> list[str]:
+    """Return the names, within a layer, of the tensors of a router and its `count` experts."""
+    return [_ROUTERS[model_type], *(source.format(e=e) for e in range(count) for source in _EXPERTS[model_type])]
 
 
 def read_shard(rule: Rule, read: Read, shape: Shape, rank: int, size: int, like: torch.Tensor) -> torch.Tensor:
-    """Read rank `rank` of `size`'s shard, of the shape of `like`; rows beyond the vocabulary are zero."""
+    """Read rank `rank` of `size`'s shard, of the shape of `like`; rows beyond the vocabulary are zero.
+
+    An expert's rank and size are those of expert tensor parallelism.
+    """
     if rule.kind == "replicated":
         return read(rule.sources[0], _ALL, _ALL)
     if rule.kind == "columns":
@@ -90,7 +125,8 @@ def read_shard(rule: Rule, read: Read, shape: Shape, rank: int, size: int, like:
             shard[: stop - start] = read(rule.sources[0], slice(start, stop), _ALL)
         return shard
     if rule.kind == "gated":
-        rows = slice(rank * shape.ffn // size, (rank + 1) * shape.ffn // size)
+        half = like.size(0) // 2
+        rows = slice(rank * half, (rank + 1) * half)
         return torch.cat([read(source, rows, _ALL) for source in rule.sources])
     assert rule.kind == "qkv"
     groups = shape.kv_heads // size

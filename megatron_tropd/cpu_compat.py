@@ -12,6 +12,7 @@ import contextlib
 import logging
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,27 @@ def _names_cuda(device: object) -> bool:
     return isinstance(device, torch.device) and device.type == "cuda"
 
 
+def _all_gather_uneven(tensor_list, tensor, group=None, async_op=False) -> None:
+    """What NCCL does with tensors of different sizes, and gloo refuses: one broadcast a rank."""
+    for rank, out in enumerate(tensor_list):
+        if rank == group.rank():
+            out.copy_(tensor)
+        dist.broadcast(out, src=dist.get_global_rank(group, rank), group=group)
+
+
+def _reduce_scatter_uneven(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False) -> None:
+    """The same for sums: one reduction a rank."""
+    for rank, part in enumerate(input_list):
+        total = part.clone(memory_format=torch.contiguous_format)
+        dist.reduce(total, dst=dist.get_global_rank(group, rank), op=op, group=group)
+        if rank == group.rank():
+            output.copy_(total)
+
+
+# Collective -> the place of its list of tensors among the arguments, and what stands in where their sizes differ.
+_UNEVEN = {dist.all_gather: (0, _all_gather_uneven), dist.reduce_scatter: (1, _reduce_scatter_uneven)}
+
+
 class _CudaMeansCpu(TorchFunctionMode):
     """Send every explicit CUDA device to the CPU."""
 
@@ -43,6 +65,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             kwargs["pin_memory"] = False
         if func is torch.Tensor.to:
             args = tuple("cpu" if _names_cuda(a) else a for a in args)
+        elif func in _UNEVEN and len({t.size(0) for t in args[_UNEVEN[func][0]]}) > 1:
+            return _UNEVEN[func][1](*args, **kwargs)
         elif func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
             return args[0]
         elif func is torch.Tensor.type and len(args) == 1 and not kwargs:
@@ -72,7 +96,10 @@ class _InertStream:
     def _nothing(self, *args, **kwargs) -> None:
         return None
 
-    record = wait = synchronize = wait_stream = wait_event = record_event = _nothing
+    record = wait = synchronize = wait_stream = wait_event = _nothing
+
+    def record_event(self, *args, **kwargs) -> _InertStream:
+        return _InertStream()
 
 
 class _InertNvtx:
@@ -123,6 +150,19 @@ def _patch_backward() -> None:
     torch.autograd._engine_run_backward = run
 
 
+def _patch_experts() -> None:
+    """Let the experts' token dispatcher make numbers of tensors of split sizes, as it does of those on CUDA."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    move = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def move_as_numbers(tensor, as_numpy=False, record_stream=False):
+        moved = move(tensor, as_numpy, record_stream)
+        return moved.numpy() if as_numpy and isinstance(moved, torch.Tensor) else moved
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move_as_numbers
+
+
 def apply() -> bool:
     """Make Megatron-Core run on CPU in this process and thread; idempotent; does nothing where CUDA is available.
 
@@ -136,6 +176,7 @@ def apply() -> bool:
         _patch_torch_cuda()
         _patch_random_states()
         _patch_backward()
+        _patch_experts()
         _CudaMeansCpu().__enter__()
         logger.info("no CUDA device: Megatron-Core runs on CPU (opt out with use_cpu_compat=False)")
         _applied = True

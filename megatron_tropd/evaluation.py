@@ -130,11 +130,12 @@ def evaluate(
     chunk = max(1, batch_size // config.samples)
     graded: list[dict[str, Any]] = []
     with tqdm(total=len(mine), desc="evaluate", unit="problem", disable=not progress or dist.get_rank() > 0) as bar:
-        for start in range(0, len(mine), chunk):
+        for start in range(0, -(-len(problems) // groups.dp_size), chunk):  # as often on every rank
             batch = mine[start : start + chunk]
             graded += _grade(engine.generate(batch, [[] for _ in batch], sampling), config.answer_pattern)
             bar.update(len(batch))
-            bar.set_postfix(accuracy=f"{sum(s['correct'] for s in graded) / len(graded):.3f}", refresh=False)
+            accuracy = sum(s["correct"] for s in graded) / max(1, len(graded))
+            bar.set_postfix(accuracy=f"{accuracy:.3f}", refresh=False)
     if groups.dp_size > 1:
         gathered: list[Any] = [None] * groups.dp_size
         dist.all_gather_object(gathered, graded, group=groups.dp)

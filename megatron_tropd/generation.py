@@ -98,7 +98,7 @@ def write_responses(
         for start in range(0, len(todo), chunk):
             part = todo[start : start + chunk]
             mine = part[groups.dp_rank :: groups.dp_size]
-            records = _records(engine.generate(mine, [[] for _ in mine], sampling), per_prompt, field) if mine else []
+            records = _records(engine.generate(mine, [[] for _ in mine], sampling), per_prompt, field)
             gathered: list[Any] = [None] * groups.dp_size
             dist.all_gather_object(gathered, records, group=groups.dp)
             if reports:

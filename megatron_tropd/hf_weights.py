@@ -18,7 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from megatron_tropd.convert_mapping import Shape, read_shard, rule_of, split_full
+from megatron_tropd.convert_mapping import Rule, Shape, expert_suffixes, read_shard, rule_of, split_full
+from megatron_tropd.experts import experts_of
 from megatron_tropd.model import head_dim
 from megatron_tropd.parallel import ParallelGroups
 from megatron_tropd.types import UserError
@@ -35,7 +36,6 @@ def shape_of(hf_config: Any) -> Shape:
         heads=hf_config.num_attention_heads,
         kv_heads=hf_config.num_key_value_heads,
         head_dim=head_dim(hf_config),
-        ffn=hf_config.intermediate_size,
         vocab=hf_config.vocab_size,
         tied=bool(hf_config.tie_word_embeddings),
     )
@@ -99,13 +99,14 @@ class SafetensorsFolder:
         return self._file_of[name].get_slice(name)[:1].dtype
 
 
-def named_parameters(chunks: list[torch.nn.Module], tied: bool) -> Iterator[tuple[str, torch.nn.Parameter, Any]]:
+def named_parameters(chunks: list[torch.nn.Module], hf_config: Any) -> Iterator[tuple[str, torch.nn.Parameter, Rule]]:
     """Yield (Megatron's local name, parameter, rule) of every chunk, in the order of the layers."""
+    tied, model_type = bool(hf_config.tie_word_embeddings), hf_config.model_type
     for chunk in chunks:
         layers = chunk.decoder.layers
         first_layer = layers[0].layer_number - 1 if len(layers) else 0
         for name, parameter in chunk.named_parameters():
-            yield name, parameter, rule_of(name, first_layer, tied)
+            yield name, parameter, rule_of(name, first_layer, tied, model_type)
 
 
 def load_hf_weights(chunks: list[torch.nn.Module], hf_config: Any, hf_path: str | Path, groups: ParallelGroups) -> None:
@@ -117,11 +118,13 @@ def load_hf_weights(chunks: list[torch.nn.Module], hf_config: Any, hf_path: str 
     shape = shape_of(hf_config)
     with SafetensorsFolder(hf_path) as folder, torch.no_grad():
         _check_names(folder, hf_config)
-        parameters = list(named_parameters(chunks, shape.tied))
+        parameters = list(named_parameters(chunks, hf_config))
         for name, parameter, rule in tqdm(
             parameters, desc="reading weights", unit="tensor", delay=3, disable=groups.rank > 0
         ):
-            shard = read_shard(rule, folder.read, shape, groups.tp_rank, groups.tp_size, parameter)
+            rule = rule.of_expert(groups.ep.rank() * _local_experts(hf_config, groups))
+            group = groups.tp if rule.expert is None else groups.expert_tp
+            shard = read_shard(rule, folder.read, shape, group.rank(), group.size(), parameter)
             if shard.shape != parameter.shape:
                 raise UserError(
                     f"{hf_path}: {' + '.join(rule.sources)} give a shard of {tuple(shard.shape)} for {name}, expected "
@@ -130,15 +133,25 @@ def load_hf_weights(chunks: list[torch.nn.Module], hf_config: Any, hf_path: str 
             parameter.copy_(shard)
 
 
+def _local_experts(hf_config: Any, groups: ParallelGroups) -> int:
+    experts = experts_of(hf_config)
+    return experts.count // groups.ep.size() if experts else 0
+
+
 def _check_names(folder: SafetensorsFolder, hf_config: Any) -> None:
     """Refuse tensors that would be dropped silently."""
-    biased = hf_config.model_type == "qwen2"
-    suffixes = [f"self_attn.{p}_proj.weight" for p in "qkvo"] + [f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
+    experts, model_type = experts_of(hf_config), hf_config.model_type
+    suffixes = [f"self_attn.{p}_proj.weight" for p in "qkvo"]
     suffixes += ["input_layernorm.weight", "post_attention_layernorm.weight"]
-    suffixes += [f"self_attn.{p}_proj.bias" for p in "qkv"] if biased else []
-    suffixes += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if hf_config.model_type == "qwen3" else []
+    suffixes += [f"self_attn.{p}_proj.bias" for p in "qkv"] if model_type == "qwen2" else []
+    normed = model_type in ("qwen3", "qwen3_moe")
+    suffixes += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if normed else []
+    dense = [f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
+    sparse = expert_suffixes(model_type, experts.count) if experts else []
     known = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-    known |= {f"model.layers.{i}.{suffix}" for i in range(hf_config.num_hidden_layers) for suffix in suffixes}
+    for i in range(hf_config.num_hidden_layers):
+        mlp = sparse if experts and experts.layers[i] else dense
+        known |= {f"model.layers.{i}.{suffix}" for suffix in (*suffixes, *mlp)}
     unknown = sorted(folder.names() - known)
     if unknown:
         raise UserError(
@@ -155,7 +168,7 @@ def save_hf_weights(
     dtype: torch.dtype | None = None,
     max_file_bytes: int = _MAX_FILE_BYTES,
 ) -> None:
-    """Write all chunks' weights as safetensors files under `output`; collective over the ranks of one replica.
+    """Write all chunks' weights as safetensors files under `output`; collective over all ranks.
 
     Args:
         chunks: this rank's model chunks.
@@ -167,7 +180,7 @@ def save_hf_weights(
     """
     shape, output = shape_of(hf_config), Path(output)
     writes = groups.tp_rank == 0 and groups.dp_rank == 0
-    parameters = [p for p in named_parameters(chunks, shape.tied) if not (shape.tied and p[0] == "output_layer.weight")]
+    parameters = [p for p in named_parameters(chunks, hf_config) if not (shape.tied and p[0] == "output_layer.weight")]
     files: list[dict[str, int]] = []  # of this rank, in order: tensor name -> bytes
     pending: dict[str, torch.Tensor] = {}
 
@@ -178,10 +191,8 @@ def save_hf_weights(
             pending.clear()
 
     for _, parameter, rule in tqdm(parameters, desc="writing weights", unit="tensor", delay=3, disable=groups.rank > 0):
-        shards = _gather(parameter.detach(), rule.kind, groups)
-        if not writes:
-            continue
-        for name, tensor in split_full(rule, shards, shape).items():
+        full = gather_full(parameter.detach(), rule, shape, hf_config, groups)
+        for name, tensor in full.items() if writes else ():
             tensor = tensor.to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
             if sum(t.nbytes for t in pending.values()) + tensor.nbytes > max_file_bytes:
                 flush()
@@ -193,11 +204,29 @@ def save_hf_weights(
         _name_files(output, gathered)
 
 
-def _gather(parameter: torch.Tensor, kind: str, groups: ParallelGroups) -> list[torch.Tensor]:
-    if kind == "replicated" or groups.tp_size == 1:
-        return [parameter]
-    shards = [torch.empty_like(parameter) for _ in range(groups.tp_size)]
-    dist.all_gather(shards, parameter.contiguous(), group=groups.tp)
+def gather_full(
+    tensor: torch.Tensor, rule: Rule, shape: Shape, hf_config: Any, groups: ParallelGroups
+) -> dict[str, torch.Tensor]:
+    """Return the whole Hugging Face tensors of a parameter's shard (or of its gradient's), on every rank.
+
+    Of an expert's shard, those of the experts in its place on all expert-parallel ranks. Collective over the tensor-
+    and expert-parallel groups.
+    """
+    if rule.expert is None:
+        shards = [tensor] if rule.kind == "replicated" else _all_gather(tensor, groups.tp)
+        return split_full(rule, shards, shape)
+    per_expert = zip(*(_all_gather(shard, groups.ep) for shard in _all_gather(tensor, groups.expert_tp)), strict=True)
+    local, found = _local_experts(hf_config, groups), {}
+    for ep_rank, shards in enumerate(per_expert):
+        found |= split_full(rule.of_expert(ep_rank * local), list(shards), shape)
+    return found
+
+
+def _all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    if group.size() == 1:
+        return [tensor]
+    shards = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(shards, tensor.contiguous(), group=group)
     return shards
 
 

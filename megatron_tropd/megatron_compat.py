@@ -13,6 +13,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.utils import get_model_config
 from packaging.version import Version
 
@@ -44,6 +46,18 @@ def keep_adam_step_on_load(optimizer: Any) -> None:
             original(model_param, tensors)
 
         distributed._set_main_param_and_optimizer_states = set_states
+
+
+def mend_router_without_transformer_engine() -> None:
+    """Define a name that the experts' router looks up and that is there with Transformer Engine alone (0.16)."""
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def is_of_experts(layer_submodules: Any) -> bool:
+    """Whether a layer's spec builds experts: 0.18 and later name the class in a partial function, before in a spec."""
+    mlp = layer_submodules.mlp
+    return getattr(mlp, "func", None) is MoELayer or getattr(mlp, "module", None) is MoELayer
 
 
 def allocate_optimizer_state(optimizer: Any) -> None:

@@ -241,10 +241,7 @@ def run_dynamic_engine(
         controller = _DynamicController(wrapper, _TokenizerAdapter(tokenizer), pp_group=groups.pp)
         engine_options = {"enable_cuda_graph": False, "random_seed": 0, "enable_chunked_prefill": False}
     else:
-        if Version("0.18") > MEGATRON_VERSION:  # it takes every stage to have as many layers
-            config = copy.copy(config)
-            config.num_layers = num_layers * groups.pp_size
-        context = DynamicInferenceContext(config, InferenceConfig(**sizes))
+        context = DynamicInferenceContext(_context_config(config, num_layers, groups), InferenceConfig(**sizes))
         wrapper = GPTInferenceWrapper(model, context)
         controller = _DynamicController(wrapper, _TokenizerAdapter(tokenizer))
         engine_options = {}
@@ -257,10 +254,33 @@ def run_dynamic_engine(
     for i, response in enumerate(sampler.responses):
         if response.finish_reason is None:
             engine.add_request(i, response.start, _params(num_tokens=response.budget))
-    while engine.has_unfinished_requests():
+    while _any_rank(engine.has_unfinished_requests(), groups.lockstep):
+        if not engine.has_unfinished_requests():
+            # Replicas that share experts pass tokens to one another: who has nothing left runs along with nothing.
+            filler = sampler.add_filler()
+            engine.add_request(filler, sampler.responses[filler].start, _params(num_tokens=1))
         engine.step_modern()
     unfinished = [r.sample_id for r in sampler.responses if r.finish_reason is None]
     assert not unfinished, f"the engine dropped samples {unfinished[:5]}"
+
+
+def _context_config(config: Any, num_layers: int, groups: Any) -> Any:
+    """Return a model's config as the engine's context of 0.17 and later must see it."""
+    config = copy.copy(config)
+    if Version("0.18") > MEGATRON_VERSION:  # it takes every stage to have as many layers
+        config.num_layers = num_layers * groups.pp_size
+    # Layers that train have their own dispatcher of tokens; the buffers of this one for inference are small.
+    config.inference_moe_token_dispatcher_type = "nccl"
+    return config
+
+
+def _any_rank(here: bool, group: dist.ProcessGroup | None) -> bool:
+    """Whether it is so on any rank of the group; None: on this rank."""
+    if group is None:
+        return here
+    anywhere = torch.tensor([int(here)], device=torch.cuda.current_device())
+    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=group)
+    return bool(anywhere)
 
 
 def run_static_engine(model: torch.nn.Module, sampler: Any, tokenizer: Any, groups: Any) -> None:

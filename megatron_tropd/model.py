@@ -1,7 +1,7 @@
-"""Hugging Face config to Megatron GPTModel: Llama (2, 3, 3.x), Qwen2 / 2.5 and Qwen3 dense models.
+"""Hugging Face config to Megatron GPTModel: Llama (2, 3, 3.x), Qwen2 / 2.5, Qwen3, Qwen3-MoE and Mixtral.
 
-Transformer Engine's layers where it is importable on CUDA, Megatron's local ones otherwise. Weights are not
-initialised here: `convert.load_model_weights` fills every parameter.
+What the layers are built of says layer_specs.py. Weights are not initialised here: `convert.load_model_weights` fills
+every parameter.
 
     hf_config = load_hf_config("models/Llama-3.1-8B")
     chunks = build_model(hf_config, recipe.student, groups)     # one GPTModel a virtual pipeline stage
@@ -9,7 +9,6 @@ initialised here: `convert.load_model_weights` fills every parameter.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import warnings
@@ -17,20 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tropd.config import ModelConfig
-from megatron_tropd.parallel import ParallelGroups
-from megatron_tropd.plain_attention import PlainAttention
+from megatron_tropd.experts import experts_of
+from megatron_tropd.layer_specs import block_spec, uses_transformer_engine
+from megatron_tropd.parallel import ParallelGroups, expert_tensor_parallel_size
 from megatron_tropd.types import UserError
 
-SUPPORTED = ("llama", "qwen2", "qwen3")
+SUPPORTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral")
 _VOCAB_MULTIPLE = 128  # a shard of a multiple of it keeps matrix products aligned
 _UNEVEN_STAGES = (
     "num_layers_in_first_pipeline_stage",
@@ -39,16 +34,6 @@ _UNEVEN_STAGES = (
     "account_for_loss_in_pipeline_split",
 )
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with the constructor of Megatron's norms; knows sequence parallelism, unlike WrappedTorchNorm."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any):
-        """Take `eps` from the caller, dtype and sequence parallelism from `config`."""
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        # Tells finalize_model_grads to sum this weight's gradient over the tensor-parallel ranks.
-        self.weight.sequence_parallel = config.sequence_parallel
 
 
 def load_hf_config(hf_path: str | Path) -> Any:
@@ -68,6 +53,7 @@ def load_hf_config(hf_path: str | Path) -> Any:
         "mlp_bias": getattr(config, "mlp_bias", False),
         "attention_bias": model_type != "qwen2" and getattr(config, "attention_bias", False),
         "use_sliding_window": getattr(config, "use_sliding_window", False),
+        "sliding_window": model_type == "mixtral" and config.sliding_window is not None,
     }
     for key, refused in unsupported.items():
         if refused:
@@ -113,7 +99,7 @@ def transformer_config(hf_config: Any, model: ModelConfig, role: str = "model", 
         "kv_channels": head_dim(hf_config),
         "normalization": "RMSNorm",
         "layernorm_epsilon": hf_config.rms_norm_eps,
-        "qk_layernorm": hf_config.model_type == "qwen3",
+        "qk_layernorm": hf_config.model_type in ("qwen3", "qwen3_moe"),
         "add_bias_linear": False,
         "add_qkv_bias": hf_config.model_type == "qwen2",
         "gated_linear_unit": True,
@@ -139,6 +125,7 @@ def transformer_config(hf_config: Any, model: ModelConfig, role: str = "model", 
         "calculate_per_token_loss": True,
         # Weights are loaded, not drawn; yet Megatron marks which are sharded only where it initialises them.
         **dict.fromkeys(("init_method", "output_layer_init_method", "embedding_init_method"), _leave_unset),
+        **_expert_fields(hf_config, model),
         **_device_fields(),
         **_recompute_fields(model.recompute),
     }
@@ -188,7 +175,7 @@ def _build_chunk(hf_config: Any, config: TransformerConfig, groups: ParallelGrou
     virtual_size = config.virtual_pipeline_model_parallel_size or 1
     chunk = GPTModel(
         config=config,
-        transformer_layer_spec=_layer_spec(config, groups, vp_stage),
+        transformer_layer_spec=block_spec(config, groups.pp_rank, vp_stage),
         vocab_size=padded_vocab_size(hf_config.vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=hf_config.max_position_embeddings,
         pre_process=groups.is_first_stage and vp_stage in (None, 0),
@@ -206,26 +193,29 @@ def _build_chunk(hf_config: Any, config: TransformerConfig, groups: ParallelGrou
     return chunk
 
 
-def uses_transformer_engine() -> bool:
-    """Whether models are built of Transformer Engine's layers: it is importable and there is a CUDA device."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-
-
-def _layer_spec(config: TransformerConfig, groups: ParallelGroups, vp_stage: int | None) -> Any:
-    if uses_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    layer.self_attention.submodules.core_attention = PlainAttention
-    if config.qk_layernorm:
-        layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = RMSNorm
-    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm)
-
-
 def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
     return weight
+
+
+def _expert_fields(hf_config: Any, model: ModelConfig) -> dict[str, Any]:
+    experts = experts_of(hf_config)
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.per_token,
+        "moe_ffn_hidden_size": experts.ffn,
+        "moe_layer_freq": [int(sparse) for sparse in experts.layers],
+        "moe_router_pre_softmax": experts.softmax_first,
+        "moe_router_dtype": "fp32",
+        # The teacher's distribution is the whole target: no loss of the router's own, and no token is dropped.
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": uses_transformer_engine(),
+        "expert_model_parallel_size": model.expert_model_parallel_size,
+        "expert_tensor_parallel_size": expert_tensor_parallel_size(model),
+    }
 
 
 def _device_fields() -> dict[str, Any]:
@@ -278,9 +268,36 @@ def check_sizes(hf_config: Any, model: ModelConfig, role: str) -> None:
             f"{heads[1]} key/value heads; use one of {_divisors(math.gcd(*heads))}."
         )
     _check_stages(hf_config.num_hidden_layers, model, role)
+    _check_experts(hf_config, model, role)
     if hf_config.intermediate_size % tp:
         raise UserError(
             f"{role}.tensor_model_parallel_size={tp} does not divide intermediate_size={hf_config.intermediate_size}."
+        )
+
+
+def _check_experts(hf_config: Any, model: ModelConfig, role: str) -> None:
+    experts, ep, etp = experts_of(hf_config), model.expert_model_parallel_size, expert_tensor_parallel_size(model)
+    if experts is None:
+        if ep > 1 or model.expert_tensor_parallel_size:
+            key = "expert_model_parallel_size" if ep > 1 else "expert_tensor_parallel_size"
+            raise UserError(
+                f"{role}.{key}={getattr(model, key)}, but a {hf_config.model_type} model has no experts; remove it."
+            )
+        return
+    if role == "student" and model.tensor_model_parallel_size > 1 and not model.sequence_parallel:
+        raise UserError(
+            f"student.tensor_model_parallel_size={model.tensor_model_parallel_size} of a model with experts needs "
+            "student.sequence_parallel=true: Megatron trains them no other way. Set it."
+        )
+    if experts.count % ep:
+        raise UserError(
+            f"{role}.expert_model_parallel_size={ep} does not divide the model's {experts.count} experts; use one of "
+            f"{_divisors(experts.count)}."
+        )
+    if experts.ffn % etp:
+        raise UserError(
+            f"{role}.expert_tensor_parallel_size={etp} does not divide the experts' width of {experts.ffn}; use one of "
+            f"{[d for d in _divisors(experts.ffn) if d <= model.tensor_model_parallel_size]}."
         )
 
 

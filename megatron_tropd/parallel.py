@@ -11,6 +11,7 @@ Megatron's global ones; a teacher of another layout has a collection of its own 
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import random
 from collections.abc import Callable
@@ -61,6 +62,22 @@ class ParallelGroups:
         return self.collection.dp_cp
 
     @property
+    def ep(self) -> dist.ProcessGroup:
+        """Expert-parallel group: its ranks hold different experts."""
+        return self.collection.ep
+
+    @property
+    def expert_tp(self) -> dist.ProcessGroup:
+        """Tensor-parallel group of the experts' matrices."""
+        return self.collection.expt_tp
+
+    @property
+    def lockstep(self) -> dist.ProcessGroup | None:
+        """Ranks of several replicas that share experts: they must run as many forward passes; None: one replica."""
+        group = self.collection.tp_ep
+        return group if group.size() > self.tp_size * self.cp_size else None
+
+    @property
     def mp(self) -> dist.ProcessGroup:
         """Model-parallel group: the tensor- and pipeline-parallel ranks of one replica."""
         return self.collection.mp
@@ -103,19 +120,36 @@ class ParallelGroups:
 
 
 def _check_layout(layout: ModelConfig, world_size: int, role: str | None = None) -> None:
-    sizes = {
+    pp = {"pipeline_model_parallel_size": layout.pipeline_model_parallel_size}
+    dense = {
         "tensor_model_parallel_size": layout.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
         "context_parallel_size": layout.context_parallel_size,
     }
-    model_parallel = int(np.prod(list(sizes.values())))
-    if world_size % model_parallel:
-        prefix = f"{role}." if role else ""
-        wanted = " x ".join(f"{prefix}{name}={size}" for name, size in sizes.items())
+    experts = {
+        "expert_tensor_parallel_size": expert_tensor_parallel_size(layout),
+        "expert_model_parallel_size": layout.expert_model_parallel_size,
+    }
+    for sizes, what in ((dense | pp, "ranks a replica"), (experts | pp, "ranks a set of experts")):
+        ranks = math.prod(sizes.values())
+        if world_size % ranks:
+            prefix = f"{role}." if role else ""
+            wanted = " x ".join(f"{prefix}{name}={size}" for name, size in sizes.items())
+            raise UserError(
+                f"{world_size} process(es) cannot hold {wanted} = {ranks} {what}; start a multiple of {ranks} "
+                f"processes (torchrun --nproc-per-node) or choose sizes whose product divides {world_size}"
+            )
+    replica, shared = math.prod(dense.values()), math.prod(experts.values())
+    if max(replica, shared) % min(replica, shared):
+        wanted, given = (" x ".join(f"{n}={s}" for n, s in sizes.items()) for sizes in (experts, dense))
         raise UserError(
-            f"{world_size} process(es) cannot hold {wanted} = {model_parallel} ranks a replica; start a multiple of "
-            f"{model_parallel} processes (torchrun --nproc-per-node) or choose sizes whose product divides {world_size}"
+            f"{wanted} = {shared} must divide {given} = {replica}, or be a multiple of it: experts are shared by ranks "
+            "of one replica, or by whole replicas"
         )
+
+
+def expert_tensor_parallel_size(model: ModelConfig) -> int:
+    """Return how many ranks share each expert's matrices: as many as share the dense ones, if nothing else is said."""
+    return model.expert_tensor_parallel_size or model.tensor_model_parallel_size
 
 
 def initialize(
@@ -154,6 +188,7 @@ def initialize(
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
         context_parallel_size=layout.context_parallel_size,
         expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
     )
     collection = ProcessGroupCollection.use_mpu_process_groups()
     random.seed(seed)
@@ -167,8 +202,8 @@ def initialize(
 def build_groups(layout: ModelConfig, groups: ParallelGroups, role: str = "teacher") -> ParallelGroups:
     """Return process groups of another layout over all ranks, beside those of `initialize`; collective.
 
-    Ranks are ordered as Megatron orders them: tp, cp, dp, pp, the first varying fastest. A layout of the same sizes
-    gets `groups` itself. Expert parallelism is not among them: each rank is an expert group of its own.
+    Ranks are ordered as Megatron orders them: tp, cp, dp, pp (of experts tp, ep, dp, pp), the first varying fastest. A
+    layout of the same sizes gets `groups` itself.
 
     Args:
         layout: parallel sizes of the other model.
@@ -183,13 +218,18 @@ def build_groups(layout: ModelConfig, groups: ParallelGroups, role: str = "teach
         layout.pipeline_model_parallel_size,
         layout.context_parallel_size,
     )
+    ep, etp = layout.expert_model_parallel_size, expert_tensor_parallel_size(layout)
     virtual = layout.virtual_pipeline_model_parallel_size
-    same = (groups.tp_size, groups.pp_size, groups.cp_size, groups.virtual_pipeline_size)
-    if (tp, pp, cp, virtual) == same:
+    experts = (groups.ep.size(), groups.expert_tp.size())
+    same = (groups.tp_size, groups.pp_size, groups.cp_size, groups.virtual_pipeline_size, *experts)
+    if (tp, pp, cp, virtual, ep, etp) == same:
         return groups
     _check_layout(layout, groups.world_size, role)
     dp = groups.world_size // (tp * pp * cp)
-    ranks = parallel_state.RankGenerator(tp=tp, ep=1, dp=dp, pp=pp, cp=cp, order="tp-cp-ep-dp-pp")
+    order = "tp-cp-ep-dp-pp"
+    ranks = parallel_state.RankGenerator(tp=tp, ep=1, dp=dp, pp=pp, cp=cp, order=order)
+    expert_dp = groups.world_size // (etp * ep * pp)
+    expert_ranks = parallel_state.RankGenerator(tp=etp, ep=ep, dp=expert_dp, pp=pp, cp=1, order=order)
 
     def group(lists: list[list[int]]) -> dist.ProcessGroup:
         return dist.new_subgroups_by_enumeration(lists)[0]
@@ -200,9 +240,8 @@ def build_groups(layout: ModelConfig, groups: ParallelGroups, role: str = "teach
     pipelines = ranks.get_ranks("pp")
     built["embd"] = _end_groups(pipelines, parallel_state.default_embedding_ranks)
     built["pos_embd"] = _end_groups(pipelines, parallel_state.default_position_embedding_ranks)
-    # Without expert parallelism the groups of experts are those of the dense layers.
-    built["ep"] = group([[rank] for rank in range(groups.world_size)])
-    built |= {"expt_tp": built["tp"], "tp_ep": built["tp"], "tp_ep_pp": built["mp"], "expt_dp": built["dp_cp"]}
+    expert_dims = {"ep": "ep", "expt_tp": "tp", "tp_ep": "tp-ep", "tp_ep_pp": "tp-ep-pp", "expt_dp": "dp"}
+    built |= {name: group(expert_ranks.get_ranks(token)) for name, token in expert_dims.items()}
     return ParallelGroups(ProcessGroupCollection(**built), virtual, groups.device)
 
 

@@ -63,7 +63,8 @@ class RolloutEngine:
         """Write `sampling.samples_per_prompt` responses to each prompt.
 
         Collective over the tensor- and pipeline-parallel ranks, which all get the same prompts and return the same
-        rollouts; data-parallel ranks work independently. The same seed gives the same responses whatever the layout,
+        rollouts; data-parallel ranks work independently, but for those that share experts (groups.lockstep): they must
+        call it together, without prompts if need be. The same seed gives the same responses whatever the layout,
         the batch or the engine.
 
         Args:
@@ -75,6 +76,8 @@ class RolloutEngine:
         Raises:
             UserError: a prompt and its prefix leave no room in the context.
         """
+        if self._use_static() and self.groups.lockstep:
+            raise UserError("rollout.engine=static knows no experts shared by replicas; use rollout.engine=dynamic.")
         responses = [
             self._response(prompt, prefix, prompt.index * sampling.samples_per_prompt + i, sampling)
             for prompt, prefix in zip(prompts, prefixes, strict=True)
@@ -86,7 +89,7 @@ class RolloutEngine:
             if self._use_static():
                 for start in range(0, len(unfinished), self.config.max_batch_size):
                     self._run_static(model, unfinished[start : start + self.config.max_batch_size], sampling)
-            elif unfinished:
+            elif unfinished or self.groups.lockstep:
                 self._run_dynamic(model, unfinished, sampling)
         return self._as_rollouts(responses, sampling)
 
@@ -111,10 +114,10 @@ class RolloutEngine:
 
     def _run_dynamic(self, model: torch.nn.Module, responses: list[Response], sampling: Sampling) -> None:
         cpu_compat.apply_inference()
-        longest = max(len(r.start) + r.budget for r in responses)
+        longest = max((len(r.start) + r.budget for r in responses), default=2)
         # Megatron rounds the number of requests to multiples of the tensor-parallel size and of 4.
         multiple = math.lcm(4, self.groups.tp_size)
-        max_requests = -(-min(len(responses), self.config.max_batch_size) // multiple) * multiple
+        max_requests = -(-max(1, min(len(responses), self.config.max_batch_size)) // multiple) * multiple
         block = _CUDA_BLOCK_TOKENS if self.groups.device.type == "cuda" else _CPU_BLOCK_TOKENS
         run_dynamic_engine(
             model,

@@ -115,7 +115,7 @@ class Sampler:
         vocab_size: int,
         end: EndOfText | None = None,
     ):
-        self.responses = responses
+        self.responses = list(responses)
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._device = groups.device
@@ -131,6 +131,13 @@ class Sampler:
         assert not self._draws or (groups.is_last_stage and groups.tp_rank == 0), "unexpected order of ranks"
         # Any token holds at least one byte of text, so this many of them surely cover a stop string just completed.
         self._stop_window = max((len(s.encode()) for s in sampling.stop), default=0) + 4
+
+    def add_filler(self) -> int:
+        """Add a response of one token that nobody asked for; return its place among the responses."""
+        prompt = Prompt(id="", tokens=[self._tokenizer.pad_id])
+        self.responses.append(Response(prompt, sample_id=0, prefix=[], budget=1))
+        self._sample_ids = torch.cat([self._sample_ids, self._sample_ids.new_zeros(1)])
+        return len(self.responses) - 1
 
     def advance(
         self, logits: torch.Tensor | None, rows: list[int], positions: torch.Tensor

@@ -53,11 +53,6 @@ def _check_required(recipe: Recipe) -> None:
 
 def check_layout(role: str, model: ModelConfig) -> None:
     """Check one model's parallel layout in itself; `role` is its section's name."""
-    if model.expert_model_parallel_size != 1:
-        raise UserError(
-            f"{role}.expert_model_parallel_size={model.expert_model_parallel_size}: only 1 is supported so far; remove "
-            "the key."
-        )
     if model.offload and role != "teacher":
         raise UserError(f"{role}.offload=true: only the frozen teacher's weights can leave the device. Remove the key.")
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:

@@ -107,7 +107,6 @@ def test_wrong_values(override, message):
         (["data.prompts=null"], "data.prompts is missing"),
         (["evaluation.interval=5"], "evaluation.problems or evaluation.held_out is missing"),
         (["teacher.hf_path=./student"], "teacher and student have the same weights"),
-        (["student.expert_model_parallel_size=2"], "student.expert_model_parallel_size=2: only 1 is supported"),
         (["student.offload=true"], "student.offload=true: only the frozen teacher's weights"),
         (["student.sequence_parallel=true"], "needs student.tensor_model_parallel_size of at least 2"),
         (

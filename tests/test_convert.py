@@ -111,6 +111,19 @@ def test_there_and_back_is_bit_identical_though_the_layout_changes(hf, checkpoin
         _assert_identical(hf / name, tmp_path / name)
 
 
+def test_experts_are_converted_under_expert_parallelism(hf, tmp_path):
+    shared = {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2}
+    for name in ("mixtral_fp32", "qwen3_moe_bf16"):
+        there = ("convert_hf_to_mcore", (hf / name, tmp_path / name), {"verify": True, **shared})
+        assert _convert(4, [there]) == [None]
+        back = ("convert_mcore_to_hf", (tmp_path / name, tmp_path / f"{name}_whole"), _layout(1, 1))
+        assert _convert(1, [back]) == [None]
+        back = ("convert_mcore_to_hf", (tmp_path / name, tmp_path / f"{name}_ep4"), {"expert_model_parallel_size": 4})
+        assert _convert(4, [back]) == [None]
+        _assert_identical(hf / name, tmp_path / f"{name}_whole")
+        _assert_identical(hf / name, tmp_path / f"{name}_ep4")
+
+
 def test_several_input_files_are_read_through_their_index(hf):
     assert len(list((hf / "llama_fp32").glob("*.safetensors"))) > 3
     assert (hf / "llama_fp32" / "model.safetensors.index.json").exists()
@@ -146,7 +159,7 @@ def _split_and_logits(hf_path, tokens, output, tp, pp):
         Path(output).mkdir()
     torch.distributed.barrier()
     save_hf_weights(chunks, hf_config, output, groups, max_file_bytes=10_000)
-    shards = {n: p.detach().clone() for n, p, rule in named_parameters(chunks, tied=False) if rule.kind == "vocab"}
+    shards = {n: p.detach().clone() for n, p, rule in named_parameters(chunks, hf_config) if rule.kind == "vocab"}
     return shards, full_logits(chunks, tokens, groups, hf_config.vocab_size)
 
 

@@ -16,6 +16,8 @@ from megatron_tropd.model import build_model, head_dim, load_hf_config, padded_v
 from megatron_tropd.parallel import initialize
 from megatron_tropd.verify import full_logits
 
+TP, PP, EP = (f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "expert"))
+EXPERTS = ["mixtral", "qwen3_moe", "softmax_first"]
 TOKENS = torch.randint(VOCAB_SIZE, (3, 100), generator=torch.Generator().manual_seed(7))
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 VARIANTS = {
@@ -24,6 +26,7 @@ VARIANTS = {
     "multi_head": ("llama", {"num_key_value_heads": 4}),
     "multi_query": ("qwen2", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     "wide_heads": ("llama", {"head_dim": 24, "rms_norm_eps": 1e-3}),
+    "softmax_first": ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": [], "decoder_sparse_step": 2}),
 }
 
 
@@ -75,14 +78,14 @@ def test_kinds_differ_where_they_should(expected):
 @pytest.mark.parametrize(
     ("world_size", "layout", "names"),
     [
-        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, ["llama", "llama_tied", "qwen2", "qwen3"]),
-        (
-            2,
-            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
-            ["llama3_rope", "llama_tied"],
-        ),
+        (2, {TP: 2, "sequence_parallel": True}, ["llama", "llama_tied", "qwen2", "qwen3", *EXPERTS]),
+        (2, {PP: 2, "virtual_pipeline_model_parallel_size": 2}, ["llama3_rope", "llama_tied", "qwen3_moe"]),
+        (2, {TP: 2, EP: 2, "expert_tensor_parallel_size": 1}, EXPERTS),
+        (4, {EP: 4}, EXPERTS),
+        (4, {TP: 2, EP: 2, "sequence_parallel": True}, EXPERTS),
+        (4, {PP: 2, EP: 2}, EXPERTS),
     ],
-    ids=["sequence_parallel", "interleaved"],
+    ids=["sequence_parallel", "interleaved", "experts_for_tensors", "ep4", "tp2_ep2", "pp2_ep2"],
 )
 def test_logits_do_not_depend_on_the_layout(folders, expected, world_size, layout, names):
     ranks = run_distributed(_logits, world_size, [folders[n] for n in names], layout)
@@ -90,7 +93,7 @@ def test_logits_do_not_depend_on_the_layout(folders, expected, world_size, layou
     assert all(count == virtual for rank in ranks for count, _ in rank)
     for i, name in enumerate(names):
         logits = [rank[i][1] for rank in ranks if rank[i][1] is not None]
-        assert len(logits) == layout.get("tensor_model_parallel_size", 1)
+        assert len(logits) == world_size // layout.get(PP, 1)
         for one in logits:
             assert (one - expected[name]).abs().max() < 1e-4, name
 
@@ -133,7 +136,7 @@ def test_the_translated_config_carries_layout_and_architecture(folders):
         ({"hidden_act": "gelu"}, "hidden_act=gelu is not supported"),
         ({"attention_bias": True}, "attention_bias=True is not supported for model_type llama"),
         ({"mlp_bias": True}, "mlp_bias=True is not supported"),
-        ({"model_type": "mistral"}, "'mistral' is not supported; expected one of llama, qwen2, qwen3"),
+        ({"model_type": "mistral"}, "'mistral' is not supported; expected one of llama, qwen2, qwen3, qwen3_moe"),
         ({"model_type": None}, "None is not supported"),
         ({"rope": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic' is not supported"),
     ],

@@ -287,3 +287,45 @@ def test_a_cache_too_small_for_one_response_is_refused(folder):
     results, states, _ = run_distributed(_generate, 1, folder, {}, cases)[0]
     assert "cannot hold one response of 85 tokens" in results["tiny"]
     assert states == {(True, False)}
+
+
+def _generate_dealt(folder, layout):
+    """Deal the prompts to replicas that share experts, then give them all to the first one; tokens by sample id."""
+    groups = initialize(ModelConfig(hf_path=folder, dtype="float32", **layout))
+    hf_config = load_hf_config(folder)
+    chunks = build_model(hf_config, ModelConfig(hf_path=folder, dtype="float32", **layout), groups)
+    load_hf_weights(chunks, hf_config, folder, groups)
+    engine = RolloutEngine(chunks, load_tokenizer(folder), groups, RolloutConfig(max_batch_size=4), CONTEXT)
+    found = []
+    for share in (range(groups.dp_rank, len(PROMPTS), groups.dp_size), range(0 if groups.dp_rank else len(PROMPTS))):
+        rollouts = engine.generate([PROMPTS[i] for i in share], [PREFIXES[i] for i in share], Sampling(**SAMPLED))
+        found.append(dict(zip(rollouts.sample_ids, rollouts.tokens, strict=True)))
+    return found
+
+
+EXPERT_LAYOUTS = {
+    "ep2": (2, {"expert_model_parallel_size": 2}),
+    "tp2_ep4": (
+        4,
+        {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1},
+    ),
+    "tp2_ep2": (4, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "sequence_parallel": True}),
+    "pp2_ep2": (4, {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hf") / "mixture"
+    write_model(path, "qwen3_moe")
+    return str(path), run_distributed(_generate_dealt, 1, str(path), {})[0][0]
+
+
+@pytest.mark.parametrize("name", EXPERT_LAYOUTS)
+def test_replicas_that_share_experts_write_what_one_process_writes(name, mixture):
+    folder, expected = mixture
+    assert len({len(tokens) for tokens in expected.values()}) > 3  # some end long before others
+    dealt, all_on_one = zip(*run_distributed(_generate_dealt, EXPERT_LAYOUTS[name][0], folder, EXPERT_LAYOUTS[name][1]))
+    for shares in (dealt, all_on_one):
+        found = {sample_id: tokens for share in shares for sample_id, tokens in share.items()}
+        assert found == expected

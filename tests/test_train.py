@@ -27,6 +27,7 @@ def material(tmp_path_factory):
     folder = tmp_path_factory.mktemp("material")
     write_model(folder / "student", "llama_tied", seed=1)
     write_model(folder / "teacher", "llama", seed=2, hidden_size=64)
+    write_model(folder / "experts", "mixtral", seed=1)
     with open(folder / "prompts.jsonl", "w") as file:
         for i in range(7):
             prompt = {"id": f"p{i}", "messages": [{"role": "user", "content": f"add {i} and {3 * i}"}]}
@@ -131,6 +132,7 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
         (2, ["training.use_distributed_optimizer=false", *both(LAYOUTS["pp2"][1])]),
         (2, ["student.dtype=bfloat16", "training.overlap_grad_reduce=true", "training.overlap_param_gather=true"]),
         (1, ["student.dtype=bfloat16", "training.offload_optimizer=true"]),
+        (2, ["student.hf_path={material}/experts", "student.expert_model_parallel_size=2"]),
         (2, ["student.pipeline_model_parallel_size=2", "student.virtual_pipeline_model_parallel_size=2"]),
         (2, ["student.context_parallel_size=2", "teacher.tensor_model_parallel_size=2"]),
     ],
@@ -140,12 +142,14 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
         "pp2_plain_optimizer",
         "dp2_bfloat16_overlap",
         "bfloat16_optimizer_offloaded",
+        "experts_ep2",
         "pp2_interleaved_teacher_dp2",
         "cp2_teacher_tp2",
     ],
 )
 def test_three_steps_and_three_more_equal_six_to_the_bit(processes, options, material, tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
+    options = [option.replace("{material}", str(material)) for option in options]
     schedule = ["training.steps=6", "training.lr_schedule=cosine", "training.lr_warmup_steps=2", *options]
     run_distributed(train_rank, processes, overrides_of(material, whole, *schedule))
     run_distributed(train_rank, processes, overrides_of(material, halves, *schedule, "training.exit_step=3"))
@@ -250,6 +254,9 @@ BAD_INPUT = {
     "student.hf_path=nowhere": "no such folder",
     "data.prompts=nowhere.jsonl": "nowhere.jsonl",
     "training.max_tokens_per_micro_batch=20": "use at least",
+    "student.expert_model_parallel_size=2": "has no experts",
+    "student.hf_path={material}/experts training.prompts_per_step=6 student.expert_model_parallel_size=3": "[1, 2, 4]",
+    "student.hf_path={material}/experts student.tensor_model_parallel_size=2": "needs student.sequence_parallel=true",
 }
 
 
@@ -264,7 +271,8 @@ def refused_rank(overrides: list[str]) -> str:
 @pytest.mark.parametrize("options", BAD_INPUT, ids=lambda o: o.split()[-1])
 def test_bad_input_is_refused_before_training_on_every_rank(options, material, tmp_path):
     processes = 3 if "size=3" in options else 2
-    messages = run_distributed(refused_rank, processes, overrides_of(material, tmp_path, *options.split()))
+    overrides = overrides_of(material, tmp_path, *options.replace("{material}", str(material)).split())
+    messages = run_distributed(refused_rank, processes, overrides)
     assert all(BAD_INPUT[options] in message for message in messages)
     assert not (tmp_path / "metrics.jsonl").exists()
 

@@ -1,5 +1,6 @@
 """Scores of the hooked teacher and weight gradients of a training step against float64 transformers models."""
 
+import itertools
 from functools import partial
 
 import pytest
@@ -17,6 +18,12 @@ LAYOUTS = {
     "packed": (1, 1, False, 1000),
     "tp2_pp2_packed": (2, 2, True, 32),
 }
+# The same and the expert-parallel size: as many replicas, each with the whole batch.
+EXPERT_LAYOUTS = {
+    "experts": (1, 1, False, None, 1),
+    "experts_tp2_ep2": (2, 1, True, None, 2),
+    "experts_pp2_ep2_packed": (1, 2, False, 40, 2),
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +31,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     write_model(folder / "tied", "llama_tied", seed=1)
     write_model(folder / "biased", "qwen2", seed=3)
+    write_model(folder / "experts", "qwen3_moe", seed=4)
     write_model(folder / "teacher", "llama", seed=2, hidden_size=64)
     return folder
 
@@ -49,10 +57,10 @@ def make_objective():
     return config, build_objective(config, GuidanceConfig(beta=0.1), seed=7)
 
 
-def layout(tp: int, pp: int, sequence_parallel: bool, path):
+def layout(tp: int, pp: int, sequence_parallel: bool, path, ep: int = 1):
     from megatron_tropd.config import ModelConfig
 
-    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "expert_model_parallel_size": ep}
     return ModelConfig(hf_path=str(path), dtype="float32", sequence_parallel=sequence_parallel, **sizes)
 
 
@@ -65,14 +73,14 @@ def load(config, groups, training: bool):
     return chunks
 
 
-def megatron_step(models, student_name, tp, pp, sequence_parallel, max_tokens):
+def megatron_step(models, student_name, tp, pp, sequence_parallel, max_tokens, ep=1):
     """One step; returns the teacher's scores (last stage), metrics, and the weight gradients under HF names."""
     from megatron_tropd import parallel
     from megatron_tropd.config import TrainingConfig
     from megatron_tropd.teacher import TeacherHook
     from megatron_tropd.train_step import build_student, train_step
 
-    student_config = layout(tp, pp, sequence_parallel, models / student_name)
+    student_config = layout(tp, pp, sequence_parallel, models / student_name, ep)
     teacher_config = layout(tp, pp, sequence_parallel, models / "teacher")
     groups = parallel.initialize(student_config)
     config, objective = make_objective()
@@ -80,6 +88,7 @@ def megatron_step(models, student_name, tp, pp, sequence_parallel, max_tokens):
     teacher.attach(load(teacher_config, groups, training=False))
     before = [p.clone() for c in teacher.chunks for p in c.parameters()]
     training = TrainingConfig(steps=2, lr=0.0, clip_grad=0.0, micro_batch_size=2, weight_decay=0.0)
+    training.use_distributed_optimizer = ep == 1  # whose replicas hold but parts of the reduced gradients
     student = build_student(load(student_config, groups, training=True), training, groups, VOCAB_SIZE)
     batch = make_batch()
     scores = teacher.score(batch, 2, max_tokens)
@@ -91,14 +100,13 @@ def megatron_step(models, student_name, tp, pp, sequence_parallel, max_tokens):
 
 def gradients(student, groups, hf_path) -> dict[str, torch.Tensor]:
     """Gather every parameter's gradient and cut it back into its Hugging Face tensors."""
-    from megatron_tropd.convert_mapping import split_full
-    from megatron_tropd.hf_weights import _gather, named_parameters, shape_of
+    from megatron_tropd.hf_weights import gather_full, named_parameters, shape_of
     from megatron_tropd.model import load_hf_config
 
-    shape = shape_of(load_hf_config(hf_path))
+    hf_config = load_hf_config(hf_path)
     found = {}
-    for _, parameter, rule in named_parameters(student.modules, shape.tied):
-        found.update(split_full(rule, _gather(parameter.main_grad, rule.kind, groups), shape))
+    for _, parameter, rule in named_parameters(student.modules, hf_config):
+        found.update(gather_full(parameter.main_grad, rule, shape_of(hf_config), hf_config, groups))
     return found
 
 
@@ -111,6 +119,8 @@ def reference_step(models, student_name):
     config, objective = make_objective()
     load = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float64, attn_implementation="eager")
     teacher, student = load(models / "teacher"), load(models / student_name)
+    if student_name == "experts":
+        student.set_experts_implementation("eager")  # the only one in float64
     batch = make_batch()
     with torch.no_grad():
         logprobs = (teacher(batch.tokens).logits / config.temperature).log_softmax(-1)
@@ -122,15 +132,31 @@ def reference_step(models, student_name):
     result = objective.loss(student_logprobs.gather(-1, objective.ids(batch, scores)), scores, batch, step=5)
     loss = result.loss.sum() / batch.num_loss_tokens
     loss.backward()
-    return scores, loss.item(), {name: p.grad for name, p in student.named_parameters()}
+    return scores, loss.item(), dict(separate_experts({name: p.grad for name, p in student.named_parameters()}))
 
 
-@pytest.mark.parametrize("student", ["tied", "biased"])
-@pytest.mark.parametrize("name", LAYOUTS)
+def separate_experts(gradients):
+    """Yield tensors as files name them: transformers holds all experts of a layer in one."""
+    for name, gradient in gradients.items():
+        layer, fused, kind = name.partition(".experts.")
+        if not fused:
+            yield name, gradient
+            continue
+        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+        for e, expert in enumerate(gradient):
+            for part, tensor in zip(parts, expert.chunk(len(parts)), strict=True):
+                yield f"{layer}.experts.{e}.{part}.weight", tensor
+
+
+@pytest.mark.parametrize(
+    ("student", "name"),
+    [*itertools.product(("tied", "biased"), LAYOUTS), *(("experts", name) for name in EXPERT_LAYOUTS)],
+)
 def test_scores_loss_and_weight_gradients_equal_float64_autograd(student, name, models):
-    tp, pp, *_ = LAYOUTS[name]
+    sizes = (LAYOUTS | EXPERT_LAYOUTS)[name]
+    processes = sizes[0] * sizes[1] * (sizes[4] if student == "experts" else 1)
     expected_scores, expected_loss, expected_gradients = reference_step(models, student)
-    results = run_distributed(megatron_step, tp * pp, models, student, *LAYOUTS[name])
+    results = run_distributed(megatron_step, processes, models, student, *sizes)
     kept = make_batch().loss_kind != 0
     scores, metrics, grad_norm, _ = results[-1]  # the last rank is on the last stage
     for name in ("logprobs", "topk_logprobs", "entropy"):

@@ -10,6 +10,7 @@ from tiny_models import write_model
 TOLERANCE = 1e-5
 TP, PP, VPP = (f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "virtual_pipeline"))
 SP, CP = "sequence_parallel", "context_parallel_size"
+EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 
 # Settings of training by what a layout's name contains.
 OPTIONS = {
@@ -74,17 +75,38 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def material(tmp_path_factory):
-    """A student, a teacher of another family, width and depth, and prompts with the teacher's responses."""
-    folder = tmp_path_factory.mktemp("material")
-    write_model(folder / "student", "llama_tied", seed=1, num_key_value_heads=4)
-    write_model(folder / "teacher", "qwen3", seed=2, hidden_size=64, num_key_value_heads=4, num_hidden_layers=8)
+# The same of models with experts; a teacher's layout of {} is a replica a process.
+EXPERT_LAYOUTS = {
+    "ep2": (2, {EP: 2}, None),
+    "ep4_teacher_tp2": (4, {EP: 4}, {TP: 2}),
+    "tp2_ep2_sp": (4, {TP: 2, EP: 2, SP: True}, None),
+    "tp2_ep2_sp_experts_whole": (2, {TP: 2, EP: 2, SP: True, ETP: 1}, {EP: 2}),
+    "pp2_ep2_interleaved_packed": (4, {PP: 2, VPP: 2, EP: 2}, {EP: 2, "offload": True}),
+    "cp2_ep2_overlap": (4, {CP: 2, EP: 2, "recompute": "full"}, {PP: 2, EP: 2}),
+}
+
+
+def write_material(folder, student, teacher):
+    """Write a student, a teacher of another family, width and depth, and prompts with the teacher's responses."""
+    write_model(folder / "student", student, seed=1, num_key_value_heads=4)
+    write_model(folder / "teacher", teacher, seed=2, hidden_size=64, num_key_value_heads=4, num_hidden_layers=8)
     with open(folder / "prompts.jsonl", "w") as file:
         for i in range(12):
             prompt = {"id": f"p{i}", "messages": [{"role": "user", "content": f"add {i} and {3 * i}"}]}
             file.write(json.dumps({**prompt, "teacher_response": f"it is {4 * i} {'!' * i}"}) + "\n")
     return folder
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """Dense models."""
+    return write_material(tmp_path_factory.mktemp("material"), "llama_tied", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def expert_material(tmp_path_factory):
+    """Models with experts."""
+    return write_material(tmp_path_factory.mktemp("experts"), "qwen3_moe", "mixtral")
 
 
 def overrides_of(material, run, student, teacher):
@@ -118,6 +140,12 @@ def single(material, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def expert_single(expert_material, tmp_path_factory):
+    """The same of the models with experts."""
+    return outcome(1, expert_material, tmp_path_factory.mktemp("single"), {}, None)
+
+
+@pytest.fixture(scope="module")
 def table():
     """Rows of differences, printed when all layouts are done (shown with pytest -s)."""
     rows = []
@@ -140,8 +168,18 @@ def largest_difference(ours, theirs):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_trains_what_one_process_trains(name, material, single, table, tmp_path):
-    processes, student, teacher = LAYOUTS[name]
-    metrics_records, evaluations, gates, weights = outcome(processes, material, tmp_path / name, student, teacher)
+    compare(name, LAYOUTS[name], material, single, table, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", EXPERT_LAYOUTS)
+def test_every_layout_of_experts_trains_what_one_process_trains(name, expert_material, expert_single, table, tmp_path):
+    compare(name, EXPERT_LAYOUTS[name], expert_material, expert_single, table, tmp_path / name)
+
+
+def compare(name, layout, material, single, table, run):
+    """Train under a layout and hold everything against `single`."""
+    processes, student, teacher = layout
+    metrics_records, evaluations, gates, weights = outcome(processes, material, run, student, teacher)
     metrics = max(largest_difference(metrics_records, single[0]), largest_difference(evaluations, single[1]))
     other_gates = sum(a != b for key in gates for a, b in zip(gates[key], single[2].get(key, gates[key]), strict=True))
     assert weights.keys() == single[3].keys()
