@@ -10,15 +10,27 @@ the backward pass. Times are estimates from arithmetic and bandwidth. The pipeli
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_tropd.config import ModelConfig, Recipe
 from megatron_tropd.errors import UserError
+from megatron_tropd.experts import experts_of
 from megatron_tropd.model import check_sizes, head_dim, padded_vocab_size
+from megatron_tropd.plan_model import (
+    BYTES,
+    active_parameters,
+    expert_ranks,
+    layer_activations,
+    mlp_width,
+    model_ranks,
+    stage_kinds,
+    stage_parameters,
+    whole_parameters,
+)
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _KV_BLOCK = 256  # tokens of a block of the paged cache on CUDA
 
 
@@ -68,69 +80,6 @@ class Job:
         """Sequences of a student replica in a step."""
         rollout = self.recipe.rollout
         return self.recipe.training.prompts_per_step * rollout.samples_per_prompt // self.replicas(self.recipe.student)
-
-
-def model_ranks(model: ModelConfig) -> int:
-    """Return the ranks of one replica."""
-    sizes = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size)
-    return sizes[0] * sizes[1] * sizes[2]
-
-
-def layer_parameters(hf: Any, tp: int) -> int:
-    """Return the parameters of a transformer layer on one tensor-parallel rank."""
-    h, hd = hf.hidden_size, head_dim(hf)
-    heads, groups = hf.num_attention_heads, hf.num_key_value_heads
-    qkv = (heads + 2 * groups) * hd // tp
-    bias = qkv if hf.model_type == "qwen2" else 0
-    qk_norm = 2 * hd if hf.model_type == "qwen3" else 0
-    return qkv * h + bias + heads * hd * h // tp + 3 * hf.intermediate_size * h // tp + 2 * h + qk_norm
-
-
-def stage_layers(layers: int, model: ModelConfig) -> list[int]:
-    """Return the number of layers of each pipeline stage."""
-    pp = model.pipeline_model_parallel_size
-    given = [model.num_layers_in_first_pipeline_stage, *[None] * (pp - 2), model.num_layers_in_last_pipeline_stage]
-    given = given if pp > 1 else [None]
-    counted = (model.account_for_embedding_in_pipeline_split, model.account_for_loss_in_pipeline_split)
-    rest = layers + sum(counted) - sum(n or 0 for n in given)
-    stages = [rest // given.count(None) if n is None else n for n in given]
-    stages[0] -= counted[0]
-    stages[-1] -= counted[1]
-    return stages
-
-
-def stage_parameters(hf: Any, model: ModelConfig) -> list[int]:
-    """Return the parameters that a rank of each pipeline stage holds, padding of the vocabulary included."""
-    tp, h = model.tensor_model_parallel_size, hf.hidden_size
-    table = padded_vocab_size(hf.vocab_size, tp) // tp * h
-    found = [n * layer_parameters(hf, tp) for n in stage_layers(hf.num_hidden_layers, model)]
-    found[0] += table
-    if not (hf.tie_word_embeddings and len(found) == 1):  # tied, the last stage has a copy
-        found[-1] += table
-    found[-1] += h
-    return found
-
-
-def layer_activations(hf: Any, model: ModelConfig, sequence: int, fused_attention: bool) -> float:
-    """Return the bytes a token that one layer keeps for the backward pass on one rank.
-
-    With Transformer Engine: each norm's input and output, q, k, v and the attention's output, both halves of the gated
-    product and their result. Megatron's local layers keep fp32 copies in the norms, five tensors in the MLP, and the
-    attention's probabilities besides. Selective recomputation drops what lies inside the attention; full
-    recomputation keeps a layer's input alone.
-    """
-    tp, size, h = model.tensor_model_parallel_size, _BYTES[model.dtype], hf.hidden_size
-    shard = tp if model.sequence_parallel else 1
-    if model.recompute == "full":
-        return size * h / shard
-    heads, groups, hd = hf.num_attention_heads / tp, hf.num_key_value_heads / tp, head_dim(hf)
-    ffn = hf.intermediate_size / tp
-    if fused_attention:
-        return size * (4 * h / shard + (heads + 2 * groups) * hd + heads * hd + 3 * ffn) + 4 * heads
-    norms = 24 * h / shard if size == 4 else (16 + 2 * size) * h / shard
-    probabilities = heads * sequence * (4 if size == 4 else 4 + size)
-    inside = (2 * heads + 3 * groups) * hd * size if model.recompute == "selective" else 3 * heads * hd * size
-    return norms + 5 * ffn * size + heads * hd * size + inside + (probabilities if model.recompute is None else 0)
 
 
 def _in_flight(model: ModelConfig, stage: int, micro_batches: int) -> float:
@@ -191,29 +140,33 @@ def memory(job: Job) -> Memory:
 
 def _stage_memory(job: Job, student_stage: int, teacher_stage: int) -> Memory:
     training, model, teacher = job.recipe.training, job.recipe.student, job.recipe.teacher
-    hf, size = job.student, _BYTES[model.dtype]
+    hf, size = job.student, BYTES[model.dtype]
     parameters = stage_parameters(hf, model)[student_stage]
-    layers = stage_layers(hf.num_hidden_layers, model)[student_stage]
+    kinds = stage_kinds(hf, model)[student_stage]
     states = 8 if size == 4 else 12  # Adam's moments, and fp32 main weights where the model has none
     states = states if training.optimizer == "adam" else states - 8
-    shards = job.replicas(model) * model.context_parallel_size if training.use_distributed_optimizer else 1
+    shards, expert_shards = 1, 1
+    if training.use_distributed_optimizer:
+        shards = job.replicas(model) * model.context_parallel_size
+        expert_shards = job.gpus // expert_ranks(model)
     tokens = job.micro_batch_tokens / model.context_parallel_size
-    a_layer = layer_activations(hf, model, job.sequence, job.fused_attention)
+    a_stage = sum(layer_activations(hf, model, job.sequence, job.fused_attention, sparse) for sparse in kinds)
     micro_batches = max(1, job.rows * job.sequence // job.micro_batch_tokens)
     found = Memory(student_stage, _offloaded(job.recipe))
     found.parts = {
-        "student weights": parameters * size,
-        "student gradients": parameters * 4,
-        "optimizer": parameters * states / shards,
-        "teacher weights": stage_parameters(job.teacher, teacher)[teacher_stage] * _BYTES[teacher.dtype],
+        "student weights": parameters.total * size,
+        "student gradients": parameters.total * 4,
+        "optimizer": (parameters.shared / shards + parameters.experts / expert_shards) * states,
+        "teacher weights": stage_parameters(job.teacher, teacher)[teacher_stage].total * BYTES[teacher.dtype],
         "batch and scores": job.rows * job.sequence * (41 + 12 * job.recipe.objective.topk),
-        "KV cache": _kv_cache(job, layers),
-        "activations": tokens * (layers * a_layer * _in_flight(model, student_stage, micro_batches) + _once(job)),
+        "KV cache": _kv_cache(job, len(kinds)),
+        "activations": tokens * (a_stage * _in_flight(model, student_stage, micro_batches) + _once(job, any(kinds))),
         "logits": _logits(hf, model, tokens, student_stage),
     }
     scored = job.micro_batch_tokens / teacher.context_parallel_size
     whole = replace(teacher, recompute=None)
-    a_teacher = layer_activations(job.teacher, whole, job.sequence, job.fused_attention)
+    sparse = experts_of(job.teacher) is not None
+    a_teacher = layer_activations(job.teacher, whole, job.sequence, job.fused_attention, sparse)
     found.parts["teacher activations"] = scored * a_teacher  # forward only: one layer at a time
     found.parts["teacher logits"] = _logits(job.teacher, teacher, scored, teacher_stage)
     return found
@@ -224,13 +177,13 @@ def _offloaded(recipe: Recipe) -> tuple[str, ...]:
     return (*optimizer, *(("teacher weights",) if recipe.teacher.offload else ()))
 
 
-def _once(job: Job) -> float:
+def _once(job: Job, sparse: bool) -> float:
     """Return the bytes a token of what is held once: a recomputed layer, and gradients within a layer."""
     hf, model = job.student, job.recipe.student
-    tp, size = model.tensor_model_parallel_size, _BYTES[model.dtype]
+    tp, size = model.tensor_model_parallel_size, BYTES[model.dtype]
     whole = replace(model, recompute=None)
-    again = layer_activations(hf, whole, job.sequence, job.fused_attention) if model.recompute else 0.0
-    ffn = hf.intermediate_size / tp * size
+    again = layer_activations(hf, whole, job.sequence, job.fused_attention, sparse) if model.recompute else 0.0
+    ffn = mlp_width(hf, sparse) / tp * size
     if job.fused_attention:
         return again + 3 * ffn
     # Gradients of probabilities and scores, when what the MLP kept is freed already.
@@ -242,7 +195,7 @@ def _logits(hf: Any, model: ModelConfig, tokens: float, stage: int) -> float:
     if stage < model.pipeline_model_parallel_size - 1:
         return 0.0
     tp = model.tensor_model_parallel_size
-    return tokens * padded_vocab_size(hf.vocab_size, tp) // tp * _BYTES[model.dtype]  # their gradient overwrites them
+    return tokens * padded_vocab_size(hf.vocab_size, tp) // tp * BYTES[model.dtype]  # their gradient overwrites them
 
 
 def _kv_cache(job: Job, layers: int) -> float:
@@ -251,13 +204,7 @@ def _kv_cache(job: Job, layers: int) -> float:
         return rollout.kv_cache_gb * 2**30
     token = 2 * job.student.num_key_value_heads // model.tensor_model_parallel_size * head_dim(job.student)
     blocks = min(job.rows, rollout.max_batch_size) * -(-job.sequence // _KV_BLOCK) + 2
-    return blocks * _KV_BLOCK * token * layers * _BYTES[model.dtype]
-
-
-def parameters(hf: Any) -> int:
-    """Return the parameters of a whole model, without padding."""
-    tables = (1 if hf.tie_word_embeddings else 2) * hf.vocab_size * hf.hidden_size
-    return hf.num_hidden_layers * layer_parameters(hf, 1) + tables + hf.hidden_size
+    return blocks * _KV_BLOCK * token * layers * BYTES[model.dtype]
 
 
 def step_seconds(job: Job, gpu: Accelerator) -> dict[str, float]:
@@ -274,7 +221,7 @@ def _pass_seconds(job: Job, hf: Any, model: ModelConfig, gpu: Accelerator, passe
     """Return the time of forward passes (a backward pass is two) over the step's tokens, pipeline bubble included."""
     total = job.rows * job.replicas(job.recipe.student) * job.sequence
     attention = 2 * hf.num_hidden_layers * hf.num_attention_heads * head_dim(hf) * job.sequence  # causal: half of 4
-    flops = passes * total * (2 * parameters(hf) + attention)
+    flops = passes * total * (2 * active_parameters(hf) + attention)
     micro_batches = max(1, total // job.replicas(model) // job.micro_batch_tokens)
     vpp = model.virtual_pipeline_model_parallel_size or 1
     bubble = (model.pipeline_model_parallel_size - 1) / (micro_batches * vpp)
@@ -286,16 +233,21 @@ def _rollout_seconds(job: Job, gpu: Accelerator) -> float:
     rollout, model, hf = job.recipe.rollout, job.recipe.student, job.student
     batch = min(job.rows, rollout.max_batch_size)
     waves = -(-job.rows // batch)
-    tp = model.tensor_model_parallel_size
-    weights = parameters(hf) * _BYTES[model.dtype] / tp
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    whole = whole_parameters(hf)  # a batch meets all experts; a rank reads its own
+    weights = BYTES[model.dtype] * (whole.shared / tp + whole.experts / expert_ranks(model) * pp)
     length = job.prompt_tokens + rollout.max_new_tokens / 2
-    token = 2 * hf.num_key_value_heads * head_dim(hf) * hf.num_hidden_layers * _BYTES[model.dtype] / tp
-    a_step = max((weights + batch * length * token) / gpu.bandwidth, 2 * parameters(hf) / tp * batch / gpu.flops)
+    token = 2 * hf.num_key_value_heads * head_dim(hf) * hf.num_hidden_layers * BYTES[model.dtype] / tp
+    a_step = max((weights + batch * length * token) / gpu.bandwidth, 2 * active_parameters(hf) / tp * batch / gpu.flops)
     return waves * rollout.max_new_tokens * a_step
 
 
 def layouts(hf: Any, model: ModelConfig, gpus: int, node: int = 8) -> Iterator[ModelConfig]:
-    """Yield the layouts of a model that its sizes and the number of GPUs allow: TP within a node, then PP."""
+    """Yield the layouts of a model that its sizes and the number of GPUs allow: TP within a node, then PP.
+
+    Experts stay whole, and are either on every rank or dealt out over as many ranks of a node as divide them.
+    """
+    experts = experts_of(hf)
     for tp, pp in itertools.product(*[[2**i for i in range(11)]] * 2):
         if tp > node or gpus % (tp * pp):
             continue
@@ -306,7 +258,11 @@ def layouts(hf: Any, model: ModelConfig, gpus: int, node: int = 8) -> Iterator[M
             check_sizes(hf, found, "model")
         except UserError:
             continue
-        yield found
+        if experts is None:
+            yield found
+            continue
+        for ep in {1, math.gcd(experts.count, min(node, gpus // pp))}:
+            yield replace(found, expert_model_parallel_size=ep, expert_tensor_parallel_size=1)
 
 
 def proposals(job: Job, gpu: Accelerator, count: int = 5) -> list[tuple[Job, Memory, float]]:

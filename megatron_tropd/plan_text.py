@@ -8,7 +8,8 @@ from __future__ import annotations
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.errors import UserError
 from megatron_tropd.model import check_sizes
-from megatron_tropd.plan import Accelerator, Job, Memory, memory, model_ranks, proposals, step_seconds
+from megatron_tropd.plan import Accelerator, Job, Memory, memory, proposals, step_seconds
+from megatron_tropd.plan_model import expert_ranks, model_ranks
 
 
 def describe(job: Job, gpu: Accelerator) -> tuple[str, bool]:
@@ -36,8 +37,9 @@ def _problem(job: Job) -> str | None:
         for role, hf in (("student", job.student), ("teacher", job.teacher)):
             model = getattr(job.recipe, role)
             check_sizes(hf, model, role)
-            if job.gpus % model_ranks(model):
-                return f"{job.gpus} GPUs cannot hold replicas of {model_ranks(model)} ranks ({role}: {_layout(model)})"
+            for ranks, what in ((model_ranks(model), "replicas"), (expert_ranks(model), "experts")):
+                if job.gpus % ranks:
+                    return f"{job.gpus} GPUs cannot hold {what} of {ranks} ranks ({role}: {_layout(model)})"
     except UserError as error:
         return str(error)
     prompts, replicas = job.recipe.training.prompts_per_step, job.replicas(job.recipe.student)
@@ -59,7 +61,9 @@ def _layout(model: ModelConfig) -> str:
     text = f"TP={model.tensor_model_parallel_size} PP={model.pipeline_model_parallel_size}"
     if model.virtual_pipeline_model_parallel_size:
         text += f" VPP={model.virtual_pipeline_model_parallel_size}"
-    return text + (f" CP={model.context_parallel_size}" if model.context_parallel_size > 1 else "")
+    for name, size in (("CP", model.context_parallel_size), ("EP", model.expert_model_parallel_size)):
+        text += f" {name}={size}" if size > 1 else ""
+    return text
 
 
 def _proposal_lines(job: Job, gpu: Accelerator) -> list[str]:

@@ -1,27 +1,37 @@
 """The plan against what models really hold: parameters exactly, activations and peaks of a real step within 10 %."""
 
 import copy
+import itertools
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from helpers import run_distributed
 from tiny_models import write_model
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 from megatron_tropd.cli import main
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.model import load_hf_config
-from megatron_tropd.plan import Accelerator, Job, layer_activations, memory, proposals, stage_layers, stage_parameters
+from megatron_tropd.plan import Accelerator, Job, memory, proposals
+from megatron_tropd.plan_model import (
+    active_parameters,
+    layer_activations,
+    stage_layers,
+    stage_parameters,
+    whole_parameters,
+)
 from megatron_tropd.recipe import load_recipe
 
+KINDS = ("llama", "llama_tied", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 8, "num_key_value_heads": 4}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    for kind in ("llama", "llama_tied", "qwen2", "qwen3"):
+    for kind in KINDS:
         write_model(folder / kind, kind, **SIZES)
     return folder
 
@@ -39,13 +49,20 @@ def parameters_rank(path, model):
     return groups.pp_rank, sum(p.numel() for chunk in chunks for p in chunk.parameters())
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen2", "qwen3"])
-@pytest.mark.parametrize("model", [layout(), layout(tp=2), layout(pp=2, num_layers_in_first_pipeline_stage=1)], ids=str)
+LAYOUTS = [layout(), layout(tp=2), layout(pp=2, num_layers_in_first_pipeline_stage=1)]
+EXPERT_LAYOUTS = [layout(expert_model_parallel_size=4), layout(tp=2, expert_model_parallel_size=2)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [*itertools.product(KINDS, LAYOUTS), *itertools.product(("mixtral", "qwen3_moe"), EXPERT_LAYOUTS)],
+    ids=str,
+)
 def test_parameters_are_those_of_the_model(kind, model, folder):
-    ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
+    ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.expert_model_parallel_size
     expected = stage_parameters(load_hf_config(folder / kind), model)
     for stage, count in run_distributed(parameters_rank, ranks, folder / kind, model):
-        assert count == expected[stage]
+        assert count == expected[stage].total
 
 
 def test_layers_are_dealt_to_stages_as_megatron_deals_them():
@@ -66,6 +83,8 @@ def saved_bytes_rank(path, model, length):
         config = copy.deepcopy(load_hf_config(path))
         config.num_hidden_layers = layers
         (chunk,) = build_model(config, model, groups)
+        for parameter in chunk.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)  # a router of memory's leftovers would choose one expert for all
         own = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
         kept: dict[int, torch.Tensor] = {}
 
@@ -75,7 +94,7 @@ def saved_bytes_rank(path, model, length):
                 kept[storage.data_ptr()] = tensor
             return tensor
 
-        tokens = torch.zeros(2, length, dtype=torch.int64)
+        tokens = torch.arange(2 * length).view(2, length) % 131
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             chunk(tokens, torch.arange(length).expand(2, length), None)
         found.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
@@ -91,6 +110,28 @@ def test_activations_are_what_autograd_keeps(dtype, recompute, tp, folder):
     expected = 2 * 2 * length * layer_activations(load_hf_config(folder / "llama"), model, length, False)
     for found in run_distributed(saved_bytes_rank, tp, folder / "llama", model, length):
         assert found == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", [layout(), *EXPERT_LAYOUTS], ids=str)
+def test_activations_of_experts_are_what_autograd_keeps(model, dtype, folder):
+    model = replace(model, dtype=dtype, sequence_parallel=model.tensor_model_parallel_size > 1)
+    ranks, length = model.tensor_model_parallel_size * model.expert_model_parallel_size, 64
+    expected = 2 * 2 * length * layer_activations(load_hf_config(folder / "mixtral"), model, length, False, sparse=True)
+    # Some experts are chosen more often than others: the mean over all ranks is that of an even choice.
+    found = run_distributed(saved_bytes_rank, ranks, folder / "mixtral", model, length)
+    assert sum(found) / ranks == pytest.approx(expected, rel=0.1)
+
+
+def test_a_model_of_experts_is_planned_by_its_size_and_its_active_part():
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    mixtral = MixtralConfig(vocab_size=32000, num_hidden_layers=32, **sizes)
+    assert whole_parameters(mixtral).total / 1e9 == pytest.approx(46.7, abs=0.05)  # Mixtral-8x7B
+    assert active_parameters(mixtral) / 1e9 == pytest.approx(12.9, abs=0.05)
+    recipe = load_recipe(None, ["training.prompts_per_step=64", "rollout.max_new_tokens=1024"])
+    found = proposals(Job(mixtral, mixtral, recipe, gpus=16), Accelerator())
+    assert found
+    assert any(job.recipe.student.expert_model_parallel_size > 1 for job, *_ in found)
 
 
 def step_rank(recipe):

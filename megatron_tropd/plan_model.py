@@ -1,0 +1,136 @@
+"""What a model weighs and keeps on one rank of a layout: parameters, and activations as Megatron's layers keep them.
+
+Functions of a Hugging Face config and a layout; plan.py makes a step's memory and time of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_tropd.config import ModelConfig
+from megatron_tropd.experts import experts_of
+from megatron_tropd.model import head_dim, padded_vocab_size
+from megatron_tropd.parallel import expert_tensor_parallel_size
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters of one rank: those of experts have data-parallel ranks of their own."""
+
+    shared: int
+    experts: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.shared + self.experts
+
+
+def model_ranks(model: ModelConfig) -> int:
+    """Return the ranks of one replica."""
+    sizes = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size)
+    return sizes[0] * sizes[1] * sizes[2]
+
+
+def expert_ranks(model: ModelConfig) -> int:
+    """Return the ranks of one whole set of experts."""
+    ranks = model.expert_model_parallel_size * expert_tensor_parallel_size(model)
+    return ranks * model.pipeline_model_parallel_size
+
+
+def layer_parameters(hf: Any, model: ModelConfig, sparse: bool) -> Parameters:
+    """Return the parameters of a transformer layer on one rank; `sparse`: it is one of experts."""
+    h, hd, tp = hf.hidden_size, head_dim(hf), model.tensor_model_parallel_size
+    qkv = (hf.num_attention_heads + 2 * hf.num_key_value_heads) * hd // tp
+    bias = qkv if hf.model_type == "qwen2" else 0
+    qk_norm = 2 * hd if hf.model_type in ("qwen3", "qwen3_moe") else 0
+    attention = qkv * h + bias + hf.num_attention_heads * hd * h // tp + 2 * h + qk_norm
+    if not sparse:
+        return Parameters(attention + 3 * hf.intermediate_size * h // tp)
+    experts = experts_of(hf)
+    own = 3 * experts.ffn * h // expert_tensor_parallel_size(model) * experts.count // model.expert_model_parallel_size
+    return Parameters(attention + experts.count * h, own)
+
+
+def stage_layers(layers: int, model: ModelConfig) -> list[int]:
+    """Return the number of layers of each pipeline stage."""
+    pp = model.pipeline_model_parallel_size
+    given = [model.num_layers_in_first_pipeline_stage, *[None] * (pp - 2), model.num_layers_in_last_pipeline_stage]
+    given = given if pp > 1 else [None]
+    counted = (model.account_for_embedding_in_pipeline_split, model.account_for_loss_in_pipeline_split)
+    rest = layers + sum(counted) - sum(n or 0 for n in given)
+    stages = [rest // given.count(None) if n is None else n for n in given]
+    stages[0] -= counted[0]
+    stages[-1] -= counted[1]
+    return stages
+
+
+def stage_kinds(hf: Any, model: ModelConfig) -> list[list[bool]]:
+    """Return for each pipeline stage which of its layers are of experts, as if an interleaved stage's were adjacent."""
+    experts = experts_of(hf)
+    kinds = iter(experts.layers if experts else [False] * hf.num_hidden_layers)
+    return [[next(kinds) for _ in range(count)] for count in stage_layers(hf.num_hidden_layers, model)]
+
+
+def stage_parameters(hf: Any, model: ModelConfig) -> list[Parameters]:
+    """Return the parameters that a rank of each pipeline stage holds, padding of the vocabulary included."""
+    tp, h = model.tensor_model_parallel_size, hf.hidden_size
+    table = padded_vocab_size(hf.vocab_size, tp) // tp * h
+    layers = [[layer_parameters(hf, model, sparse) for sparse in kinds] for kinds in stage_kinds(hf, model)]
+    shared = [sum(layer.shared for layer in stage) for stage in layers]
+    shared[0] += table
+    if not (hf.tie_word_embeddings and len(shared) == 1):  # tied, the last stage has a copy
+        shared[-1] += table
+    shared[-1] += h
+    return [Parameters(s, sum(layer.experts for layer in stage)) for s, stage in zip(shared, layers, strict=True)]
+
+
+def whole_parameters(hf: Any) -> Parameters:
+    """Return the parameters of a whole model, without padding."""
+    tables = (1 if hf.tie_word_embeddings else 2) * hf.vocab_size * hf.hidden_size
+    (kinds,) = stage_kinds(hf, ModelConfig())
+    layers = [layer_parameters(hf, ModelConfig(), sparse) for sparse in kinds]
+    return Parameters(sum(n.shared for n in layers) + tables + hf.hidden_size, sum(n.experts for n in layers))
+
+
+def active_parameters(hf: Any) -> float:
+    """Return the parameters of a whole model that a token meets."""
+    experts, whole = experts_of(hf), whole_parameters(hf)
+    return whole.shared + (whole.experts * experts.per_token / experts.count if experts else 0)
+
+
+def mlp_width(hf: Any, sparse: bool) -> int:
+    """Return how wide the MLP is that a token meets: that of all its experts together, or the dense one."""
+    experts = experts_of(hf)
+    return experts.per_token * experts.ffn if sparse else hf.intermediate_size
+
+
+def layer_activations(hf: Any, model: ModelConfig, sequence: int, fused_attention: bool, sparse: bool = False) -> float:
+    """Return the bytes a token that one layer keeps for the backward pass on one rank.
+
+    With Transformer Engine: each norm's input and output, q, k, v and the attention's output, both halves of the gated
+    product and their result. Megatron's local layers keep fp32 copies in the norms, five tensors in the MLP, and the
+    attention's probabilities besides. Experts, evenly chosen, keep one tensor more of the MLP's width, and the tokens
+    sent to them. Selective recomputation drops what lies inside the attention; full recomputation keeps a layer's
+    input alone.
+    """
+    tp, size, h = model.tensor_model_parallel_size, BYTES[model.dtype], hf.hidden_size
+    shard = tp if model.sequence_parallel else 1
+    if model.recompute == "full":
+        return size * h / shard
+    heads, groups, hd = hf.num_attention_heads / tp, hf.num_key_value_heads / tp, head_dim(hf)
+    mlp = (3 if fused_attention else 5) * size * mlp_width(hf, False) / tp
+    if sparse:
+        experts = experts_of(hf)
+        sent = h * expert_tensor_parallel_size(model) * size + 24
+        kept = (4 if fused_attention else 6) * size * mlp_width(hf, True) + experts.per_token * sent
+        mlp = (kept + 16 * experts.per_token + 5 * experts.count) / shard
+    if fused_attention:
+        return size * (4 * h / shard + (heads + 2 * groups) * hd + heads * hd) + mlp + 4 * heads
+    norms = 24 * h / shard if size == 4 else (16 + 2 * size) * h / shard
+    probabilities = heads * sequence * (4 if size == 4 else 4 + size)
+    inside = (2 * heads + 3 * groups) * hd * size if model.recompute == "selective" else 3 * heads * hd * size
+    return norms + mlp + heads * hd * size + inside + (probabilities if model.recompute is None else 0)
