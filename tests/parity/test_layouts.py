@@ -22,10 +22,8 @@ OPTIONS = {
 # name -> (processes, student's layout, teacher's layout or None for the same)
 LAYOUTS = {
     "tp2": (2, {TP: 2}, None),
-    "tp4": (4, {TP: 4}, None),
     "tp2_sp": (2, {TP: 2, SP: True}, None),
     "pp2": (2, {PP: 2}, None),
-    "pp4": (4, {PP: 4}, None),
     "tp2_pp2_sp": (4, {TP: 2, PP: 2, SP: True}, None),
     "pp2_first_stage_of_1": (2, {PP: 2, "num_layers_in_first_pipeline_stage": 1}, None),
     "pp3_counting_embedding_and_loss": (
@@ -41,17 +39,12 @@ LAYOUTS = {
     "pp2_cp2": (4, {PP: 2, CP: 2}, None),
     "cp2_dp2": (4, {CP: 2}, None),
     "tp2_recompute_selective": (2, {TP: 2, "recompute": "selective"}, None),
-    "pp2_recompute_full": (2, {PP: 2, "recompute": "full"}, None),
-    "tp2_teacher_offloaded": (2, {TP: 2}, {TP: 2, "offload": True}),
     "dp2_teacher_tp2_offloaded": (2, {}, {TP: 2, "offload": True}),
-    "dp2_overlap": (2, {}, None),
     "dp2_overlap_gather": (2, {}, None),
     "pp2_dp2_overlap_gather": (4, {PP: 2}, None),
     "pp2_dp2_interleaved_overlap": (4, {PP: 2, VPP: 2}, None),
     "dp2": (2, {}, None),
-    "dp4": (4, {}, None),
     "tp2_dp2": (4, {TP: 2}, None),
-    "pp2_dp2": (4, {PP: 2}, None),
     "packed": (1, {}, None),
     "tp2_sp_packed": (2, {TP: 2, SP: True}, None),
     "cp2_packed": (2, {CP: 2}, None),
