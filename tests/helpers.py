@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import socket
 import tempfile
 import traceback
@@ -44,6 +45,8 @@ def _rank_main(fn: Callable, rank: int, world_size: int, port: int, folder: str,
     except BaseException:
         torch.save(("error", traceback.format_exc()), path.with_suffix(".tmp"))
     path.with_suffix(".tmp").rename(path)
+    if rank == 0 and world_size > 1:
+        signal.pause()  # it holds the store, from which others may still read; `run_distributed` ends it
     os._exit(0)  # leave without tearing down groups that a failed peer no longer answers
 
 
@@ -87,6 +90,6 @@ def _collect(ranks: list, folder: Path, timeout: float) -> list[Any]:
             results[rank] = value
         if waited > timeout:
             raise TimeoutError(f"ranks {sorted(set(range(len(ranks))) - set(results))} still ran after {timeout} s")
-        multiprocessing.connection.wait([p.sentinel for i, p in enumerate(ranks) if i not in results], timeout=0.05)
-        waited += 0.05
+        multiprocessing.connection.wait([p.sentinel for i, p in enumerate(ranks) if i not in results], timeout=0.02)
+        waited += 0.02
     return [results[rank] for rank in range(len(ranks))]
