@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from megatron_tropd.parallel import all_shards
+
 Sequences = TypeVar("Sequences")
 
 
@@ -36,9 +38,7 @@ def gather_shares(local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor
     """Put the ranks' shares [b, s/cp, ...] together to [b, s, ...], on every rank; no gradient."""
     if group.size() == 1:
         return local
-    shares = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(group.size())]
-    dist.all_gather(shares, local.contiguous(), group=group)
-    firsts, lasts = zip(*(share.chunk(2, dim=1) for share in shares), strict=True)
+    firsts, lasts = zip(*(share.chunk(2, dim=1) for share in all_shards(local, group)), strict=True)
     return torch.cat([*firsts, *reversed(lasts)], dim=1)
 
 

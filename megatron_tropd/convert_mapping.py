@@ -27,6 +27,7 @@ class Shape:
     head_dim: int
     vocab: int
     tied: bool
+    experts: int = 0  # of a layer
 
 
 @dataclass(frozen=True)

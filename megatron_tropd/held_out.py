@@ -22,8 +22,9 @@ from megatron_tropd.batching import microbatches, pack
 from megatron_tropd.context_parallel import share_of
 from megatron_tropd.megatron_compat import run_schedule, unwrap_model
 from megatron_tropd.metrics import read_records
+from megatron_tropd.micro_batches import split_batch
 from megatron_tropd.output_hook import OutputHook
-from megatron_tropd.parallel import ParallelGroups
+from megatron_tropd.parallel import ParallelGroups, all_shards
 from megatron_tropd.prompts import load_prompts
 from megatron_tropd.types import LOSS_NONE, Prompt, Rollouts, TrainingBatch, UserError
 
@@ -115,16 +116,14 @@ class HeldOut:
     def _reshard_teacher(self) -> torch.Tensor | None:
         """Return the teacher's output layer [V/tp, h_teacher] in the student's shards, on the last stage."""
         teacher, last = self._teacher, self._teacher.chunks[-1]
-        with teacher.weights():
-            return self._reshard(teacher, last)
-
-    def _reshard(self, teacher: TeacherHook, last: torch.nn.Module) -> torch.Tensor | None:
         width = unwrap_model(self._models["student"][-1]).vocab_size // self.groups.tp_size
-        weight = None
-        if teacher.groups.is_last_stage:
-            weight = last.shared_embedding_or_output_weight() if last.share_embeddings_and_output_weights else None
-            weight = last.output_layer.weight if weight is None else weight
-        return teacher.exchange.reshard_output_weight(weight, width, last.config.hidden_size, last.config.params_dtype)
+        sizes = (width, last.config.hidden_size, last.config.params_dtype)
+        with teacher.weights():
+            weight = None
+            if teacher.groups.is_last_stage:
+                weight = last.shared_embedding_or_output_weight() if last.share_embeddings_and_output_weights else None
+                weight = last.output_layer.weight if weight is None else weight
+            return teacher.exchange.reshard_output_weight(weight, *sizes)
 
     def _teacher_logits(self, rows: TrainingBatch) -> torch.Tensor | None:
         if self._teacher.exchange is None:
@@ -142,13 +141,14 @@ class HeldOut:
     def _response_logits(self, role: str, rows: TrainingBatch) -> torch.Tensor | None:
         """Run some rows; return the logits shard [n, V/tp] of their n response tokens, None on earlier stages."""
         kept: list[torch.Tensor] = []
+        split = split_batch(rows, self.groups, self.micro_batch_size)
         run_schedule(
             self.groups,
             partial(self._forward_step, role=role, kept=kept),
-            microbatches(share_of(rows, self.groups.cp_rank, self.groups.cp_size), self.micro_batch_size),
+            split.batches,
             self._models[role],
-            seq_length=rows.tokens.size(1),
-            micro_batch_size=self.micro_batch_size,
+            seq_length=split.seq_length,
+            micro_batch_size=split.micro_batch_size,
             forward_only=True,
             collect_non_loss_data=True,
         )
@@ -213,10 +213,7 @@ def _align_columns(logits: torch.Tensor, width: int, group: dist.ProcessGroup | 
     """Return the columns [rank * width, (rank + 1) * width) of logits sharded in another width."""
     if logits.size(1) == width:
         return logits
-    shards = [logits]
-    if group is not None:
-        shards = [torch.empty_like(logits) for _ in range(group.size())]
-        dist.all_gather(shards, logits.contiguous(), group=group)
+    shards = [logits] if group is None else all_shards(logits, group)
     start = 0 if group is None else group.rank() * width
     columns = torch.cat(shards, dim=1)[:, start : start + width]
     return torch.nn.functional.pad(columns, (0, width - columns.size(1)))

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from megatron_tropd.convert_mapping import Rule, Shape, expert_suffixes, read_shard, rule_of, split_full
 from megatron_tropd.experts import experts_of
-from megatron_tropd.model import head_dim
-from megatron_tropd.parallel import ParallelGroups
+from megatron_tropd.model import has_qk_norm, has_qkv_bias, head_dim
+from megatron_tropd.parallel import ParallelGroups, all_shards
 from megatron_tropd.types import UserError
 
 _INDEX = "model.safetensors.index.json"
@@ -32,12 +32,14 @@ _IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old Llama files carry
 
 def shape_of(hf_config: Any) -> Shape:
     """Return the sizes that the mapping needs."""
+    experts = experts_of(hf_config)
     return Shape(
         heads=hf_config.num_attention_heads,
         kv_heads=hf_config.num_key_value_heads,
         head_dim=head_dim(hf_config),
         vocab=hf_config.vocab_size,
         tied=bool(hf_config.tie_word_embeddings),
+        experts=experts.count if experts else 0,
     )
 
 
@@ -122,7 +124,7 @@ def load_hf_weights(chunks: list[torch.nn.Module], hf_config: Any, hf_path: str 
         for name, parameter, rule in tqdm(
             parameters, desc="reading weights", unit="tensor", delay=3, disable=groups.rank > 0
         ):
-            rule = rule.of_expert(groups.ep.rank() * _local_experts(hf_config, groups))
+            rule = rule.of_expert(groups.ep.rank() * shape.experts // groups.ep.size())
             group = groups.tp if rule.expert is None else groups.expert_tp
             shard = read_shard(rule, folder.read, shape, group.rank(), group.size(), parameter)
             if shard.shape != parameter.shape:
@@ -133,19 +135,13 @@ def load_hf_weights(chunks: list[torch.nn.Module], hf_config: Any, hf_path: str 
             parameter.copy_(shard)
 
 
-def _local_experts(hf_config: Any, groups: ParallelGroups) -> int:
-    experts = experts_of(hf_config)
-    return experts.count // groups.ep.size() if experts else 0
-
-
 def _check_names(folder: SafetensorsFolder, hf_config: Any) -> None:
     """Refuse tensors that would be dropped silently."""
     experts, model_type = experts_of(hf_config), hf_config.model_type
     suffixes = [f"self_attn.{p}_proj.weight" for p in "qkvo"]
     suffixes += ["input_layernorm.weight", "post_attention_layernorm.weight"]
-    suffixes += [f"self_attn.{p}_proj.bias" for p in "qkv"] if model_type == "qwen2" else []
-    normed = model_type in ("qwen3", "qwen3_moe")
-    suffixes += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if normed else []
+    suffixes += [f"self_attn.{p}_proj.bias" for p in "qkv"] if has_qkv_bias(hf_config) else []
+    suffixes += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if has_qk_norm(hf_config) else []
     dense = [f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
     sparse = expert_suffixes(model_type, experts.count) if experts else []
     known = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
@@ -191,7 +187,7 @@ def save_hf_weights(
             pending.clear()
 
     for _, parameter, rule in tqdm(parameters, desc="writing weights", unit="tensor", delay=3, disable=groups.rank > 0):
-        full = gather_full(parameter.detach(), rule, shape, hf_config, groups)
+        full = gather_full(parameter.detach(), rule, shape, groups)
         for name, tensor in full.items() if writes else ():
             tensor = tensor.to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
             if sum(t.nbytes for t in pending.values()) + tensor.nbytes > max_file_bytes:
@@ -204,30 +200,21 @@ def save_hf_weights(
         _name_files(output, gathered)
 
 
-def gather_full(
-    tensor: torch.Tensor, rule: Rule, shape: Shape, hf_config: Any, groups: ParallelGroups
-) -> dict[str, torch.Tensor]:
+def gather_full(tensor: torch.Tensor, rule: Rule, shape: Shape, groups: ParallelGroups) -> dict[str, torch.Tensor]:
     """Return the whole Hugging Face tensors of a parameter's shard (or of its gradient's), on every rank.
 
     Of an expert's shard, those of the experts in its place on all expert-parallel ranks. Collective over the tensor-
     and expert-parallel groups.
     """
     if rule.expert is None:
-        shards = [tensor] if rule.kind == "replicated" else _all_gather(tensor, groups.tp)
+        shards = [tensor] if rule.kind == "replicated" else all_shards(tensor, groups.tp)
         return split_full(rule, shards, shape)
-    per_expert = zip(*(_all_gather(shard, groups.ep) for shard in _all_gather(tensor, groups.expert_tp)), strict=True)
-    local, found = _local_experts(hf_config, groups), {}
+    per_expert = zip(*(all_shards(shard, groups.ep) for shard in all_shards(tensor, groups.expert_tp)), strict=True)
+    found = {}
     for ep_rank, shards in enumerate(per_expert):
-        found |= split_full(rule.of_expert(ep_rank * local), list(shards), shape)
+        first = ep_rank * shape.experts // groups.ep.size()
+        found |= split_full(rule.of_expert(first), list(shards), shape)
     return found
-
-
-def _all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
-    if group.size() == 1:
-        return [tensor]
-    shards = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
-    dist.all_gather(shards, tensor.contiguous(), group=group)
-    return shards
 
 
 def _part_name(stage: int, number: int) -> str:

@@ -30,6 +30,7 @@ from packaging.version import Version
 from tqdm import tqdm
 
 from megatron_tropd.megatron_compat import MEGATRON_VERSION
+from megatron_tropd.parallel import any_rank
 
 try:  # 0.17 and later
     from megatron.core.inference.config import InferenceConfig
@@ -254,7 +255,7 @@ def run_dynamic_engine(
     for i, response in enumerate(sampler.responses):
         if response.finish_reason is None:
             engine.add_request(i, response.start, _params(num_tokens=response.budget))
-    while _any_rank(engine.has_unfinished_requests(), groups.lockstep):
+    while _is_needed(engine, groups):
         if not engine.has_unfinished_requests():
             # Replicas that share experts pass tokens to one another: who has nothing left runs along with nothing.
             filler = sampler.add_filler()
@@ -262,6 +263,12 @@ def run_dynamic_engine(
         engine.step_modern()
     unfinished = [r.sample_id for r in sampler.responses if r.finish_reason is None]
     assert not unfinished, f"the engine dropped samples {unfinished[:5]}"
+
+
+def _is_needed(engine: DynamicInferenceEngine, groups: Any) -> bool:
+    """Whether a forward pass is due: for requests here, or on a replica that shares experts with this one."""
+    here = engine.has_unfinished_requests()
+    return here if groups.lockstep is None else any_rank(here, groups.lockstep)
 
 
 def _context_config(config: Any, num_layers: int, groups: Any) -> Any:
@@ -272,15 +279,6 @@ def _context_config(config: Any, num_layers: int, groups: Any) -> Any:
     # Layers that train have their own dispatcher of tokens; the buffers of this one for inference are small.
     config.inference_moe_token_dispatcher_type = "nccl"
     return config
-
-
-def _any_rank(here: bool, group: dist.ProcessGroup | None) -> bool:
-    """Whether it is so on any rank of the group; None: on this rank."""
-    if group is None:
-        return here
-    anywhere = torch.tensor([int(here)], device=torch.cuda.current_device())
-    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=group)
-    return bool(anywhere)
 
 
 def run_static_engine(model: torch.nn.Module, sampler: Any, tokenizer: Any, groups: Any) -> None:

@@ -21,7 +21,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_tropd.batching import microbatches
 from megatron_tropd.context_parallel import gather_shares, share_of, share_places
-from megatron_tropd.parallel import ParallelGroups
+from megatron_tropd.parallel import ParallelGroups, all_shards
 from megatron_tropd.types import LOSS_NONE, TeacherScores, TrainingBatch
 
 
@@ -62,7 +62,7 @@ class PackedSplit:
             pad_multiple: the number of tokens of a micro-batch is rounded up to it.
         """
         self._groups, self._shape = groups, batch.tokens.shape
-        lengths = _lengths(batch, 2 * groups.cp_size if groups.cp_size > 1 else 1)
+        lengths = _lengths(batch, groups.context_multiple)
         bins = self._agree(lengths, max(max_tokens, *lengths))
         fullest = max(sum(lengths[row] for row in rows) for rows in bins)
         self.seq_length = max(pad_multiple, -(-fullest // pad_multiple) * pad_multiple)
@@ -127,10 +127,7 @@ class PackedSplit:
 
         def put(*tensors: torch.Tensor) -> torch.Tensor:
             mine = torch.cat(tensors, dim=1)[0]
-            shares = [mine]
-            if self._groups.cp_size > 1:
-                shares = [torch.empty_like(mine) for _ in range(self._groups.cp_size)]
-                dist.all_gather(shares, mine.contiguous(), group=self._groups.cp)
+            shares = all_shards(mine, self._groups.cp)
             out = mine.new_zeros((self._shape.numel(), *mine.shape[1:]))
             out[sources[kept]] = torch.cat(shares)[kept]
             return out.unflatten(0, tuple(self._shape))
@@ -156,8 +153,7 @@ def split_batch(
     """
     if max_tokens is None:
         return RowSplit(batch, groups, micro_batch_size)
-    context = 2 * groups.cp_size if groups.cp_size > 1 else 1
-    return PackedSplit(batch, groups, max_tokens, 8 * context * (groups.tp_size if sequence_parallel else 1))
+    return PackedSplit(batch, groups, max_tokens, groups.token_multiple(sequence_parallel))
 
 
 def first_fit(lengths: list[int], max_tokens: int) -> list[list[int]]:

@@ -76,6 +76,16 @@ def head_dim(hf_config: Any) -> int:
     return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
 
 
+def has_qk_norm(hf_config: Any) -> bool:
+    """Whether queries and keys are normed, head by head."""
+    return hf_config.model_type in ("qwen3", "qwen3_moe")
+
+
+def has_qkv_bias(hf_config: Any) -> bool:
+    """Whether the projections to queries, keys and values have biases."""
+    return hf_config.model_type == "qwen2"
+
+
 def transformer_config(hf_config: Any, model: ModelConfig, role: str = "model", **overrides: Any) -> TransformerConfig:
     """Translate a Hugging Face config and a layout into Megatron's TransformerConfig.
 
@@ -99,9 +109,9 @@ def transformer_config(hf_config: Any, model: ModelConfig, role: str = "model", 
         "kv_channels": head_dim(hf_config),
         "normalization": "RMSNorm",
         "layernorm_epsilon": hf_config.rms_norm_eps,
-        "qk_layernorm": hf_config.model_type in ("qwen3", "qwen3_moe"),
+        "qk_layernorm": has_qk_norm(hf_config),
         "add_bias_linear": False,
-        "add_qkv_bias": hf_config.model_type == "qwen2",
+        "add_qkv_bias": has_qkv_bias(hf_config),
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
         "attention_dropout": 0.0,

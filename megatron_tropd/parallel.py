@@ -99,6 +99,15 @@ class ParallelGroups:
         return self.pp_size if self.virtual_pipeline_size else 1
 
     @property
+    def context_multiple(self) -> int:
+        """Sequences are split into this many chunks: two for each context-parallel rank, where there are several."""
+        return 2 * self.cp_size if self.cp_size > 1 else 1
+
+    def token_multiple(self, sequence_parallel: bool) -> int:
+        """Tokens of a micro-batch are rounded up to it: sequence and context parallelism shard them."""
+        return 8 * self.context_multiple * (self.tp_size if sequence_parallel else 1)
+
+    @property
     def is_first_stage(self) -> bool:
         """Whether this rank holds the embedding."""
         return self.pp_rank == 0
@@ -261,6 +270,22 @@ def shutdown() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def all_shards(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """Return every rank's tensor, all of one shape, in the order of the group's ranks; collective, no gradient."""
+    if group.size() == 1:
+        return [tensor]
+    shards = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(shards, tensor.contiguous(), group=group)
+    return shards
+
+
+def any_rank(here: bool, group: dist.ProcessGroup | None = None) -> bool:
+    """Return whether it is so on any rank of a group, by default of all; collective."""
+    anywhere = torch.tensor(int(here), device=torch.cuda.current_device())
+    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=group)
+    return bool(anywhere)
 
 
 def on_rank_zero(action: Callable[[], object]) -> None:

@@ -150,8 +150,11 @@ def _stage_memory(job: Job, student_stage: int, teacher_stage: int) -> Memory:
         shards = job.replicas(model) * model.context_parallel_size
         expert_shards = job.gpus // expert_ranks(model)
     tokens = job.micro_batch_tokens / model.context_parallel_size
-    a_stage = sum(layer_activations(hf, model, job.sequence, job.fused_attention, sparse) for sparse in kinds)
-    micro_batches = max(1, job.rows * job.sequence // job.micro_batch_tokens)
+    a_stage = sum(
+        count * layer_activations(hf, model, job.sequence, job.fused_attention, sparse)
+        for sparse, count in kinds.items()
+    )
+    in_flight = _in_flight(model, student_stage, max(1, job.rows * job.sequence // job.micro_batch_tokens))
     found = Memory(student_stage, _offloaded(job.recipe))
     found.parts = {
         "student weights": parameters.total * size,
@@ -159,8 +162,8 @@ def _stage_memory(job: Job, student_stage: int, teacher_stage: int) -> Memory:
         "optimizer": (parameters.shared / shards + parameters.experts / expert_shards) * states,
         "teacher weights": stage_parameters(job.teacher, teacher)[teacher_stage].total * BYTES[teacher.dtype],
         "batch and scores": job.rows * job.sequence * (41 + 12 * job.recipe.objective.topk),
-        "KV cache": _kv_cache(job, len(kinds)),
-        "activations": tokens * (a_stage * _in_flight(model, student_stage, micro_batches) + _once(job, any(kinds))),
+        "KV cache": _kv_cache(job, kinds.total()),
+        "activations": tokens * (a_stage * in_flight + _once(job, kinds[True] > 0)),
         "logits": _logits(hf, model, tokens, student_stage),
     }
     scored = job.micro_batch_tokens / teacher.context_parallel_size

@@ -5,12 +5,14 @@ Functions of a Hugging Face config and a layout; plan.py makes a step's memory a
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.experts import experts_of
-from megatron_tropd.model import head_dim, padded_vocab_size
+from megatron_tropd.model import has_qk_norm, has_qkv_bias, head_dim, padded_vocab_size
 from megatron_tropd.parallel import expert_tensor_parallel_size
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -45,8 +47,8 @@ def layer_parameters(hf: Any, model: ModelConfig, sparse: bool) -> Parameters:
     """Return the parameters of a transformer layer on one rank; `sparse`: it is one of experts."""
     h, hd, tp = hf.hidden_size, head_dim(hf), model.tensor_model_parallel_size
     qkv = (hf.num_attention_heads + 2 * hf.num_key_value_heads) * hd // tp
-    bias = qkv if hf.model_type == "qwen2" else 0
-    qk_norm = 2 * hd if hf.model_type in ("qwen3", "qwen3_moe") else 0
+    bias = qkv if has_qkv_bias(hf) else 0
+    qk_norm = 2 * hd if has_qk_norm(hf) else 0
     attention = qkv * h + bias + hf.num_attention_heads * hd * h // tp + 2 * h + qk_norm
     if not sparse:
         return Parameters(attention + 3 * hf.intermediate_size * h // tp)
@@ -68,32 +70,40 @@ def stage_layers(layers: int, model: ModelConfig) -> list[int]:
     return stages
 
 
-def stage_kinds(hf: Any, model: ModelConfig) -> list[list[bool]]:
-    """Return for each pipeline stage which of its layers are of experts, as if an interleaved stage's were adjacent."""
+def stage_kinds(hf: Any, model: ModelConfig) -> list[Counter[bool]]:
+    """Return for each pipeline stage how many of its layers are of experts (True), and how many are not.
+
+    An interleaved stage's layers are taken to be adjacent.
+    """
     experts = experts_of(hf)
     kinds = iter(experts.layers if experts else [False] * hf.num_hidden_layers)
-    return [[next(kinds) for _ in range(count)] for count in stage_layers(hf.num_hidden_layers, model)]
+    return [Counter(islice(kinds, count)) for count in stage_layers(hf.num_hidden_layers, model)]
+
+
+def _layers_parameters(hf: Any, model: ModelConfig, kinds: Counter[bool]) -> Parameters:
+    layers = [(count, layer_parameters(hf, model, sparse)) for sparse, count in kinds.items()]
+    return Parameters(sum(n * layer.shared for n, layer in layers), sum(n * layer.experts for n, layer in layers))
 
 
 def stage_parameters(hf: Any, model: ModelConfig) -> list[Parameters]:
     """Return the parameters that a rank of each pipeline stage holds, padding of the vocabulary included."""
     tp, h = model.tensor_model_parallel_size, hf.hidden_size
     table = padded_vocab_size(hf.vocab_size, tp) // tp * h
-    layers = [[layer_parameters(hf, model, sparse) for sparse in kinds] for kinds in stage_kinds(hf, model)]
-    shared = [sum(layer.shared for layer in stage) for stage in layers]
+    layers = [_layers_parameters(hf, model, kinds) for kinds in stage_kinds(hf, model)]
+    shared = [stage.shared for stage in layers]
     shared[0] += table
     if not (hf.tie_word_embeddings and len(shared) == 1):  # tied, the last stage has a copy
         shared[-1] += table
     shared[-1] += h
-    return [Parameters(s, sum(layer.experts for layer in stage)) for s, stage in zip(shared, layers, strict=True)]
+    return [Parameters(s, stage.experts) for s, stage in zip(shared, layers, strict=True)]
 
 
 def whole_parameters(hf: Any) -> Parameters:
     """Return the parameters of a whole model, without padding."""
     tables = (1 if hf.tie_word_embeddings else 2) * hf.vocab_size * hf.hidden_size
     (kinds,) = stage_kinds(hf, ModelConfig())
-    layers = [layer_parameters(hf, ModelConfig(), sparse) for sparse in kinds]
-    return Parameters(sum(n.shared for n in layers) + tables + hf.hidden_size, sum(n.experts for n in layers))
+    layers = _layers_parameters(hf, ModelConfig(), kinds)
+    return Parameters(layers.shared + tables + hf.hidden_size, layers.experts)
 
 
 def active_parameters(hf: Any) -> float:

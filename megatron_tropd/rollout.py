@@ -51,6 +51,9 @@ class RolloutEngine:
             config: `rollout.*`: engine, max_batch_size, kv_cache_gb.
             max_sequence_length: the model's context.
             end: end-of-text ids that are one event, whose log-prob is then that of all of them.
+
+        Raises:
+            UserError: the static engine with replicas that share experts.
         """
         self.chunks = chunks
         self.tokenizer = tokenizer
@@ -58,6 +61,8 @@ class RolloutEngine:
         self.config = config
         self.max_sequence_length = max_sequence_length
         self.end = end or EndOfText()
+        if self._use_static() and groups.lockstep:
+            raise UserError("rollout.engine=static knows no experts shared by replicas; use rollout.engine=dynamic.")
 
     def generate(self, prompts: list[Prompt], prefixes: list[list[int]], sampling: Sampling) -> Rollouts:
         """Write `sampling.samples_per_prompt` responses to each prompt.
@@ -76,8 +81,6 @@ class RolloutEngine:
         Raises:
             UserError: a prompt and its prefix leave no room in the context.
         """
-        if self._use_static() and self.groups.lockstep:
-            raise UserError("rollout.engine=static knows no experts shared by replicas; use rollout.engine=dynamic.")
         responses = [
             self._response(prompt, prefix, prompt.index * sampling.samples_per_prompt + i, sampling)
             for prompt, prefix in zip(prompts, prefixes, strict=True)

@@ -152,9 +152,7 @@ def set_up(recipe: Recipe, groups: ParallelGroups) -> Run:
 
 def pad_multiple(recipe: Recipe, groups: ParallelGroups) -> int:
     """Return what sequence lengths are rounded up to: sequence and context parallelism shard them."""
-    context = 2 * groups.cp_size if groups.cp_size > 1 else 1
-    sharded = recipe.student.sequence_parallel or recipe.teacher.sequence_parallel
-    return 8 * context * (groups.tp_size if sharded else 1)
+    return groups.token_multiple(recipe.student.sequence_parallel or recipe.teacher.sequence_parallel)
 
 
 def checkpoint_folder(recipe: Recipe) -> Path:

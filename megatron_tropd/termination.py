@@ -5,8 +5,7 @@ from __future__ import annotations
 import signal
 from types import FrameType, TracebackType
 
-import torch
-import torch.distributed as dist
+from megatron_tropd.parallel import any_rank
 
 
 class TerminationFlag:
@@ -30,6 +29,4 @@ class TerminationFlag:
 
     def agreed(self) -> bool:
         """Return whether any rank was signalled; collective, one number a step."""
-        flag = torch.tensor(float(self._raised), device=torch.cuda.current_device())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        return any_rank(self._raised)

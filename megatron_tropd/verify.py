@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_tropd.megatron_compat import run_schedule
 from megatron_tropd.model import load_hf_config
 from megatron_tropd.output_hook import OutputHook
-from megatron_tropd.parallel import ParallelGroups
+from megatron_tropd.parallel import ParallelGroups, all_shards
 
 _ROWS, _LENGTH = 2, 24
 
@@ -23,9 +23,7 @@ def full_logits(
     hook = OutputHook(chunks)
 
     def keep(logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:  # [s, b, V/tp]
-        shards = [torch.empty_like(logits) for _ in range(groups.tp_size)]
-        dist.all_gather(shards, logits.contiguous(), group=groups.tp)
-        kept.append(torch.cat(shards, dim=-1)[..., :vocab_size].transpose(0, 1).contiguous())
+        kept.append(torch.cat(all_shards(logits, groups.tp), dim=-1)[..., :vocab_size].transpose(0, 1).contiguous())
         return logits[..., :1]
 
     def forward_step(data_iterator, model):

@@ -104,9 +104,9 @@ def gradients(student, groups, hf_path) -> dict[str, torch.Tensor]:
     from megatron_tropd.model import load_hf_config
 
     hf_config = load_hf_config(hf_path)
-    found = {}
+    shape, found = shape_of(hf_config), {}
     for _, parameter, rule in named_parameters(student.modules, hf_config):
-        found.update(gather_full(parameter.main_grad, rule, shape_of(hf_config), hf_config, groups))
+        found.update(gather_full(parameter.main_grad, rule, shape, groups))
     return found
 
 
