@@ -21,6 +21,8 @@
 #   TP=<processes a node>      tensor parallelism of both models, at most 8
 #   PP=<nodes>                 their pipeline parallelism; with more processes than TP x PP the rest is data parallelism
 #   STUDENT_TP, STUDENT_PP     the student's own, such as 2 and 1: smaller, it needs fewer ranks a replica
+#   TEACHER_RANKS=shared       dedicated: the last TP x PP processes are the teacher's alone (PP=1, if nothing else is
+#                              said), the others the student's; with 2 nodes of 8, a node each
 #   NPROC=<GPUs>, NNODES=<Slurm's, or 1>, NODE_RANK, MASTER_ADDR, MASTER_PORT=29500   when bash starts it, as torchrun's
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -107,7 +109,9 @@ main() {
   [[ -n ${TORCHELASTIC_RUN_ID:-} ]] || start_processes "$@"
 
   # From here on every process of every node does the same.
-  local tp=${TP:-$LOCAL_WORLD_SIZE} pp=${PP:-$GROUP_WORLD_SIZE}
+  local tp=${TP:-$LOCAL_WORLD_SIZE} pp=$GROUP_WORLD_SIZE teacher_ranks=${TEACHER_RANKS:-shared}
+  [[ $teacher_ranks == shared ]] || pp=1
+  pp=${PP:-$pp}
   local student_tp=${STUDENT_TP:-$tp} student_pp=${STUDENT_PP:-$pp}
   local layout=(--tensor-model-parallel-size "$tp" --pipeline-model-parallel-size "$pp")
   local student_layout=(--tensor-model-parallel-size "$student_tp" --pipeline-model-parallel-size "$student_pp")
@@ -118,6 +122,7 @@ main() {
   settings+=(student.tensor_model_parallel_size="$student_tp" student.pipeline_model_parallel_size="$student_pp")
   settings+=(teacher.sequence_parallel="$([[ $tp -gt 1 ]] && echo true || echo false)")
   settings+=(student.sequence_parallel="$([[ $student_tp -gt 1 ]] && echo true || echo false)")
+  settings+=(teacher.ranks="$teacher_ranks")
   settings+=("$@")
   local train=(python -m megatron_tropd train "${settings[@]}" guidance.responses="$RUN/responses.jsonl")
 

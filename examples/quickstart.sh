@@ -3,6 +3,7 @@
 #
 #   bash examples/quickstart.sh                 # two gloo processes, tensor_model_parallel_size=2
 #   TP=1 PP=2 bash examples/quickstart.sh       # another layout; TEACHER_TP, TEACHER_PP for one of the teacher's own
+#   TEACHER_RANKS=dedicated TEACHER_TP=1 bash examples/quickstart.sh   # the teacher on processes of its own
 #   SEED=7 bash examples/quickstart.sh          # another seed
 #   RUN=runs/other bash examples/quickstart.sh  # another folder
 #   bash examples/quickstart.sh training.steps=20 objective.gate=soft   # any recipe key
@@ -18,6 +19,9 @@ TP=${TP:-2}
 PP=${PP:-1}
 TEACHER_TP=${TEACHER_TP:-$TP}
 TEACHER_PP=${TEACHER_PP:-$PP}
+TEACHER_RANKS=${TEACHER_RANKS:-shared}
+PROCESSES=$((TP * PP))
+[[ $TEACHER_RANKS == shared ]] || PROCESSES=$((TP * PP + TEACHER_TP * TEACHER_PP))
 LAYOUT=(
   student.tensor_model_parallel_size="$TP" student.pipeline_model_parallel_size="$PP"
   teacher.tensor_model_parallel_size="$TEACHER_TP" teacher.pipeline_model_parallel_size="$TEACHER_PP"
@@ -39,8 +43,8 @@ torchrun --nproc-per-node $((TP * PP)) -m megatron_tropd evaluate tiny \
   student.checkpoint="$RUN/student" teacher.checkpoint="$RUN/teacher"
 
 echo "== Distilling: the student writes, the teacher scores, the trust region decides"
-torchrun --nproc-per-node $((TP * PP)) -m megatron_tropd train tiny \
-  "${LAYOUT[@]}" \
+torchrun --nproc-per-node "$PROCESSES" -m megatron_tropd train tiny \
+  "${LAYOUT[@]}" teacher.ranks="$TEACHER_RANKS" \
   student.checkpoint="$RUN/student" teacher.checkpoint="$RUN/teacher" \
   training.seed="$SEED" logging.dir="$RUN/train" "$@"
 

@@ -49,6 +49,12 @@ class ModelConfig:
     dtype: str = _key("bfloat16", "parameters and activations", ("float32", "bfloat16", "float16"))
     recompute: str | None = _key(None, "activation recomputation", ("selective", "full"))
     offload: bool = _key(False, "teacher only: keep its weights in host memory between its passes")
+    ranks: str = _key(
+        "shared",
+        "teacher only: on the student's ranks, taking turns, or on ranks of its own, the job's last ones",
+        ("shared", "dedicated"),
+    )
+    replicas: int = _key(1, "teacher only, with ranks=dedicated: replicas among which batches are shared out", low=1)
 
 
 @dataclass

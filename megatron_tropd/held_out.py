@@ -29,6 +29,7 @@ from megatron_tropd.prompts import load_prompts
 from megatron_tropd.types import LOSS_NONE, Prompt, Rollouts, TrainingBatch, UserError
 
 if TYPE_CHECKING:
+    from megatron_tropd.remote_teacher import RemoteTeacher
     from megatron_tropd.teacher import TeacherHook
     from megatron_tropd.tokenizer import Tokenizer
 
@@ -50,7 +51,7 @@ class HeldOut:
         prompts: list[Prompt],
         tokenizer: Tokenizer,
         student_chunks: list[torch.nn.Module],
-        teacher: TeacherHook,
+        teacher: TeacherHook | RemoteTeacher,
         groups: ParallelGroups,
         *,
         vocab_size: int,
@@ -64,7 +65,7 @@ class HeldOut:
             prompts: tokenized, each with a `teacher_response`; every data-parallel rank gets all of them.
             tokenizer: encodes the responses; no EOS is added, since a response may have been cut by its length.
             student_chunks: this rank's model chunks of the student, evaluated as they are at each `measure`.
-            teacher: attached to the teacher.
+            teacher: attached to its model, or on ranks of its own.
             groups: process groups of the student.
             vocab_size: number of ids that carry probability in both models; padding lies behind them.
             micro_batch_size: sequences a forward pass.
@@ -78,9 +79,12 @@ class HeldOut:
         self.vocab_size = vocab_size
         self.micro_batch_size = micro_batch_size
         self._teacher = teacher
-        self._models = {"teacher": teacher.chunks, "student": student_chunks}
+        self._models = {"student": student_chunks}
+        if teacher.exchange is None:
+            self._models["teacher"] = teacher.chunks
         self._hooks = {role: OutputHook(chunks) for role, chunks in self._models.items()}
-        self._teacher_weight = self._reshard_teacher() if teacher.exchange else None
+        width = unwrap_model(student_chunks[-1]).vocab_size // groups.tp_size
+        self._teacher_weight = teacher.output_weight(width) if teacher.exchange else None
         self._group_rows = micro_batch_size * groups.micro_batch_multiple
         longest = -(-len(prompts) // groups.dp_size)  # every replica gets as many rows, the last ones perhaps fillers
         mine = prompts[groups.dp_rank :: groups.dp_size]
@@ -112,18 +116,6 @@ class HeldOut:
         dist.all_reduce(total, group=self.groups.pp)  # the earlier stages hold zeros
         kl_sum, tokens = total.tolist()
         return {"held_out_kl": kl_sum / max(tokens, 1), "held_out_tokens": int(tokens)}
-
-    def _reshard_teacher(self) -> torch.Tensor | None:
-        """Return the teacher's output layer [V/tp, h_teacher] in the student's shards, on the last stage."""
-        teacher, last = self._teacher, self._teacher.chunks[-1]
-        width = unwrap_model(self._models["student"][-1]).vocab_size // self.groups.tp_size
-        sizes = (width, last.config.hidden_size, last.config.params_dtype)
-        with teacher.weights():
-            weight = None
-            if teacher.groups.is_last_stage:
-                weight = last.shared_embedding_or_output_weight() if last.share_embeddings_and_output_weights else None
-                weight = last.output_layer.weight if weight is None else weight
-            return teacher.exchange.reshard_output_weight(weight, *sizes)
 
     def _teacher_logits(self, rows: TrainingBatch) -> torch.Tensor | None:
         if self._teacher.exchange is None:

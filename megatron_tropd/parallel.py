@@ -16,6 +16,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_tropd import cpu_compat
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.types import UserError
+
+if TYPE_CHECKING:
+    from megatron_tropd.partition import Partition
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +132,7 @@ class ParallelGroups:
         return self.is_last_stage and self.tp_rank == 0 and self.dp_rank == 0 and self.cp_rank == 0
 
 
-def _check_layout(layout: ModelConfig, world_size: int, role: str | None = None) -> None:
+def _check_layout(layout: ModelConfig, world_size: int, role: str | None = None, others: int = 0) -> None:
     pp = {"pipeline_model_parallel_size": layout.pipeline_model_parallel_size}
     dense = {
         "tensor_model_parallel_size": layout.tensor_model_parallel_size,
@@ -143,9 +147,10 @@ def _check_layout(layout: ModelConfig, world_size: int, role: str | None = None)
         if world_size % ranks:
             prefix = f"{role}." if role else ""
             wanted = " x ".join(f"{prefix}{name}={size}" for name, size in sizes.items())
+            beside = f" beside the other model's {others}" if others else ""
             raise UserError(
-                f"{world_size} process(es) cannot hold {wanted} = {ranks} {what}; start a multiple of {ranks} "
-                f"processes (torchrun --nproc-per-node) or choose sizes whose product divides {world_size}"
+                f"{world_size} process(es){beside} cannot hold {wanted} = {ranks} {what}; start a multiple of {ranks} "
+                f"processes{beside} (torchrun --nproc-per-node) or choose sizes whose product divides {world_size}"
             )
     replica, shared = math.prod(dense.values()), math.prod(experts.values())
     if max(replica, shared) % min(replica, shared):
@@ -156,13 +161,23 @@ def _check_layout(layout: ModelConfig, world_size: int, role: str | None = None)
         )
 
 
+def model_ranks(model: ModelConfig) -> int:
+    """Return the ranks of one replica."""
+    sizes = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size)
+    return math.prod(sizes)
+
+
 def expert_tensor_parallel_size(model: ModelConfig) -> int:
     """Return how many ranks share each expert's matrices: as many as share the dense ones, if nothing else is said."""
     return model.expert_tensor_parallel_size or model.tensor_model_parallel_size
 
 
 def initialize(
-    layout: ModelConfig, seed: int = 1234, backend: str | None = None, use_cpu_compat: bool = True
+    layout: ModelConfig,
+    seed: int = 1234,
+    backend: str | None = None,
+    use_cpu_compat: bool = True,
+    partition: Partition | None = None,
 ) -> ParallelGroups:
     """Start torch.distributed and Megatron's process groups for `layout`, and seed every generator.
 
@@ -171,6 +186,7 @@ def initialize(
         seed: Megatron's usual arrangement: tensor-parallel ranks share it outside tensor-parallel regions.
         backend: default nccl with CUDA, else gloo.
         use_cpu_compat: apply `cpu_compat` where there is no CUDA.
+        partition: this process's part of the job, which is then all that `layout` has.
 
     Raises:
         UserError: the number of processes is no multiple of the layout's ranks.
@@ -178,14 +194,20 @@ def initialize(
     if use_cpu_compat:
         cpu_compat.apply()
     has_cuda = torch.cuda.is_available()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    _check_layout(layout, dist.get_world_size() if dist.is_initialized() else world_size)
+    if partition:
+        _check_layout(layout, partition.size, partition.role, partition.other_size)
+    else:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        _check_layout(layout, dist.get_world_size() if dist.is_initialized() else world_size)
     if has_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         backend = backend or ("nccl" if has_cuda else "gloo")
         timeout = datetime.timedelta(minutes=30)
-        if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        if partition:
+            own = {"store": partition.store, "rank": partition.rank, "world_size": partition.size}
+            dist.init_process_group(backend, timeout=timeout, **own)
+        elif "RANK" in os.environ and "MASTER_ADDR" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)

@@ -18,14 +18,16 @@ from typing import Any
 from megatron_tropd.config import ModelConfig, Recipe
 from megatron_tropd.errors import UserError
 from megatron_tropd.experts import experts_of
-from megatron_tropd.model import check_sizes, head_dim, padded_vocab_size
+from megatron_tropd.model import head_dim, padded_vocab_size
+from megatron_tropd.model_checks import check_sizes
+from megatron_tropd.parallel import model_ranks
+from megatron_tropd.partition import has_dedicated_teacher, student_size, teacher_size
 from megatron_tropd.plan_model import (
     BYTES,
     active_parameters,
     expert_ranks,
     layer_activations,
     mlp_width,
-    model_ranks,
     stage_kinds,
     stage_parameters,
     whole_parameters,
@@ -65,9 +67,20 @@ class Job:
         """Tokens of the longest sequence."""
         return self.prompt_tokens + self.recipe.rollout.max_new_tokens
 
-    def replicas(self, model: ModelConfig) -> int:
-        """Data-parallel size of a model."""
-        return self.gpus // model_ranks(model)
+    @property
+    def apart(self) -> bool:
+        """Whether the teacher has GPUs of its own."""
+        return has_dedicated_teacher(self.recipe)
+
+    def gpus_of(self, role: str) -> int:
+        """GPUs of the student or the teacher: all, or each its own."""
+        if not self.apart:
+            return self.gpus
+        return teacher_size(self.recipe.teacher) if role == "teacher" else student_size(self.recipe, self.gpus)
+
+    def replicas(self, role: str) -> int:
+        """Data-parallel size of the student or the teacher."""
+        return self.gpus_of(role) // model_ranks(getattr(self.recipe, role))
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -79,7 +92,7 @@ class Job:
     def rows(self) -> int:
         """Sequences of a student replica in a step."""
         rollout = self.recipe.rollout
-        return self.recipe.training.prompts_per_step * rollout.samples_per_prompt // self.replicas(self.recipe.student)
+        return self.recipe.training.prompts_per_step * rollout.samples_per_prompt // self.replicas("student")
 
 
 def _in_flight(model: ModelConfig, stage: int, micro_batches: int) -> float:
@@ -94,7 +107,7 @@ def _in_flight(model: ModelConfig, stage: int, micro_batches: int) -> float:
 class Memory:
     """Bytes of the fullest GPU, by part; which parts are there at the same time is the phase's."""
 
-    stage: int
+    gpu: str  # which: "pipeline stage 0"
     offloaded: tuple[str, ...] = ()  # parts that are there in their own phase alone
     parts: dict[str, float] = field(default_factory=dict)
 
@@ -117,7 +130,7 @@ class Memory:
         found = {}
         for phase, names in self._PHASES.items():
             lasting = [n for n, own in self._OWN_PHASE.items() if n not in self.offloaded or own == phase]
-            found[phase] = sum(self.parts[name] for name in (*lasting, *names))
+            found[phase] = sum(self.parts.get(name, 0.0) for name in (*lasting, *names))
         return found
 
     @property
@@ -127,52 +140,79 @@ class Memory:
 
 
 def memory(job: Job) -> Memory:
-    """Return the memory of the fullest pipeline stage."""
-    student, teacher = job.recipe.student, job.recipe.teacher
-    count = max(student.pipeline_model_parallel_size, teacher.pipeline_model_parallel_size)
-    # Stages of both models are dealt to the same ranks in blocks: rank block i of `count`.
-    places = [
-        (i * student.pipeline_model_parallel_size // count, i * teacher.pipeline_model_parallel_size // count)
-        for i in range(count)
-    ]
-    return max((_stage_memory(job, s, t) for s, t in places), key=lambda found: found.peak)
+    """Return the memory of the fullest GPU."""
+    return max(memories(job), key=lambda found: found.peak)
 
 
-def _stage_memory(job: Job, student_stage: int, teacher_stage: int) -> Memory:
-    training, model, teacher = job.recipe.training, job.recipe.student, job.recipe.teacher
-    hf, size = job.student, BYTES[model.dtype]
-    parameters = stage_parameters(hf, model)[student_stage]
-    kinds = stage_kinds(hf, model)[student_stage]
+def memories(job: Job) -> list[Memory]:
+    """Return the memory of the fullest pipeline stage; where each model has GPUs of its own, of both."""
+    stages = {role: getattr(job.recipe, role).pipeline_model_parallel_size for role in ("student", "teacher")}
+    if job.apart:
+        kinds = [[(f"the {role}'s pipeline stage {i}", {role: i}) for i in range(n)] for role, n in stages.items()]
+    else:
+        # Stages of both models are dealt to the same ranks in blocks: rank block i of `count`.
+        count = max(stages.values())
+        places = [{role: i * n // count for role, n in stages.items()} for i in range(count)]
+        kinds = [[(f"pipeline stage {place['student']}", place) for place in places]]
+    return [max((_stage_memory(job, *place) for place in places), key=lambda found: found.peak) for places in kinds]
+
+
+def _stage_memory(job: Job, gpu: str, stages: dict[str, int]) -> Memory:
+    found = Memory(gpu, _offloaded(job.recipe))
+    if "student" in stages:
+        found.parts |= _student_parts(job, stages["student"])
+    if "teacher" in stages:
+        found.parts |= _teacher_parts(job, stages["teacher"])
+    return found
+
+
+def _student_parts(job: Job, stage: int) -> dict[str, float]:
+    training, model, hf = job.recipe.training, job.recipe.student, job.student
+    size = BYTES[model.dtype]
+    parameters = stage_parameters(hf, model)[stage]
+    kinds = stage_kinds(hf, model)[stage]
     states = 8 if size == 4 else 12  # Adam's moments, and fp32 main weights where the model has none
     states = states if training.optimizer == "adam" else states - 8
     shards, expert_shards = 1, 1
     if training.use_distributed_optimizer:
-        shards = job.replicas(model) * model.context_parallel_size
-        expert_shards = job.gpus // expert_ranks(model)
+        shards = job.replicas("student") * model.context_parallel_size
+        expert_shards = job.gpus_of("student") // expert_ranks(model)
     tokens = job.micro_batch_tokens / model.context_parallel_size
     a_stage = sum(
         count * layer_activations(hf, model, job.sequence, job.fused_attention, sparse)
         for sparse, count in kinds.items()
     )
-    in_flight = _in_flight(model, student_stage, max(1, job.rows * job.sequence // job.micro_batch_tokens))
-    found = Memory(student_stage, _offloaded(job.recipe))
-    found.parts = {
+    in_flight = _in_flight(model, stage, max(1, job.rows * job.sequence // job.micro_batch_tokens))
+    return {
         "student weights": parameters.total * size,
         "student gradients": parameters.total * 4,
         "optimizer": (parameters.shared / shards + parameters.experts / expert_shards) * states,
-        "teacher weights": stage_parameters(job.teacher, teacher)[teacher_stage].total * BYTES[teacher.dtype],
-        "batch and scores": job.rows * job.sequence * (41 + 12 * job.recipe.objective.topk),
+        "batch and scores": job.rows * job.sequence * _token_bytes(job),
         "KV cache": _kv_cache(job, kinds.total()),
         "activations": tokens * (a_stage * in_flight + _once(job, kinds[True] > 0)),
-        "logits": _logits(hf, model, tokens, student_stage),
+        "logits": _logits(hf, model, tokens, stage),
     }
-    scored = job.micro_batch_tokens / teacher.context_parallel_size
-    whole = replace(teacher, recompute=None)
-    sparse = experts_of(job.teacher) is not None
-    a_teacher = layer_activations(job.teacher, whole, job.sequence, job.fused_attention, sparse)
-    found.parts["teacher activations"] = scored * a_teacher  # forward only: one layer at a time
-    found.parts["teacher logits"] = _logits(job.teacher, teacher, scored, teacher_stage)
-    return found
+
+
+def _teacher_parts(job: Job, stage: int) -> dict[str, float]:
+    model, hf = job.recipe.teacher, job.teacher
+    tokens = job.micro_batch_tokens / model.context_parallel_size
+    sparse = experts_of(hf) is not None
+    a_layer = layer_activations(hf, replace(model, recompute=None), job.sequence, job.fused_attention, sparse)
+    parts = {
+        "teacher weights": stage_parameters(hf, model)[stage].total * BYTES[model.dtype],
+        "teacher activations": tokens * a_layer,  # forward only: one layer at a time
+        "teacher logits": _logits(hf, model, tokens, stage),
+    }
+    if job.apart:
+        rows = -(-job.rows * job.replicas("student") // job.replicas("teacher"))
+        parts["batch and scores"] = rows * job.sequence * _token_bytes(job)
+    return parts
+
+
+def _token_bytes(job: Job) -> int:
+    """Return the bytes of a batch's token with its scores."""
+    return 41 + 12 * job.recipe.objective.topk
 
 
 def _offloaded(recipe: Recipe) -> tuple[str, ...]:
@@ -212,23 +252,23 @@ def _kv_cache(job: Job, layers: int) -> float:
 
 def step_seconds(job: Job, gpu: Accelerator) -> dict[str, float]:
     """Estimate the seconds of a step's stages; responses are taken to reach their longest length."""
-    student, teacher = job.recipe.student, job.recipe.teacher
     return {
         "rollout": _rollout_seconds(job, gpu),
-        "teacher scores": _pass_seconds(job, job.teacher, teacher, gpu, passes=1),
-        "update": _pass_seconds(job, job.student, student, gpu, passes=4 if student.recompute == "full" else 3),
+        "teacher scores": _pass_seconds(job, "teacher", gpu, passes=1),
+        "update": _pass_seconds(job, "student", gpu, passes=4 if job.recipe.student.recompute == "full" else 3),
     }
 
 
-def _pass_seconds(job: Job, hf: Any, model: ModelConfig, gpu: Accelerator, passes: int) -> float:
+def _pass_seconds(job: Job, role: str, gpu: Accelerator, passes: int) -> float:
     """Return the time of forward passes (a backward pass is two) over the step's tokens, pipeline bubble included."""
-    total = job.rows * job.replicas(job.recipe.student) * job.sequence
+    hf, model = getattr(job, role), getattr(job.recipe, role)
+    total = job.rows * job.replicas("student") * job.sequence
     attention = 2 * hf.num_hidden_layers * hf.num_attention_heads * head_dim(hf) * job.sequence  # causal: half of 4
     flops = passes * total * (2 * active_parameters(hf) + attention)
-    micro_batches = max(1, total // job.replicas(model) // job.micro_batch_tokens)
+    micro_batches = max(1, total // job.replicas(role) // job.micro_batch_tokens)
     vpp = model.virtual_pipeline_model_parallel_size or 1
     bubble = (model.pipeline_model_parallel_size - 1) / (micro_batches * vpp)
-    return flops / (job.gpus * gpu.flops) * (1 + bubble)
+    return flops / (job.gpus_of(role) * gpu.flops) * (1 + bubble)
 
 
 def _rollout_seconds(job: Job, gpu: Accelerator) -> float:
@@ -268,16 +308,25 @@ def layouts(hf: Any, model: ModelConfig, gpus: int, node: int = 8) -> Iterator[M
             yield replace(found, expert_model_parallel_size=ep, expert_tensor_parallel_size=1)
 
 
+def _layout_pairs(job: Job) -> Iterator[tuple[ModelConfig, ModelConfig]]:
+    """Yield layouts of both models: on all GPUs, or, apart, on two parts of which one has 2^i GPUs."""
+    powers = [2**i for i in range(job.gpus.bit_length()) if 2**i < job.gpus]
+    sizes = {*powers, *(job.gpus - power for power in powers)} if job.apart else {None}
+    for own in sizes:
+        students = list(layouts(job.student, job.recipe.student, job.gpus - own if own else job.gpus))
+        for teacher in layouts(job.teacher, job.recipe.teacher, own or job.gpus):
+            teacher.replicas = own // model_ranks(teacher) if own else 1
+            yield from ((student, teacher) for student in students)
+
+
 def proposals(job: Job, gpu: Accelerator, count: int = 5) -> list[tuple[Job, Memory, float]]:
     """Return the fastest layouts that fit, with their memory and seconds a step; empty if none does."""
     fitting = []
-    students = layouts(job.student, job.recipe.student, job.gpus)
-    teachers = layouts(job.teacher, job.recipe.teacher, job.gpus)
-    for student, teacher in itertools.product(students, teachers):
+    for student, teacher in _layout_pairs(job):
         for recompute in dict.fromkeys((job.recipe.student.recompute, "selective", "full")):
             recipe = replace(job.recipe, student=replace(student, recompute=recompute), teacher=teacher)
             other = replace(job, recipe=recipe)
-            if recipe.training.prompts_per_step % other.replicas(student):
+            if recipe.training.prompts_per_step % other.replicas("student"):
                 continue
             needed = memory(other)
             if needed.peak <= gpu.room_gb * 1e9:

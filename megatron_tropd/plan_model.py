@@ -31,12 +31,6 @@ class Parameters:
         return self.shared + self.experts
 
 
-def model_ranks(model: ModelConfig) -> int:
-    """Return the ranks of one replica."""
-    sizes = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size)
-    return sizes[0] * sizes[1] * sizes[2]
-
-
 def expert_ranks(model: ModelConfig) -> int:
     """Return the ranks of one whole set of experts."""
     ranks = model.expert_model_parallel_size * expert_tensor_parallel_size(model)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.errors import UserError
-from megatron_tropd.model import check_sizes
-from megatron_tropd.plan import Accelerator, Job, Memory, memory, proposals, step_seconds
-from megatron_tropd.plan_model import expert_ranks, model_ranks
+from megatron_tropd.model_checks import check_sizes
+from megatron_tropd.parallel import model_ranks
+from megatron_tropd.plan import Accelerator, Job, Memory, memories, proposals, step_seconds
+from megatron_tropd.plan_model import expert_ranks
 
 
 def describe(job: Job, gpu: Accelerator) -> tuple[str, bool]:
@@ -19,12 +20,11 @@ def describe(job: Job, gpu: Accelerator) -> tuple[str, bool]:
     if problem:
         lines = [problem]
     else:
-        needed = memory(job)
-        fits = needed.peak <= gpu.room_gb * 1e9
-        lines = _memory_lines(needed)
-        lines.append(
-            f"peak {needed.peak / 1e9:.1f} GB of {gpu.room_gb:.0f} ({gpu.memory_gb:.0f} less {gpu.reserve_gb:.0f})"
-        )
+        needed = memories(job)
+        peak = max(found.peak for found in needed)
+        fits = peak <= gpu.room_gb * 1e9
+        lines = [line for found in needed for line in _memory_lines(found)]
+        lines.append(f"peak {peak / 1e9:.1f} GB of {gpu.room_gb:.0f} ({gpu.memory_gb:.0f} less {gpu.reserve_gb:.0f})")
         lines[-1] += ": fits" if fits else ": DOES NOT FIT"
         seconds = step_seconds(job, gpu)
         lines += ["", "seconds a step, estimated: " + ", ".join(f"{name} {s:.3g}" for name, s in seconds.items())]
@@ -38,11 +38,12 @@ def _problem(job: Job) -> str | None:
             model = getattr(job.recipe, role)
             check_sizes(hf, model, role)
             for ranks, what in ((model_ranks(model), "replicas"), (expert_ranks(model), "experts")):
-                if job.gpus % ranks:
-                    return f"{job.gpus} GPUs cannot hold {what} of {ranks} ranks ({role}: {_layout(model)})"
+                gpus = job.gpus_of(role)
+                if gpus % ranks:
+                    return f"{gpus} GPUs cannot hold {what} of {ranks} ranks ({role}: {_layout(model)})"
     except UserError as error:
         return str(error)
-    prompts, replicas = job.recipe.training.prompts_per_step, job.replicas(job.recipe.student)
+    prompts, replicas = job.recipe.training.prompts_per_step, job.replicas("student")
     if prompts % replicas:
         return f"training.prompts_per_step={prompts} cannot be split over {replicas} replicas of the student"
     return None
@@ -50,7 +51,7 @@ def _problem(job: Job) -> str | None:
 
 def _memory_lines(needed: Memory) -> list[str]:
     width = max(map(len, needed.parts))
-    lines = [f"GB on a GPU of the fullest pipeline stage ({needed.stage}):"]
+    lines = [f"GB on a GPU of {needed.gpu}, the fullest:"]
     lines += [f"  {name:<{width}}  {size / 1e9:8.3f}" for name, size in needed.parts.items()]
     return [*lines, "at the same time:"] + [
         f"  {phase:<{width}}  {size / 1e9:8.3f}" for phase, size in needed.phases.items()
@@ -61,7 +62,8 @@ def _layout(model: ModelConfig) -> str:
     text = f"TP={model.tensor_model_parallel_size} PP={model.pipeline_model_parallel_size}"
     if model.virtual_pipeline_model_parallel_size:
         text += f" VPP={model.virtual_pipeline_model_parallel_size}"
-    for name, size in (("CP", model.context_parallel_size), ("EP", model.expert_model_parallel_size)):
+    sizes = {"CP": model.context_parallel_size, "EP": model.expert_model_parallel_size, "DP": model.replicas}
+    for name, size in sizes.items():
         text += f" {name}={size}" if size > 1 else ""
     return text
 

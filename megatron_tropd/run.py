@@ -5,7 +5,6 @@ Configurations, tokenizers and prompt files come first, then models and weights,
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +14,22 @@ import torch.distributed as dist
 
 from megatron_tropd import checkpoint
 from megatron_tropd.config import Recipe
-from megatron_tropd.convert import load_model_weights, resolve_hf_path
+from megatron_tropd.convert import load_model_weights
 from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.evaluation import extract_answer, load_problems
 from megatron_tropd.guidance import Guidance
 from megatron_tropd.held_out import HeldOut, load_held_out
-from megatron_tropd.model import build_model, load_hf_config
+from megatron_tropd.model import build_model
 from megatron_tropd.objectives import Objective, build_objective
 from megatron_tropd.parallel import ParallelGroups, build_groups, on_rank_zero
+from megatron_tropd.partition import Partition
 from megatron_tropd.prompts import PromptSource, load_prompts
 from megatron_tropd.recipe import save_recipe
+from megatron_tropd.remote_teacher import RemoteTeacher
 from megatron_tropd.rollout import RolloutEngine
+from megatron_tropd.run_teacher import check_teacher, load_student_tokenizer, open_teacher
 from megatron_tropd.teacher import TeacherHook
-from megatron_tropd.tokenizer import Tokenizer, check_compatible, load_tokenizer
+from megatron_tropd.tokenizer import Tokenizer
 from megatron_tropd.train_step import Student, build_student
 from megatron_tropd.types import Prompt, Sampling, UserError
 from megatron_tropd.validation import validate
@@ -49,7 +51,7 @@ class Run:
     held_out: HeldOut | None
     guidance: Guidance
     student: Student
-    teacher: TeacherHook | None
+    teacher: TeacherHook | RemoteTeacher | None
     engine: RolloutEngine
     state: checkpoint.TrainingState
     hf_path: Path
@@ -89,8 +91,13 @@ class Run:
         )
 
 
-def set_up(recipe: Recipe, groups: ParallelGroups) -> Run:
-    """Build a Run; collective over all processes.
+def set_up(recipe: Recipe, groups: ParallelGroups, partition: Partition | None = None) -> Run:
+    """Build a Run; collective over all processes of the student.
+
+    Args:
+        recipe: the whole of it.
+        groups: the student's.
+        partition: where the teacher has ranks of its own, which must come to `build_served_teacher`.
 
     Raises:
         UserError: something in the recipe or in the files that it names is wrong.
@@ -98,35 +105,25 @@ def set_up(recipe: Recipe, groups: ParallelGroups) -> Run:
     validate(recipe)
     _check_batch(recipe, groups)
     objective = build_objective(recipe.objective, recipe.guidance, recipe.training.seed)
-    hf_path = resolve_hf_path(recipe.student, "student")
-    hf_config = load_hf_config(hf_path)
-    tokenizer = load_tokenizer(recipe.tokenizer.path or hf_path, recipe.tokenizer.chat_template)
-    _check_vocabulary(tokenizer, hf_config, "student")
-    teacher_hf_path, end = _check_teacher(recipe, tokenizer) if objective.needs_teacher else (None, EndOfText())
-    teacher_groups = build_groups(recipe.teacher, groups) if objective.needs_teacher else groups
+    hf_path, hf_config, tokenizer = load_student_tokenizer(recipe)
+    files = check_teacher(recipe, tokenizer) if objective.needs_teacher else None
+    teacher_groups = build_groups(recipe.teacher, groups) if files and not partition else groups
     context = hf_config.max_position_embeddings
     max_prompt = _longest_prompt(recipe, context)
     prompts = load_prompts(recipe.data.prompts, tokenizer, max_prompt)
     problems = _load_problems(recipe, tokenizer, context)
     held_out_prompts = _load_held_out(recipe, tokenizer, max_prompt)
-    guidance = Guidance(
-        recipe.guidance,
-        recipe.training.steps,
-        tokenizer,
-        max_tokens=recipe.rollout.max_new_tokens,
-        whole_response=not objective.needs_rollout,
-        enabled=objective.uses_guidance,
-    )
-    guidance.check(prompts)
+    guidance = _load_guidance(recipe, tokenizer, objective, prompts)
     _check_budget(recipe, prompts)
 
     modules = build_model(hf_config, recipe.student, groups, role="student")
     load_model_weights(modules, recipe.student, groups)
     student = build_student(modules, recipe.training, groups, tokenizer.vocab_size)
-    student.end = end
+    end = student.end = files.end if files else EndOfText()
     teacher = None
-    if teacher_hf_path:
-        teacher = _build_teacher(recipe, groups, teacher_groups, teacher_hf_path, objective, tokenizer.vocab_size, end)
+    if files:
+        models = (groups, teacher_groups, partition)
+        teacher = open_teacher(recipe, *models, files, objective, tokenizer.vocab_size)
     engine = RolloutEngine(modules, tokenizer, groups, recipe.rollout, max_sequence_length=context, end=end)
     source = PromptSource(prompts, seed=recipe.data.seed, shuffle=recipe.data.shuffle)
     held_out = _build_held_out(recipe, groups, held_out_prompts, tokenizer, modules, teacher)
@@ -189,30 +186,17 @@ def _longest_prompt(recipe: Recipe, context: int) -> int:
     return min(room, recipe.data.max_prompt_tokens or room)
 
 
-def _check_teacher(recipe: Recipe, tokenizer: Tokenizer) -> tuple[Path, EndOfText]:
-    """Return the teacher's folder, and the end-of-text ids to merge, at all of which rollouts then end."""
-    hf_path = resolve_hf_path(recipe.teacher, "teacher")
-    _check_vocabulary(tokenizer, load_hf_config(hf_path), "teacher")
-    if not recipe.tokenizer.check_compatibility:
-        return hf_path, EndOfText()
-    other = load_tokenizer(hf_path)
-    check_compatible(tokenizer, other)
-    if tokenizer.eos_ids == other.eos_ids:
-        return hf_path, EndOfText()
-    logger.warning(
-        "student and teacher end with different ids, %s and %s: all of them are one event",
-        *(sorted(t.eos_ids) for t in (tokenizer, other)),
+def _load_guidance(recipe: Recipe, tokenizer: Tokenizer, objective: Objective, prompts: list[Prompt]) -> Guidance:
+    guidance = Guidance(
+        recipe.guidance,
+        recipe.training.steps,
+        tokenizer,
+        max_tokens=recipe.rollout.max_new_tokens,
+        whole_response=not objective.needs_rollout,
+        enabled=objective.uses_guidance,
     )
-    tokenizer.eos_ids |= other.eos_ids
-    return hf_path, EndOfText(tokenizer.eos_ids)
-
-
-def _check_vocabulary(tokenizer: Tokenizer, hf_config: Any, role: str) -> None:
-    if tokenizer.vocab_size > hf_config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids and the {role} embeds only {hf_config.vocab_size}; give the "
-            f"{role}'s own tokenizer in tokenizer.path, or resize its embeddings."
-        )
+    guidance.check(prompts)
+    return guidance
 
 
 def _load_problems(recipe: Recipe, tokenizer: Tokenizer, context: int) -> list[Prompt]:
@@ -236,7 +220,7 @@ def _build_held_out(
     prompts: list[Prompt],
     tokenizer: Tokenizer,
     modules: list[Any],
-    teacher: TeacherHook | None,
+    teacher: TeacherHook | RemoteTeacher | None,
 ) -> HeldOut | None:
     if not prompts:
         return None
@@ -256,32 +240,6 @@ def _build_held_out(
         max_response_tokens=recipe.rollout.max_new_tokens,
         pad_multiple=pad_multiple(recipe, groups),
     )
-
-
-def _build_teacher(
-    recipe: Recipe,
-    student_groups: ParallelGroups,
-    groups: ParallelGroups,
-    hf_path: Path,
-    objective: Objective,
-    vocab_size: int,
-    end: EndOfText,
-) -> TeacherHook:
-    config = dataclasses.replace(recipe.teacher, recompute=None)
-    hf_config = load_hf_config(hf_path)
-    chunks = build_model(hf_config, config, groups, training=False, role="teacher")
-    load_model_weights(chunks, config, groups)
-    hook = TeacherHook(
-        groups,
-        vocab_size=vocab_size,
-        topk=objective.topk,
-        temperature=recipe.objective.temperature,
-        implementation=recipe.objective.kernel,
-        student_groups=student_groups,
-        offload=recipe.teacher.offload,
-        end=end,
-    )
-    return hook.attach(chunks)
 
 
 def _resume(

@@ -7,7 +7,7 @@ full logits are neither gathered nor kept. It does not generate and has no optim
     hook.attach(teacher_chunks)
     scores = hook.score(batch, micro_batch_size=4)      # TeacherScores on the last stage, None elsewhere
 
-With `student_groups` of another layout, batches come from the student's ranks and scores go back to them.
+With an `exchange` batches come from a student of another layout, and scores go back to its ranks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class TeacherHook:
         temperature: float = 1.0,
         with_entropy: bool = True,
         implementation: str = "auto",
-        student_groups: ParallelGroups | None = None,
+        exchange: Exchange | None = None,
         offload: bool = False,
         end: EndOfText | None = None,
     ):
@@ -54,13 +54,12 @@ class TeacherHook:
             temperature: divides the logits, as in the student's loss.
             with_entropy: also return the entropy (no further pass).
             implementation: of the kernels.
-            student_groups: process groups of the student, where its layout is another.
+            exchange: with the student, where its layout is another or its ranks are.
             offload: keep the weights in (pinned) host memory between passes.
             end: end-of-text ids that are one event.
         """
         self.groups = groups
-        unlike = student_groups is not None and student_groups is not groups
-        self.exchange = Exchange(student_groups, groups) if unlike else None
+        self.exchange = exchange
         self.vocab_size = vocab_size
         self.topk = min(topk, vocab_size)
         self.temperature = temperature
@@ -118,14 +117,16 @@ class TeacherHook:
             parameter.data = host.to(self.groups.device)
         self._hook, self.chunks, self._host = None, [], {}
 
-    def score(self, batch: TrainingBatch, micro_batch_size: int, max_tokens: int | None = None) -> TeacherScores | None:
+    def score(
+        self, batch: TrainingBatch | None, micro_batch_size: int, max_tokens: int | None = None
+    ) -> TeacherScores | None:
         """Score every row of `batch` [b, s].
 
         Collective over all ranks of the student's replica, and of the whole job where the teacher's layout is another.
         The batch is the student replica's, the same on all its ranks.
 
         Args:
-            batch: the student replica's.
+            batch: the student replica's; None on ranks without a part of the student.
             micro_batch_size: rows a forward pass.
             max_tokens: pack sequences into forward passes of about so many tokens instead; None: no packing.
 
@@ -135,18 +136,16 @@ class TeacherHook:
         """
         if self.exchange is None:
             packed = self._run(batch, micro_batch_size, max_tokens, self._score_logits)
-            return None if packed is None else _unpack(packed, self.topk, self.with_entropy)
-        share = self.exchange.distribute(batch, micro_batch_size)
-        payload = self._run(share.batch, micro_batch_size, max_tokens, self._score_logits)
-        channels = 1 + self.with_entropy + 2 * self.topk
-        packed = self.exchange.collect(payload, share, channels, torch.int32)
-        return _unpack(packed, self.topk, self.with_entropy) if self.exchange.student.is_last_stage else None
+        else:
+            share = self.exchange.distribute(batch, micro_batch_size)
+            payload = self._run(share.batch, micro_batch_size, max_tokens, self._score_logits)
+            packed = self.exchange.collect(payload, share, score_channels(self.topk, self.with_entropy), torch.int32)
+        return None if packed is None else unpack_scores(packed, self.topk, self.with_entropy)
 
-    def hidden_states(self, batch: TrainingBatch, micro_batch_size: int) -> torch.Tensor | None:
+    def hidden_states(self, batch: TrainingBatch | None, micro_batch_size: int) -> torch.Tensor | None:
         """Return the output layer's input [b, s, h] at tokens with a loss, zeros elsewhere; where `score` returns.
 
-        For objectives and measurements over the whole vocabulary: `Exchange.reshard_output_weight` has the other factor
-        of the logits.
+        For objectives and measurements over the whole vocabulary: `output_weight` is the other factor of the logits.
         """
         if self.exchange is None:
             hidden = self._run(batch, micro_batch_size, None, self._keep_hidden)
@@ -154,8 +153,23 @@ class TeacherHook:
         share = self.exchange.distribute(batch, micro_batch_size)
         payload = self._run(share.batch, micro_batch_size, None, self._keep_hidden)
         config = self.chunks[-1].config
-        packed = self.exchange.collect(payload, share, config.hidden_size, config.params_dtype)
-        return packed if self.exchange.student.is_last_stage else None
+        return self.exchange.collect(payload, share, config.hidden_size, config.params_dtype)
+
+    def output_weight(self, width: int) -> torch.Tensor | None:
+        """Return the output layer [width, h] in the student's vocabulary shards, on the student's last stage.
+
+        Only with an `exchange`, where the teacher's own shards are others; collective over the whole job.
+
+        Args:
+            width: columns of the student's vocabulary shard.
+        """
+        last, weight = self.chunks[-1], None
+        with self.weights():
+            if self.groups.is_last_stage:
+                weight = last.shared_embedding_or_output_weight() if last.share_embeddings_and_output_weights else None
+                weight = last.output_layer.weight if weight is None else weight
+            sizes = (width, last.config.hidden_size, last.config.params_dtype)
+            return self.exchange.reshard_output_weight(weight, *sizes)
 
     def _run(
         self, batch: TrainingBatch, micro_batch_size: int, max_tokens: int | None, compute: Callable
@@ -214,7 +228,7 @@ class TeacherHook:
             topk_logprobs=topk_logprobs.transpose(0, 1),
             entropy=None if entropy is None else entropy.t(),
         )
-        return _pack(scores)
+        return pack_scores(scores)
 
     def _keep_hidden(self, logits: torch.Tensor, hidden: torch.Tensor, batch: TrainingBatch) -> torch.Tensor:
         """Return hidden states [b, s, h], whole on every tensor-parallel rank."""
@@ -225,7 +239,7 @@ class TeacherHook:
         return hidden.transpose(0, 1)
 
 
-def _pack(scores: TeacherScores) -> torch.Tensor:
+def pack_scores(scores: TeacherScores) -> torch.Tensor:
     """Put scores into one int32 tensor [b, s, c]; fp32 numbers travel as their bits."""
     columns = [scores.logprobs.unsqueeze(-1), scores.topk_logprobs]
     if scores.entropy is not None:
@@ -233,7 +247,13 @@ def _pack(scores: TeacherScores) -> torch.Tensor:
     return torch.cat([scores.topk_ids.int(), torch.cat(columns, dim=-1).view(torch.int32)], dim=-1)
 
 
-def _unpack(packed: torch.Tensor, topk: int, with_entropy: bool) -> TeacherScores:
+def score_channels(topk: int, with_entropy: bool) -> int:
+    """Return how many numbers a token's packed scores have."""
+    return 1 + with_entropy + 2 * topk
+
+
+def unpack_scores(packed: torch.Tensor, topk: int, with_entropy: bool) -> TeacherScores:
+    """Undo `pack_scores`."""
     numbers = packed[..., topk:].contiguous().view(torch.float32)
     return TeacherScores(
         logprobs=numbers[..., 0],

@@ -22,7 +22,10 @@ from megatron_tropd.config import Recipe
 from megatron_tropd.evaluation import evaluate
 from megatron_tropd.metrics import MetricsWriter
 from megatron_tropd.parallel import initialize, on_rank_zero, shutdown
+from megatron_tropd.partition import Partition, split_processes
+from megatron_tropd.remote_teacher import serve
 from megatron_tropd.run import Run, checkpoint_folder, set_up
+from megatron_tropd.run_teacher import build_served_teacher
 from megatron_tropd.samples import sample_records
 from megatron_tropd.termination import TerminationFlag
 from megatron_tropd.train_step import StepResult, train_step
@@ -40,16 +43,39 @@ def train(recipe: Recipe) -> dict[str, Any]:
     Raises:
         UserError: the recipe, a model, a tokenizer or a prompt file is wrong; nothing was trained.
     """
-    groups = initialize(recipe.student, seed=recipe.training.seed)
+    partition = split_processes(recipe)
     try:
-        run = set_up(recipe, groups)
-        with TerminationFlag() as termination:
-            return _train(run, termination)
+        if partition is None:
+            return _train(set_up(recipe, initialize(recipe.student, seed=recipe.training.seed)))
+        return _train_in_parts(recipe, partition)
     finally:
         shutdown()
 
 
-def _train(run: Run, termination: TerminationFlag) -> dict[str, Any]:
+def _train_in_parts(recipe: Recipe, partition: Partition) -> dict[str, Any]:
+    """Train on the student's ranks and serve on the teacher's."""
+    try:
+        groups = initialize(getattr(recipe, partition.role), seed=recipe.training.seed, partition=partition)
+        if partition.is_teacher:
+            summary = serve(build_served_teacher(recipe, groups, partition), partition)
+        else:
+            summary = _train(set_up(recipe, groups, partition))
+            partition.order("stop", summary=summary)
+        partition.finish()
+        return summary
+    except Exception as error:
+        partition.fail(error)
+        raise
+    finally:
+        partition.close()
+
+
+def _train(run: Run) -> dict[str, Any]:
+    with TerminationFlag() as termination:
+        return _loop(run, termination)
+
+
+def _loop(run: Run, termination: TerminationFlag) -> dict[str, Any]:
     training, started = run.recipe.training, time.perf_counter()
     last_step = min(training.steps, training.exit_step or training.steps)
     writer = MetricsWriter(

@@ -53,8 +53,7 @@ def _check_required(recipe: Recipe) -> None:
 
 def check_layout(role: str, model: ModelConfig) -> None:
     """Check one model's parallel layout in itself; `role` is its section's name."""
-    if model.offload and role != "teacher":
-        raise UserError(f"{role}.offload=true: only the frozen teacher's weights can leave the device. Remove the key.")
+    _check_ranks(role, model)
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         raise UserError(
             f"{role}.sequence_parallel=true needs {role}.tensor_model_parallel_size of at least 2, and it is 1: it "
@@ -65,6 +64,29 @@ def check_layout(role: str, model: ModelConfig) -> None:
             f"{role}.virtual_pipeline_model_parallel_size={model.virtual_pipeline_model_parallel_size} needs "
             f"{role}.pipeline_model_parallel_size of at least 2, and it is 1: it interleaves the stages of a pipeline. "
             "Raise the one or remove the other."
+        )
+
+
+def _check_ranks(role: str, model: ModelConfig) -> None:
+    if role != "teacher":
+        if model.offload:
+            raise UserError(
+                f"{role}.offload=true: only the frozen teacher's weights can leave the device. Remove the key."
+            )
+        if model.ranks != "shared" or model.replicas > 1:
+            raise UserError(
+                f"{role}.ranks and {role}.replicas: only the teacher's ranks are set, the others are the student's. "
+                "Remove the keys."
+            )
+        return
+    if model.ranks == "shared" and model.replicas > 1:
+        raise UserError(
+            f"teacher.replicas={model.replicas} needs teacher.ranks=dedicated: on shared ranks the number of processes "
+            "says how many replicas there are. Set the one or remove the other."
+        )
+    if model.ranks == "dedicated" and model.offload:
+        raise UserError(
+            "teacher.offload=true contradicts teacher.ranks=dedicated, where nothing else wants the device. Drop one."
         )
 
 

@@ -1,5 +1,7 @@
 """Between unlike layouts: every score reaches the rank and the place that it speaks of; weights are cut anew."""
 
+import os
+
 import pytest
 import torch
 from helpers import run_distributed
@@ -11,6 +13,12 @@ CASES = {  # (student tp, pp), (teacher tp, pp, vpp), rows a student replica
     "tp4_to_dp4": ((4, 1), (1, 1, None), 6),
     "tp2_pp2_to_pp4": ((2, 2), (1, 4, None), 3),
     "dp2_pp2_to_interleaved": ((1, 2), (1, 2, 2), 4),
+}
+APART = {  # two ranks of the student, two of the teacher
+    "tp2_to_pp2": ((2, 1), (1, 2, None), 4),
+    "dp2_to_tp2": ((1, 1), (2, 1, None), 3),
+    "pp2_to_dp2": ((1, 2), (1, 1, None), 5),
+    "dp2_to_interleaved": ((1, 1), (1, 2, 2), 4),
 }
 
 
@@ -36,24 +44,40 @@ def make_batch(replica: int, rows: int):
     )
 
 
-def exchange_rank(student, teacher, rows):
+def open_exchange(student, teacher, apart):
+    """Return this rank's exchange, on shared ranks or on two of four for each model."""
     from megatron_tropd import parallel
     from megatron_tropd.exchange import Exchange
+    from megatron_tropd.partition import Partition
 
-    groups = parallel.initialize(layout(*student))
-    others = parallel.build_groups(layout(*teacher), groups)
-    batch = make_batch(groups.dp_rank, rows)
-    exchange = Exchange(groups, others)
-    share = exchange.distribute(batch, micro_batch_size=2)
-    multiple = 2 * (others.pp_size if teacher[2] else 1)
+    if not apart:
+        groups = parallel.initialize(layout(*student))
+        return Exchange(groups, parallel.build_groups(layout(*teacher), groups))
+    partition = Partition(int(os.environ["RANK"]), 2, 4)
+    groups = parallel.initialize(layout(*(teacher if partition.is_teacher else student)), partition=partition)
+    partition.meet()
+    return Exchange(*((None, groups) if partition.is_teacher else (groups, None)), partition.bridge)
+
+
+def teach(exchange, share, interleaved):
+    """Check a teacher replica's share; return what is to be sent back, on the last stage."""
+    multiple = 2 * (exchange.teacher.pp_size if interleaved else 1)
     assert share.batch.tokens.size(0) % multiple == 0
     assert torch.equal(share.batch.labels[share.batch.loss_kind > 0], share.batch.tokens[share.batch.loss_kind > 0] + 1)
-    payload = None
-    if others.is_last_stage:
-        payload = torch.stack([share.batch.tokens, share.batch.position_ids, share.batch.labels], -1).int()
+    if not exchange.teacher.is_last_stage:
+        return None
+    return torch.stack([share.batch.tokens, share.batch.position_ids, share.batch.labels], -1).int()
+
+
+def exchange_rank(student, teacher, rows, apart=False):
+    exchange = open_exchange(student, teacher, apart)
+    groups = exchange.student
+    batch = make_batch(groups.dp_rank, rows) if groups else None
+    share = exchange.distribute(batch, micro_batch_size=2)
+    payload = teach(exchange, share, teacher[2]) if exchange.teacher else None
     found = exchange.collect(payload, share, 3, torch.int32)
-    if not groups.is_last_stage:
-        assert found.numel() == 0
+    if groups is None or not groups.is_last_stage:
+        assert found is None
         return 0
     mask = batch.loss_kind > 0
     expected = torch.stack([batch.tokens, batch.position_ids, batch.labels], -1).int()
@@ -67,6 +91,12 @@ def exchange_rank(student, teacher, rows):
 def test_values_of_every_loss_token_come_back_to_their_place(case):
     student, teacher, rows = CASES[case]
     assert sum(run_distributed(exchange_rank, 4, student, teacher, rows)) > 0
+
+
+@pytest.mark.parametrize("case", APART)
+def test_values_come_back_from_ranks_of_the_teachers_own(case):
+    student, teacher, rows = APART[case]
+    assert sum(run_distributed(exchange_rank, 4, student, teacher, rows, True)) > 0
 
 
 def groups_rank(tp, pp):
@@ -92,16 +122,13 @@ def test_groups_of_an_own_layout_are_those_that_megatron_makes(tp, pp):
         assert {name for name in missing if "gtp" not in name and not name.endswith("_ag")} <= optimizer_only
 
 
-def weight_rank(student, teacher, width):
-    from megatron_tropd import parallel
-    from megatron_tropd.exchange import Exchange
-
-    groups = parallel.initialize(layout(*student))
-    others = parallel.build_groups(layout(*teacher), groups)
-    whole = torch.arange(48 * 5).view(48, 5).float()  # the teacher's padded vocabulary of 48
-    shard = whole.chunk(others.tp_size)[others.tp_rank] if others.is_last_stage else None
-    found = Exchange(groups, others).reshard_output_weight(shard, width, 5, torch.float32)
-    if not groups.is_last_stage:
+def weight_rank(student, teacher, width, apart=False):
+    exchange = open_exchange(student, teacher, apart)
+    groups, others = exchange.student, exchange.teacher
+    whole = torch.arange(48 * 5).view(48, 5).bfloat16()  # the teacher's padded vocabulary of 48
+    shard = whole.chunk(others.tp_size)[others.tp_rank] if others and others.is_last_stage else None
+    found = exchange.reshard_output_weight(shard, width, 5, torch.bfloat16)
+    if groups is None or not groups.is_last_stage:
         assert found is None
         return
     padded = torch.cat([whole, torch.zeros(max(0, width * groups.tp_size - 48), 5)])
@@ -114,6 +141,11 @@ def weight_rank(student, teacher, width):
 )
 def test_the_teachers_output_layer_arrives_in_the_students_shards(student, teacher, width):
     run_distributed(weight_rank, 4, student, teacher, width)
+
+
+@pytest.mark.parametrize(("student", "teacher", "width"), [((2, 1), (1, 2), 20), ((1, 2), (2, 1), 52)])
+def test_the_output_layer_arrives_from_ranks_of_the_teachers_own(student, teacher, width):
+    run_distributed(weight_rank, 4, student, teacher, width, True)
 
 
 def unequal_rank():

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, MixtralConfig
 from megatron_tropd.cli import main
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.model import load_hf_config
-from megatron_tropd.plan import Accelerator, Job, memory, proposals
+from megatron_tropd.parallel import model_ranks
+from megatron_tropd.plan import Accelerator, Job, memories, memory, proposals
 from megatron_tropd.plan_model import (
     active_parameters,
     layer_activations,
@@ -213,6 +214,7 @@ def test_the_shipped_recipe_fits_a_node(large, capsys):
         (["--gpu-memory", "24"], "DOES NOT FIT"),
         (["student.tensor_model_parallel_size=3"], "does not divide the model's 32 attention heads"),
         (["training.prompts_per_step=3", "--gpus", "16"], "cannot be split over 2 replicas"),
+        (["teacher.ranks=dedicated"], "leaves the student none of 8"),
     ],
 )
 def test_what_cannot_be_is_refused(options, said, large, capsys):
@@ -251,6 +253,29 @@ def test_an_offloaded_teacher_is_there_only_while_it_scores(large):
     assert after.phases["teacher scores"] == pytest.approx(before.phases["teacher scores"])
     for phase in ("rollout", "update"):
         assert before.phases[phase] - after.phases[phase] == pytest.approx(before.parts["teacher weights"])
+
+
+def test_a_teacher_apart_has_gpus_of_its_own(large, capsys):
+    shared = load_recipe("llama_70b_to_8b", [*large, "student.tensor_model_parallel_size=4"])
+    apart = load_recipe("llama_70b_to_8b", [*large, "student.tensor_model_parallel_size=4", "teacher.ranks=dedicated"])
+    configs = [load_hf_config(getattr(shared, role).hf_path) for role in ("student", "teacher")]
+    (together,), (student, teacher) = (
+        memories(Job(*configs, recipe, gpus=gpus)) for recipe, gpus in ((shared, 4 + 4), (apart, 4 + 8))
+    )
+    assert student.parts.keys() | teacher.parts.keys() == together.parts.keys()
+    assert student.parts.keys() & teacher.parts.keys() == {"batch and scores"}
+    assert teacher.parts["teacher weights"] == together.parts["teacher weights"]
+    assert student.parts["student weights"] == together.parts["student weights"]
+    assert student.parts["optimizer"] == 2 * together.parts["optimizer"]  # one replica shards it, not two
+    assert teacher.phases["rollout"] == teacher.parts["teacher weights"]
+    found = proposals(Job(*configs, apart, gpus=16), Accelerator())
+    assert found
+    for job, needed, _ in found:
+        assert needed.peak <= 76e9
+        assert job.gpus_of("student") + job.gpus_of("teacher") == 16
+        assert job.gpus_of("teacher") == job.recipe.teacher.replicas * model_ranks(job.recipe.teacher)
+    assert main(["plan", "llama_70b_to_8b", *large, "teacher.ranks=dedicated", "--gpus", "16"]) == 0
+    assert "the teacher's pipeline stage 0" in capsys.readouterr().out
 
 
 def test_proposals_fit_and_come_fastest_first(large):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -18,6 +19,7 @@ LAYOUTS = {  # name -> (processes, overrides)
     "tp2_pp2": (4, ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=2", "sequence_parallel=true"]),
     "dp2": (2, []),
 }
+APART = ["teacher.ranks=dedicated"]
 TIMES = ("seconds_rollout", "seconds_teacher", "seconds_update", "tokens_per_second")
 
 
@@ -28,6 +30,8 @@ def material(tmp_path_factory):
     write_model(folder / "student", "llama_tied", seed=1)
     write_model(folder / "teacher", "llama", seed=2, hidden_size=64)
     write_model(folder / "experts", "mixtral", seed=1)
+    without_weights = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(folder / "teacher", folder / "unweighed", ignore=without_weights)
     with open(folder / "prompts.jsonl", "w") as file:
         for i in range(7):
             prompt = {"id": f"p{i}", "messages": [{"role": "user", "content": f"add {i} and {3 * i}"}]}
@@ -135,6 +139,7 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
         (2, ["student.hf_path={material}/experts", "student.expert_model_parallel_size=2"]),
         (2, ["student.pipeline_model_parallel_size=2", "student.virtual_pipeline_model_parallel_size=2"]),
         (2, ["student.context_parallel_size=2", "teacher.tensor_model_parallel_size=2"]),
+        (3, ["student.pipeline_model_parallel_size=2", *APART]),
     ],
     ids=[
         "single",
@@ -145,6 +150,7 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
         "experts_ep2",
         "pp2_interleaved_teacher_dp2",
         "cp2_teacher_tp2",
+        "pp2_teacher_apart",
     ],
 )
 def test_three_steps_and_three_more_equal_six_to_the_bit(processes, options, material, tmp_path):
@@ -201,19 +207,25 @@ def train_until_terminated(overrides: list[str]) -> dict:
             threading.Event().wait(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    if os.environ["RANK"] == "0":
+    if os.environ["RANK"] in ("0", "2"):  # the student's first rank, and a teacher's own
         threading.Thread(target=send, daemon=True).start()
     return train_rank(overrides)
 
 
-def test_sigterm_saves_and_the_run_continues_exactly(material, tmp_path):
+@pytest.mark.parametrize(
+    ("processes", "layout"),
+    [(2, both(LAYOUTS["tp2"][1])), (3, ["student.tensor_model_parallel_size=2", *APART])],
+    ids=["tp2", "tp2_teacher_apart"],
+)
+def test_sigterm_saves_and_the_run_continues_exactly(processes, layout, material, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    options = ["training.steps=8", *both(LAYOUTS["tp2"][1])]
-    run_distributed(train_rank, 2, overrides_of(material, whole, *options))
-    summary = run_distributed(train_until_terminated, 2, overrides_of(material, cut, *options))[0]
-    assert 2 <= summary["steps"] < 8
-    assert not summary["finished"]
-    run_distributed(train_rank, 2, overrides_of(material, cut, *options))
+    options = ["training.steps=8", *layout]
+    run_distributed(train_rank, processes, overrides_of(material, whole, *options))
+    summaries = run_distributed(train_until_terminated, processes, overrides_of(material, cut, *options))
+    (steps,) = {summary["steps"] for summary in summaries}
+    assert 2 <= steps < 8
+    assert not summaries[0]["finished"]
+    run_distributed(train_rank, processes, overrides_of(material, cut, *options))
     assert_same(records(cut), records(whole), tolerance=0.0)
 
 
@@ -255,6 +267,10 @@ BAD_INPUT = {
     "data.prompts=nowhere.jsonl": "nowhere.jsonl",
     "training.max_tokens_per_micro_batch=20": "use at least",
     "student.expert_model_parallel_size=2": "has no experts",
+    "teacher.ranks=dedicated teacher.tensor_model_parallel_size=2": "leaves the student none of 2",
+    "teacher.ranks=dedicated student.tensor_model_parallel_size=2": "1 process(es) beside the other model's 1 cannot",
+    "teacher.ranks=dedicated data.prompts=nowhere.jsonl": "nowhere.jsonl",
+    "teacher.ranks=dedicated teacher.hf_path={material}/unweighed": "holds no *.safetensors files",
     "student.hf_path={material}/experts training.prompts_per_step=6 student.expert_model_parallel_size=3": "[1, 2, 4]",
     "student.hf_path={material}/experts student.tensor_model_parallel_size=2": "needs student.sequence_parallel=true",
 }

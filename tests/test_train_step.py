@@ -199,12 +199,14 @@ def test_hidden_states_times_the_output_layer_are_the_logits(models, teacher):
 
 def hidden_rank(models, teacher):
     from megatron_tropd import parallel
+    from megatron_tropd.exchange import Exchange
     from megatron_tropd.teacher import TeacherHook
 
     groups = parallel.initialize(layout(2, 1, False, models / "teacher"))
     config = layout(*teacher, False, models / "teacher")
     others = parallel.build_groups(config, groups)
-    hook = TeacherHook(others, VOCAB_SIZE, student_groups=groups).attach(load(config, others, training=False))
+    exchange = None if others is groups else Exchange(groups, others)
+    hook = TeacherHook(others, VOCAB_SIZE, exchange=exchange).attach(load(config, others, training=False))
     return hook.hidden_states(make_batch(), 2)
 
 

@@ -12,6 +12,8 @@ TP, PP, VPP = (f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", 
 SP, CP = "sequence_parallel", "context_parallel_size"
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 
+APART = {"ranks": "dedicated"}
+
 # Settings of training by what a layout's name contains.
 OPTIONS = {
     "overlap": "training.overlap_grad_reduce=true",
@@ -65,6 +67,11 @@ LAYOUTS = {
     "tp4_teacher_pp4": (4, {TP: 4}, {PP: 4}),
     "dp4_teacher_tp2_pp2": (4, {}, {TP: 2, PP: 2, SP: True}),
     "pp2_dp2_teacher_tp2_dp2": (4, {PP: 2}, {TP: 2}),
+    "teacher_apart": (2, {}, {**APART}),
+    "tp2_sp_teacher_tp2_apart": (4, {TP: 2, SP: True}, {**APART, TP: 2}),
+    "dp2_teacher_pp2_apart": (4, {}, {**APART, PP: 2}),
+    "pp2_teacher_dp2_apart_packed": (4, {PP: 2}, {**APART, "replicas": 2}),
+    "cp2_teacher_tp2_sp_apart": (4, {CP: 2}, {**APART, TP: 2, SP: True}),
 }
 
 

@@ -1,0 +1,100 @@
+"""Refuses layouts that a model's sizes do not allow, naming the divisors that would work.
+
+check_sizes(load_hf_config(path), recipe.student, "student")
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megatron_tropd.config import ModelConfig
+from megatron_tropd.experts import experts_of
+from megatron_tropd.parallel import expert_tensor_parallel_size
+from megatron_tropd.types import UserError
+
+UNEVEN_STAGES = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+
+
+def check_sizes(hf_config: Any, model: ModelConfig, role: str) -> None:
+    """Refuse a layout that the model's sizes do not allow, naming divisors that would work."""
+    heads = (hf_config.num_attention_heads, hf_config.num_key_value_heads)
+    tp = model.tensor_model_parallel_size
+    if any(count % tp for count in heads):
+        raise UserError(
+            f"{role}.tensor_model_parallel_size={tp} does not divide the model's {heads[0]} attention heads and "
+            f"{heads[1]} key/value heads; use one of {_divisors(math.gcd(*heads))}."
+        )
+    _check_stages(hf_config.num_hidden_layers, model, role)
+    _check_experts(hf_config, model, role)
+    if hf_config.intermediate_size % tp:
+        raise UserError(
+            f"{role}.tensor_model_parallel_size={tp} does not divide intermediate_size={hf_config.intermediate_size}."
+        )
+
+
+def _check_experts(hf_config: Any, model: ModelConfig, role: str) -> None:
+    experts, ep, etp = experts_of(hf_config), model.expert_model_parallel_size, expert_tensor_parallel_size(model)
+    if experts is None:
+        if ep > 1 or model.expert_tensor_parallel_size:
+            key = "expert_model_parallel_size" if ep > 1 else "expert_tensor_parallel_size"
+            raise UserError(
+                f"{role}.{key}={getattr(model, key)}, but a {hf_config.model_type} model has no experts; remove it."
+            )
+        return
+    if role == "student" and model.tensor_model_parallel_size > 1 and not model.sequence_parallel:
+        raise UserError(
+            f"student.tensor_model_parallel_size={model.tensor_model_parallel_size} of a model with experts needs "
+            "student.sequence_parallel=true: Megatron trains them no other way. Set it."
+        )
+    if experts.count % ep:
+        raise UserError(
+            f"{role}.expert_model_parallel_size={ep} does not divide the model's {experts.count} experts; use one of "
+            f"{_divisors(experts.count)}."
+        )
+    if experts.ffn % etp:
+        raise UserError(
+            f"{role}.expert_tensor_parallel_size={etp} does not divide the experts' width of {experts.ffn}; use one of "
+            f"{[d for d in _divisors(experts.ffn) if d <= model.tensor_model_parallel_size]}."
+        )
+
+
+def _check_stages(layers: int, model: ModelConfig, role: str) -> None:
+    """Refuse layers that do not fall evenly on the pipeline stages whose number of layers is not given."""
+    pp, vpp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size or 1
+    given = {key: getattr(model, key) for key in UNEVEN_STAGES[:2] if getattr(model, key) is not None}
+    counted = [key for key in UNEVEN_STAGES[2:] if getattr(model, key)]
+    if given and counted:
+        raise UserError(f"{role}.{next(iter(given))} and {role}.{counted[0]} contradict each other; keep one of them.")
+    if (given or counted) and pp == 1:
+        raise UserError(
+            f"{role}.{[*given, *counted][0]} needs {role}.pipeline_model_parallel_size of at least 2, and it is 1."
+        )
+    if not pp - len(given):
+        if sum(given.values()) != layers:
+            raise UserError(
+                f"{role}: stages of {' and '.join(map(str, given.values()))} layers do not make the model's {layers}."
+            )
+        return
+    left, stages = layers - sum(given.values()) + len(counted), pp - len(given)
+    what = f"the model's {layers} layers" if left == layers else f"the {left} layers left to {stages} stages"
+    if left < stages or left % stages:
+        raise UserError(
+            f"{role}.pipeline_model_parallel_size={pp} does not divide {what}; use one of {_divisors(layers)}, or give "
+            f"the stages unequal numbers with {role}.{UNEVEN_STAGES[0]} and {UNEVEN_STAGES[1]}."
+        )
+    for count in {left // stages, *given.values()}:
+        if count % vpp:
+            raise UserError(
+                f"{role}.virtual_pipeline_model_parallel_size={vpp} does not divide the {count} layers of a "
+                f"pipeline stage; use one of {_divisors(count)[1:]} or null."
+            )
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

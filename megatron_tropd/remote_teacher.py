@@ -1,0 +1,92 @@
+"""A teacher on ranks of its own: what the student's ranks hold in its place, and what the teacher's ranks do all along.
+
+teacher = RemoteTeacher(partition, Exchange(groups, None, partition.bridge), ...)   # on the student's ranks
+summary = serve(hook, partition)                                                    # on the teacher's
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+from megatron_tropd.exchange import Exchange
+from megatron_tropd.partition import Partition
+from megatron_tropd.teacher import TeacherHook, score_channels, unpack_scores
+from megatron_tropd.termination import TerminationFlag
+from megatron_tropd.types import TeacherScores, TrainingBatch
+
+
+class RemoteTeacher:
+    """On the student's ranks, `TeacherHook` as far as training and measuring go; each call is collective over both."""
+
+    def __init__(
+        self,
+        partition: Partition,
+        exchange: Exchange,
+        topk: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        with_entropy: bool = True,
+    ):
+        """Describe what comes back.
+
+        Args:
+            partition: whose other part serves.
+            exchange: over its bridge.
+            topk: number of most probable tokens of the teacher's hook.
+            hidden_size: the teacher's.
+            dtype: of the teacher's parameters.
+            with_entropy: whether the teacher's hook returns the entropy.
+        """
+        self.exchange = exchange
+        self.topk = topk
+        self.with_entropy = with_entropy
+        self._partition = partition
+        self._hidden = (hidden_size, dtype)
+
+    def score(self, batch: TrainingBatch, micro_batch_size: int, max_tokens: int | None = None) -> TeacherScores | None:
+        """Return what `TeacherHook.score` returns."""
+        self._partition.order("score", micro_batch_size=micro_batch_size, max_tokens=max_tokens)
+        share = self.exchange.distribute(batch, micro_batch_size)
+        packed = self.exchange.collect(None, share, score_channels(self.topk, self.with_entropy), torch.int32)
+        return None if packed is None else unpack_scores(packed, self.topk, self.with_entropy)
+
+    def hidden_states(self, batch: TrainingBatch, micro_batch_size: int) -> torch.Tensor | None:
+        """Return what `TeacherHook.hidden_states` returns."""
+        self._partition.order("hidden_states", micro_batch_size=micro_batch_size)
+        share = self.exchange.distribute(batch, micro_batch_size)
+        return self.exchange.collect(None, share, *self._hidden)
+
+    def output_weight(self, width: int) -> torch.Tensor | None:
+        """Return what `TeacherHook.output_weight` returns."""
+        self._partition.order("output_weight", width=width)
+        return self.exchange.reshard_output_weight(None, width, *self._hidden)
+
+    def weights(self) -> contextlib.AbstractContextManager[None]:
+        """Do nothing: the weights never leave their device."""
+        return contextlib.nullcontext()
+
+
+def serve(hook: TeacherHook, partition: Partition) -> dict[str, Any]:
+    """Follow the student's orders until it is done; on the teacher's ranks.
+
+    SIGTERM is left to the student, which saves a checkpoint first and needs scores until then.
+
+    Returns:
+        The summary of the run.
+
+    Raises:
+        UserError, RuntimeError: the student's part failed with it.
+    """
+    with TerminationFlag():
+        while True:
+            name, arguments = partition.next_order()
+            if name == "stop":
+                return arguments["summary"]
+            if name == "output_weight":
+                hook.output_weight(**arguments)
+            else:
+                call = {"score": hook.score, "hidden_states": hook.hidden_states}[name]
+                call(None, **arguments)
