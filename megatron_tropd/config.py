@@ -47,6 +47,16 @@ class ModelConfig:
     )
     sequence_parallel: bool = _key(False, "shard activations outside attention and MLP over the tensor-parallel ranks")
     dtype: str = _key("bfloat16", "parameters and activations", ("float32", "bfloat16", "float16"))
+    fp8: str | None = _key(
+        None,
+        "matrix products of training and scoring in 8 bits: Transformer Engine's format (rollouts stay in dtype)",
+        ("e4m3", "hybrid"),
+    )
+    fp8_recipe: str = _key(
+        "tensorwise",
+        "with fp8, one scale a tensor or a block of it; mxfp8 is Blackwell's",
+        ("tensorwise", "blockwise", "mxfp8"),
+    )
     recompute: str | None = _key(None, "activation recomputation", ("selective", "full"))
     offload: bool = _key(False, "teacher only: keep its weights in host memory between its passes")
     ranks: str = _key(

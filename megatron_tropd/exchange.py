@@ -33,11 +33,11 @@ class _Place:
     token_multiple: int
 
     @staticmethod
-    def numbers_of(groups: ParallelGroups | None) -> list[int]:
+    def numbers_of(groups: ParallelGroups | None, token_multiple: int = 1) -> list[int]:
         """Return a rank's place as numbers to gather; without `groups` it has none."""
         if groups is None:
             return [-1] * 5
-        multiples = (groups.micro_batch_multiple, groups.token_multiple(sequence_parallel=True))
+        multiples = (groups.micro_batch_multiple, token_multiple)
         return [int(groups.is_last_stage), groups.tp_rank, groups.dp_rank, *multiples]
 
     @classmethod
@@ -65,6 +65,7 @@ class Exchange:
         student: ParallelGroups | None,
         teacher: ParallelGroups | None,
         world: dist.ProcessGroup | None = None,
+        token_multiple: int = 8,
     ):
         """Learn where every rank stands in both layouts.
 
@@ -73,12 +74,13 @@ class Exchange:
             teacher: the same of the teacher.
             world: a group over all ranks of both, for tensors in host memory; default: torch.distributed's own, for
                 tensors on the device.
+            token_multiple: the teacher's sequences are rounded up to it; read on its ranks.
         """
         self.student, self.teacher = student, teacher
         self.device = (student or teacher).device
         self._world = world or dist.group.WORLD
         self._wire = torch.device("cpu") if world else self.device
-        numbers = [*_Place.numbers_of(student), *_Place.numbers_of(teacher)]
+        numbers = [*_Place.numbers_of(student), *_Place.numbers_of(teacher, token_multiple)]
         places = self._gather(torch.tensor(numbers, device=self.device)).tolist()
         self._students, self._teachers = ([_Place.of(p[part]) for p in places] for part in (slice(5), slice(5, None)))
         self._holders = _ranks_by_replica(self._students, lambda place: True)

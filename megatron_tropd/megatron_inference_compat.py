@@ -157,12 +157,15 @@ def inference_model(chunks: list[torch.nn.Module], groups: Any) -> Iterator[torc
             set_model_to_sequence_parallel(chunk, False)
         if groups.cp_size > 1:
             _set_whole_sequences(chunk, None)
+    quantized = _stop_quantizing(chunks)
     model = chunks[0] if len(chunks) == 1 else _VirtualPipeline(chunks, groups)
     try:
         yield model
     finally:
         if model is not chunks[0]:
             model.release()
+        for config, fp8 in quantized:
+            config.fp8 = fp8
         for chunk in chunks:
             if sequence_parallel:
                 set_model_to_sequence_parallel(chunk, True)
@@ -180,6 +183,19 @@ def _set_whole_sequences(chunk: torch.nn.Module, cp_group: dist.ProcessGroup | N
     _forget_rotary_cache(chunk)
     for layer in chunk.decoder.layers:
         layer.self_attention.core_attention.whole_sequences = cp_group is None
+
+
+def _stop_quantizing(chunks: list[torch.nn.Module]) -> list[tuple[Any, str]]:
+    """Let a model that trains in 8 bits generate in its own dtype: single tokens are no shape for 8-bit products.
+
+    Returns:
+        The configs that said so, and what they said.
+    """
+    configs = {id(m.config): m.config for chunk in chunks for m in chunk.modules() if getattr(m, "config", None)}
+    quantized = [(config, config.fp8) for config in configs.values() if getattr(config, "fp8", None)]
+    for config, _ in quantized:
+        config.fp8 = None
+    return quantized
 
 
 def _leave_inference_mode() -> None:

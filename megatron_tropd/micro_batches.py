@@ -140,7 +140,7 @@ def split_batch(
     groups: ParallelGroups,
     micro_batch_size: int,
     max_tokens: int | None = None,
-    sequence_parallel: bool = False,
+    pad_multiple: int = 8,
 ) -> RowSplit | PackedSplit:
     """Split a replica's batch [b, s] into micro-batches of rows, or packed where there is a token budget.
 
@@ -149,11 +149,11 @@ def split_batch(
         groups: of the model that will run.
         micro_batch_size: rows of a micro-batch without packing.
         max_tokens: tokens of a micro-batch with packing; None: no packing.
-        sequence_parallel: whether the model shards tokens over its tensor-parallel ranks.
+        pad_multiple: the number of tokens of a packed micro-batch is rounded up to it (groups.token_multiple).
     """
     if max_tokens is None:
         return RowSplit(batch, groups, micro_batch_size)
-    return PackedSplit(batch, groups, max_tokens, groups.token_multiple(sequence_parallel))
+    return PackedSplit(batch, groups, max_tokens, pad_multiple)
 
 
 def first_fit(lengths: list[int], max_tokens: int) -> list[list[int]]:

@@ -130,6 +130,7 @@ def transformer_config(hf_config: Any, model: ModelConfig, role: str = "model", 
         "calculate_per_token_loss": True,
         # Weights are loaded, not drawn; yet Megatron marks which are sharded only where it initialises them.
         **dict.fromkeys(("init_method", "output_layer_init_method", "embedding_init_method"), _leave_unset),
+        **_fp8_fields(model, role),
         **_expert_fields(hf_config, model),
         **_device_fields(),
         **_recompute_fields(model.recompute),
@@ -200,6 +201,19 @@ def _build_chunk(hf_config: Any, config: TransformerConfig, groups: ParallelGrou
 
 def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
     return weight
+
+
+def _fp8_fields(model: ModelConfig, role: str) -> dict[str, Any]:
+    """Recipes that scale by the tensors at hand: `delayed` ones would carry a history from pass to pass."""
+    if model.fp8 is None:
+        return {}
+    if not uses_transformer_engine():
+        raise UserError(
+            f"{role}.fp8={model.fp8} needs a CUDA device and Transformer Engine (pip install -e '.[gpu]'); install it "
+            "or remove the key."
+        )
+    # Copies of weights in 8 bits are kept from micro-batch to micro-batch, on the device: not of offloaded ones.
+    return {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe, "disable_parameter_transpose_cache": model.offload}
 
 
 def _expert_fields(hf_config: Any, model: ModelConfig) -> dict[str, Any]:

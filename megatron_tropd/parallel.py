@@ -29,6 +29,8 @@ from megatron_tropd.config import ModelConfig
 from megatron_tropd.types import UserError
 
 if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
     from megatron_tropd.partition import Partition
 
 
@@ -107,9 +109,12 @@ class ParallelGroups:
         """Sequences are split into this many chunks: two for each context-parallel rank, where there are several."""
         return 2 * self.cp_size if self.cp_size > 1 else 1
 
-    def token_multiple(self, sequence_parallel: bool) -> int:
-        """Tokens of a micro-batch are rounded up to it: sequence and context parallelism shard them."""
-        return 8 * self.context_multiple * (self.tp_size if sequence_parallel else 1)
+    def token_multiple(self, model: ModelConfig | TransformerConfig) -> int:
+        """Tokens of a micro-batch are rounded up to it: sequence and context parallelism shard them.
+
+        Each shard then has a multiple of 8, or of the 32 that 8-bit matrix products want.
+        """
+        return (32 if model.fp8 else 8) * self.context_multiple * (self.tp_size if model.sequence_parallel else 1)
 
     @property
     def is_first_stage(self) -> bool:

@@ -184,7 +184,7 @@ def _student_parts(job: Job, stage: int) -> dict[str, float]:
     )
     in_flight = _in_flight(model, stage, max(1, job.rows * job.sequence // job.micro_batch_tokens))
     return {
-        "student weights": parameters.total * size,
+        "student weights": parameters.total * (size + (2 if model.fp8 else 0)),  # 8-bit copies, as is and transposed
         "student gradients": parameters.total * 4,
         "optimizer": (parameters.shared / shards + parameters.experts / expert_shards) * states,
         "batch and scores": job.rows * job.sequence * _token_bytes(job),
@@ -198,9 +198,10 @@ def _teacher_parts(job: Job, stage: int) -> dict[str, float]:
     model, hf = job.recipe.teacher, job.teacher
     tokens = job.micro_batch_tokens / model.context_parallel_size
     sparse = experts_of(hf) is not None
+    fp8_copy = 1 if model.fp8 and not model.offload else 0
     a_layer = layer_activations(hf, replace(model, recompute=None), job.sequence, job.fused_attention, sparse)
     parts = {
-        "teacher weights": stage_parameters(hf, model)[stage].total * BYTES[model.dtype],
+        "teacher weights": stage_parameters(hf, model)[stage].total * (BYTES[model.dtype] + fp8_copy),
         "teacher activations": tokens * a_layer,  # forward only: one layer at a time
         "teacher logits": _logits(hf, model, tokens, stage),
     }

@@ -6,6 +6,7 @@ Configurations, tokenizers and prompt files come first, then models and weights,
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,8 +149,8 @@ def set_up(recipe: Recipe, groups: ParallelGroups, partition: Partition | None =
 
 
 def pad_multiple(recipe: Recipe, groups: ParallelGroups) -> int:
-    """Return what sequence lengths are rounded up to: sequence and context parallelism shard them."""
-    return groups.token_multiple(recipe.student.sequence_parallel or recipe.teacher.sequence_parallel)
+    """Return what sequence lengths are rounded up to, so that both models can shard them."""
+    return math.lcm(*(groups.token_multiple(model) for model in (recipe.student, recipe.teacher)))
 
 
 def checkpoint_folder(recipe: Recipe) -> Path:

@@ -103,7 +103,8 @@ def open_teacher(
     """
     if partition is None:
         chunks = _load(recipe, teacher_groups, files)
-        exchange = None if teacher_groups is groups else Exchange(groups, teacher_groups)
+        multiple = teacher_groups.token_multiple(recipe.teacher)
+        exchange = None if teacher_groups is groups else Exchange(groups, teacher_groups, token_multiple=multiple)
         return _hook(recipe, teacher_groups, files, objective, vocab_size, exchange).attach(chunks)
     partition.meet()
     return RemoteTeacher(
@@ -122,7 +123,7 @@ def build_served_teacher(recipe: Recipe, groups: ParallelGroups, partition: Part
     files = check_teacher(recipe, tokenizer)
     chunks = _load(recipe, groups, files)
     partition.meet()
-    exchange = Exchange(None, groups, partition.bridge)
+    exchange = Exchange(None, groups, partition.bridge, groups.token_multiple(recipe.teacher))
     return _hook(recipe, groups, files, objective, tokenizer.vocab_size, exchange).attach(chunks)
 
 

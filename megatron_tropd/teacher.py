@@ -178,8 +178,8 @@ class TeacherHook:
         if self._hook is None:
             raise RuntimeError("attach(model) before score(batch)")
         assert not any(p.requires_grad for c in self.chunks for p in c.parameters()), "the teacher must stay frozen"
-        sequence_parallel = self.chunks[0].config.sequence_parallel
-        split = split_batch(batch, self.groups, micro_batch_size, max_tokens, sequence_parallel)
+        multiple = self.groups.token_multiple(self.chunks[0].config)
+        split = split_batch(batch, self.groups, micro_batch_size, max_tokens, multiple)
         with torch.no_grad(), self.weights():
             parts = run_schedule(
                 self.groups,

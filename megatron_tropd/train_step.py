@@ -180,8 +180,8 @@ def train_step(
     """
     for chunk in student.chunks:
         chunk.train()
-    sequence_parallel = student.modules[0].config.sequence_parallel
-    split = split_batch(batch, student.groups, micro_batch_size, max_tokens, sequence_parallel)
+    multiple = student.groups.token_multiple(student.modules[0].config)
+    split = split_batch(batch, student.groups, micro_batch_size, max_tokens, multiple)
     with student.training_state():
         for chunk in student.chunks:
             chunk.zero_grad_buffer()

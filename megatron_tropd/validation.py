@@ -54,6 +54,11 @@ def _check_required(recipe: Recipe) -> None:
 def check_layout(role: str, model: ModelConfig) -> None:
     """Check one model's parallel layout in itself; `role` is its section's name."""
     _check_ranks(role, model)
+    if model.fp8 and model.dtype != "bfloat16":
+        raise UserError(
+            f"{role}.fp8={model.fp8} contradicts {role}.dtype={model.dtype}: 8-bit matrix products are scaled "
+            "from bfloat16. Set the dtype or drop fp8."
+        )
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         raise UserError(
             f"{role}.sequence_parallel=true needs {role}.tensor_model_parallel_size of at least 2, and it is 1: it "

@@ -109,6 +109,7 @@ def test_wrong_values(override, message):
         (["teacher.hf_path=./student"], "teacher and student have the same weights"),
         (["student.offload=true"], "student.offload=true: only the frozen teacher's weights"),
         (["teacher.offload=true", "teacher.ranks=dedicated"], "contradicts teacher.ranks=dedicated"),
+        (["student.fp8=hybrid", "student.dtype=float32"], "contradicts student.dtype=float32"),
         (["teacher.replicas=2"], "teacher.replicas=2 needs teacher.ranks=dedicated"),
         (["student.ranks=dedicated"], "only the teacher's ranks are set"),
         (["student.sequence_parallel=true"], "needs student.tensor_model_parallel_size of at least 2"),

@@ -53,9 +53,10 @@ def split_rank(cp: int, max_tokens):
     from megatron_tropd.trust_region import TrustGate
     from megatron_tropd.types import TeacherScores
 
-    groups = parallel.initialize(ModelConfig(context_parallel_size=cp))
+    model = ModelConfig(context_parallel_size=cp)
+    groups = parallel.initialize(model)
     batch = make_batch()
-    split = split_batch(batch, groups, 5, max_tokens)
+    split = split_batch(batch, groups, 5, max_tokens, groups.token_multiple(model))
     scores = TeacherScores(batch.tokens.float(), batch.tokens[..., None].repeat(1, 1, 3), -batch.tokens[..., None])
     widths = {part.tokens.size(1) * groups.cp_size for part in split.batches}
     assert widths == {split.seq_length}

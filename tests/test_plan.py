@@ -244,6 +244,16 @@ def test_a_token_budget_is_planned_like_as_many_padded_tokens(large):
     assert memory(packed).parts == memory(padded).parts
 
 
+def test_weights_in_8_bits_are_copies_beside_the_others(large):
+    options = [[], ["teacher.fp8=hybrid", "student.fp8=hybrid"], ["teacher.fp8=hybrid", "teacher.offload=true"]]
+    recipes = [load_recipe("llama_70b_to_8b", [*large, *o]) for o in options]
+    configs = [load_hf_config(getattr(recipes[0], role).hf_path) for role in ("student", "teacher")]
+    plain, quantized, offloaded = (memory(Job(*configs, recipe, gpus=8)).parts for recipe in recipes)
+    assert quantized["teacher weights"] == 1.5 * plain["teacher weights"]
+    assert quantized["student weights"] == 2 * plain["student weights"]
+    assert offloaded["teacher weights"] == plain["teacher weights"]
+
+
 def test_an_offloaded_teacher_is_there_only_while_it_scores(large):
     kept, offloaded = (
         load_recipe("llama_70b_to_8b", [*large, f"teacher.offload={value}"]) for value in ("false", "true")
