@@ -16,9 +16,9 @@ def sample_records(
 
     Args:
         rollouts: this rank's samples.
-        details: of the first micro-batch, whose rows are the first rollouts; None without a teacher.
+        details: of this rank's batch, whose first rows are the rollouts; None without a teacher.
         tokenizer: decodes prompt and tokens.
-        count: at most as many as a micro-batch has rows.
+        count: at most so many.
     """
     rows = min(count, len(rollouts))
     if details is None:

@@ -83,6 +83,7 @@ EXPERT_LAYOUTS = {
     "tp2_ep2_sp_experts_whole": (2, {TP: 2, EP: 2, SP: True, ETP: 1}, {EP: 2}),
     "pp2_ep2_interleaved_packed": (4, {PP: 2, VPP: 2, EP: 2}, {EP: 2, "offload": True}),
     "cp2_ep2_overlap": (4, {CP: 2, EP: 2, "recompute": "full"}, {PP: 2, EP: 2}),
+    "ep2_teacher_ep2_apart": (4, {EP: 2}, {**APART, EP: 2, "replicas": 2}),
 }
 
 
@@ -119,7 +120,7 @@ def overrides_of(material, run, student, teacher):
         *("rollout.max_new_tokens=12", "rollout.samples_per_prompt=2", "objective.topk=8", "guidance.beta=0.1"),
         *("training.steps=3", "training.prompts_per_step=4", "training.micro_batch_size=1", "training.lr=1e-2"),
         # A large eps keeps rounding errors of tiny gradients from being blown up to whole updates.
-        *("training.adam_eps=1e-2", "checkpoint.save_interval=0", "logging.samples=1"),
+        *("training.adam_eps=1e-2", "checkpoint.save_interval=0", "logging.samples=8"),
         *(option for name, option in OPTIONS.items() if name in run.name),
         *("evaluation.interval=3", f"evaluation.held_out={material / 'prompts.jsonl'}"),
     ]
