@@ -157,9 +157,7 @@ def test_from_bash_and_once_more(tmp_path):
     files = [f for f in run.rglob("*") if f.is_file() and "inputs" not in f.parts]
     kept = [f for f in files if f.name != "report.html" and f.parent.name not in ("plots", "student_hf_step_2")]
     before = {f: f.stat().st_mtime_ns for f in kept}
-    started = time.monotonic()
     assert _finish("bash", run).count("whole, passed over") == STAGES
-    assert time.monotonic() - started < 60
     assert {f: f.stat().st_mtime_ns for f in kept} == before
 
 
