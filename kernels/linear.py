@@ -61,7 +61,9 @@ class WeightGradient:
         """Return what autograd should see: the gradient, or a placeholder that Megatron's DDP drops."""
         if self.into_main:
             self.weight.grad_added_to_main_grad = True
-            return torch.empty_like(self.weight)
+            # Megatron's mark of a weight that is the embedding's too: what autograd adds up of the two is not dropped.
+            is_shared = getattr(self.weight, "zero_out_wgrad", False)
+            return torch.zeros_like(self.weight) if is_shared else torch.empty_like(self.weight)
         return None if self.total is None else self.total.to(self.weight.dtype)
 
 

@@ -126,7 +126,7 @@ class ObjectiveConfig:
     topk: int = _key(64, "k of the teacher's top-k", low=1)
     tail: str = _key("truncated", "mass outside the top-k", ("truncated", "renormalized", "tail"))
     clip: float = _key(-2.0, "tau of `clip`: lowest advantage, nats")
-    beta: float = _key(0.5, "beta of `jsd`", low=0, high=1)
+    beta: float = _key(0.5, "the teacher's weight in the mixture of `jsd`", low=0, high=1)
     temperature: float = _key(1.0, "both models' logits are divided by it in every loss and gate", above=0)
     importance: str = _key("tis", "correction for pi_student / pi_old", ("off", "tis", "icepop"))
     importance_cap: float = _key(2.0, "C of the truncated importance weight", above=0)

@@ -22,14 +22,15 @@ def share_of(batch: Sequences, rank: int, size: int) -> Sequences:
 
     Tensors of one dimension are of whole rows and stay. s must be a multiple of 2 `size`.
     """
-    if size == 1:
-        return batch
     tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    shares = {n: _share(t, rank, size) for n, t in tensors.items() if isinstance(t, torch.Tensor) and t.dim() > 1}
+    shares = {n: share(t, rank, size) for n, t in tensors.items() if isinstance(t, torch.Tensor) and t.dim() > 1}
     return replace(batch, **shares)
 
 
-def _share(whole: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+def share(whole: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """Return a context-parallel rank's share [b, s/`size`, ...] of a tensor [b, s, ...]."""
+    if size == 1:
+        return whole
     chunks = whole.chunk(2 * size, dim=1)
     return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=1)
 
@@ -44,4 +45,4 @@ def gather_shares(local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor
 
 def share_places(length: int, rank: int, size: int, device: torch.device | None = None) -> torch.Tensor:
     """Return the places [length / size] in a sequence of `length` tokens of what `rank` holds, in its order."""
-    return _share(torch.arange(length, device=device)[None], rank, size)[0]
+    return share(torch.arange(length, device=device)[None], rank, size)[0]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -20,6 +21,9 @@ import torch.distributed as dist
 
 from megatron_tropd.parallel import ParallelGroups
 from megatron_tropd.types import LOSS_NONE, TrainingBatch
+
+# A rank sends at most this at a time: the scores of a batch at once, hidden states perhaps in several parts.
+_SENT_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,10 @@ class Exchange:
     def collect(
         self, payload: torch.Tensor | None, share: Share, channels: int, dtype: torch.dtype
     ) -> torch.Tensor | None:
-        """Send the loss tokens' values from the teacher's last stages to the student's; one exchange.
+        """Send the loss tokens' values from the teacher's last stages to the student's.
+
+        One exchange for all that a teacher's replica sends within 256 MiB; hidden states of a large batch take several,
+        so that not all of them lie in memory once more.
 
         Args:
             payload: [rows, s, channels] of `share.batch` on the teacher's last stage, None elsewhere.
@@ -165,28 +172,39 @@ class Exchange:
             [b, s, channels] of this student replica's batch on its last stage, zeros where there is no loss; None
             elsewhere.
         """
-        ends = [0, *accumulate(share.counts)]
+        ends = [0, *accumulate(share.counts)]  # the loss tokens of the global batch, row after row
 
-        def tokens_of(source: int, target: int) -> tuple[int, int]:
-            """Return the loss tokens [a, z) of the global batch that `source` sends to `target`."""
+        def first_token(replica: int) -> int:
+            """Return the place of a teacher replica's first loss token."""
+            return ends[min(replica * share.rows, len(share.counts))]
+
+        def tokens_of(source: int, target: int, start: int, size: int) -> tuple[int, int]:
+            """Return the tokens [a, z) that `source` sends to `target`, of the `size` from its own `start` on."""
             teacher, student = self._teachers[source], self._students[target]
             if not teacher or not teacher.is_last_stage or not student or not student.is_last_stage:
                 return 0, 0
             if not _serves(self._last_stages[teacher.dp], source, target):
                 return 0, 0
-            a, z = _common_rows(student, teacher, share)
-            return ends[a], ends[z]
+            rows, window = _common_rows(student, teacher, share), first_token(teacher.dp) + start
+            a, z = max(ends[rows[0]], window), min(ends[rows[1]], window + size)
+            return (a, z) if z > a else (0, 0)
 
-        kept, first = torch.empty(0, channels, dtype=dtype, device=self.device), 0
+        values, places = torch.empty(0, channels, dtype=dtype, device=self.device), None
         if payload is not None:
-            kept = payload[share.batch.loss_kind != LOSS_NONE]
-            first = ends[min(self.teacher.dp_rank * share.rows, len(share.counts))]
-        tokens = torch.cat(_in_order(self._exchange(kept, first, tokens_of)))
-        if self.student is None or not self.student.is_last_stage:
-            return None
-        mask = share.loss_kind != LOSS_NONE
-        out = tokens.new_zeros((*mask.shape, channels))
-        out[mask] = tokens
+            values, places = payload.flatten(0, 1), _places(share.batch.loss_kind)
+        out = None
+        if self.student is not None and self.student.is_last_stage:
+            out = values.new_zeros((*share.loss_kind.shape, channels))
+            own, own_first = _places(share.loss_kind), ends[self.student.dp_rank * share.own_rows]
+        replicas = range(len(self._last_stages))
+        longest = max(first_token(replica + 1) - first_token(replica) for replica in replicas)
+        size = max(1, _SENT_BYTES // (channels * values.element_size()))
+        for start in range(0, longest, size):
+            kept = values if places is None else values[places[start : start + size]]
+            first = 0 if self.teacher is None else first_token(self.teacher.dp_rank) + start
+            for a, piece in self._exchange(kept, first, partial(tokens_of, start=start, size=size)):
+                if out is not None and len(piece):
+                    out.flatten(0, 1)[own[a - own_first : a - own_first + len(piece)]] = piece
         return out
 
     def reshard_output_weight(
@@ -267,6 +285,11 @@ def _common_rows(student: _Place, teacher: _Place, share: Share) -> tuple[int, i
     a = max(teacher.dp * share.rows, student.dp * share.own_rows)
     z = min((teacher.dp + 1) * share.rows, (student.dp + 1) * share.own_rows)
     return (a, z) if z > a else (0, 0)
+
+
+def _places(loss_kind: torch.Tensor) -> torch.Tensor:
+    """Return where in a flattened batch [b, s] its tokens with a loss are."""
+    return (loss_kind != LOSS_NONE).flatten().nonzero().squeeze(1)
 
 
 def _in_order(pieces: list[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:

@@ -4,13 +4,13 @@ Packed, several sequences lie one after the other in the one row of a micro-batc
 batch's padding: what lies behind a sequence's last token with a loss is left out. The loss is that of the padded batch.
 
     split = split_batch(batch, groups, micro_batch_size=4)                      # or max_tokens=16384
-    work = list(zip(split.batches, split.take(scores)))
+    parts = split.take(scores)                                                  # one a micro-batch
     whole = split.join(results)                                                 # [b, s, ...] of [1, t/cp, ...] each
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -20,9 +20,9 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_tropd.batching import microbatches
-from megatron_tropd.context_parallel import gather_shares, share_of, share_places
+from megatron_tropd.context_parallel import gather_shares, share, share_of, share_places
 from megatron_tropd.parallel import ParallelGroups, all_shards
-from megatron_tropd.types import LOSS_NONE, TeacherScores, TrainingBatch
+from megatron_tropd.types import LOSS_NONE, TrainingBatch
 
 
 class RowSplit:
@@ -32,15 +32,16 @@ class RowSplit:
         """Cut this context-parallel rank's share of `batch` [b, s]; micro_batch_size must divide b."""
         self._groups = groups
         self.seq_length, self.micro_batch_size = batch.tokens.size(1), micro_batch_size
-        share = share_of(batch, groups.cp_rank, groups.cp_size)
-        self.batches = microbatches(share, micro_batch_size)
+        self.batches = microbatches(share_of(batch, groups.cp_rank, groups.cp_size), micro_batch_size)
 
-    def take(self, scores: TeacherScores | None) -> list[TeacherScores | None]:
-        """Return the scores [b, s, ...] of every micro-batch; None for each if there are none."""
-        if scores is None:
-            return [None] * len(self.batches)
-        share, rows = share_of(scores, self._groups.cp_rank, self._groups.cp_size), self.micro_batch_size
-        return [share.rows(i * rows, (i + 1) * rows) for i in range(len(self.batches))]
+    def take(self, scores: Any) -> Sequence[Any]:
+        """Return a dataclass's tensors [rows, s/cp, ...] of every micro-batch, made when asked for; None of None."""
+        rows, place = self.micro_batch_size, (self._groups.cp_rank, self._groups.cp_size)
+
+        def part(i: int) -> Any:
+            return _map(lambda tensor: share(tensor[i * rows : (i + 1) * rows], *place), [scores])
+
+        return _Parts(len(self.batches), part)
 
     def join(self, parts: list[Any]) -> Any:
         """Put the micro-batches' tensors [rows, s/cp, ...], or dataclasses of them, together; collective over cp."""
@@ -110,12 +111,10 @@ class PackedSplit:
             ),
         )
 
-    def take(self, scores: TeacherScores | None) -> list[TeacherScores | None]:
-        """Return the scores [1, t/cp, ...] of every micro-batch; None for each if there are none."""
-        if scores is None:
-            return [None] * len(self.batches)
+    def take(self, scores: Any) -> Sequence[Any]:
+        """Return a dataclass's tensors [1, t/cp, ...] of every micro-batch, made when asked for; None of None."""
         mine = [places[self._groups.cp_rank] for places in self._places]
-        return [_map(lambda tensor, p=places: _take(tensor, p), [scores]) for places in mine]
+        return _Parts(len(self.batches), lambda i: _map(lambda tensor: _take(tensor, mine[i]), [scores]))
 
     def join(self, parts: list[Any]) -> Any:
         """Put the micro-batches' tensors [1, t/cp, ...], or dataclasses of them, back into [b, s, ...].
@@ -133,6 +132,29 @@ class PackedSplit:
             return out.unflatten(0, tuple(self._shape))
 
         return _map(put, parts)
+
+
+class _Parts(Sequence):
+    """What belongs to each micro-batch, made when it is asked for: a batch's hidden states are not there twice."""
+
+    def __init__(self, count: int, make: Callable[[int], Any]):
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return self._make(index)
+
+
+class Pairs(_Parts):
+    """Micro-batches with what belongs to them, as Megatron's schedule takes them."""
+
+    def __init__(self, batches: Sequence[TrainingBatch], parts: Sequence[Any]):
+        """`parts`: one for each of `batches`."""
+        super().__init__(len(batches), lambda i: (batches[i], parts[i]))
 
 
 def split_batch(

@@ -26,6 +26,7 @@ class Method:
     outlier: str | None = None  # part B, fixed by the name; None: objective.outlier, default fkl
     guided: bool = False  # part C
     data: bool = False  # cross-entropy on given responses; no rollouts, no teacher
+    divergence: str | None = None  # exact, over the whole vocabulary, in place of K1: of kernels.full_divergence
 
 
 METHODS: dict[str, Method] = {
@@ -36,6 +37,9 @@ METHODS: dict[str, Method] = {
     "tropd_mask": Method(outlier="mask", guided=True),
     "tropd_clip": Method(outlier="clip", guided=True),
     "tropd": Method(guided=True),
+    "rkl_full": Method(gated=False, divergence="reverse_kl"),
+    "fkl_full": Method(gated=False, divergence="forward_kl"),
+    "jsd": Method(gated=False, divergence="jsd"),
     "sft": Method(gated=False, data=True),
     "seqkd": Method(gated=False, data=True),
 }
@@ -81,6 +85,11 @@ def build_objective(config: ObjectiveConfig, guidance: GuidanceConfig, seed: int
             f"objective.name={config.name} fixes objective.outlier={method.outlier}, but the recipe says "
             f"{config.outlier}; remove the key, or choose tropd or fkl_outlier by what you want on outliers."
         )
+    if method.divergence == "jsd" and not 0 < config.beta < 1:
+        raise UserError(
+            f"objective.beta={config.beta} makes no mixture for objective.name=jsd; give a number between 0 and 1. Its "
+            "limits are objective.name=fkl_full and rkl_full."
+        )
     outlier = (method.outlier or config.outlier or "fkl") if method.gated else None
     return Objective(config, method, outlier, config.gate or "bernoulli", guidance.beta, seed)
 
@@ -112,6 +121,11 @@ class Objective:
         return not self.method.data
 
     @property
+    def divergence(self) -> str | None:
+        """Which exact divergence the loss is, for which it needs hidden states; None: it reads single tokens."""
+        return self.method.divergence
+
+    @property
     def topk(self) -> int:
         """How many of the teacher's most probable tokens the loss reads."""
         return self.config.topk if self.outlier in ("fkl", "fkl_advantage") else 0
@@ -128,6 +142,7 @@ class Objective:
         batch: TrainingBatch,
         step: int,
         student_entropy: torch.Tensor | None = None,
+        divergence: torch.Tensor | None = None,
     ) -> ObjectiveResult:
         """Return each token's loss, method.loss = student tokens: M K1 + (1 - M) outlier; prefix: -beta log pi_S.
 
@@ -137,13 +152,16 @@ class Objective:
             batch: the micro-batch.
             step: global step, an argument of the gate's random numbers.
             student_entropy: [b, s], only reported.
+            divergence: [b, s] of the whole distributions, differentiable; where `self.divergence` names one.
         """
         is_student, is_guidance = batch.loss_kind == LOSS_STUDENT, batch.loss_kind == LOSS_GUIDANCE
+        if self.divergence:  # of distributions: whoever wrote the token
+            is_student, is_guidance = is_student | is_guidance, torch.zeros_like(is_guidance)
         beta = 1.0 if self.method.data else self.guidance_beta
         given = torch.where(is_guidance, student_logprobs[..., 0], 0.0)
         result = ObjectiveResult(loss=-beta * given)
         if self.needs_teacher:
-            student = self._student_tokens(student_logprobs, scores, batch, step, is_student)
+            student = self._student_tokens(student_logprobs, scores, batch, step, is_student, divergence)
             result = dataclasses.replace(student, loss=student.loss + result.loss)
         result.metrics["loss_guidance"] = _total(-beta * given, is_guidance)
         result.metrics["guidance_fraction"] = _total(is_guidance, is_student | is_guidance)
@@ -152,7 +170,7 @@ class Objective:
             result.metrics["student_entropy"] = _total(torch.where(kept, student_entropy, 0.0), kept)
         return result
 
-    def _student_tokens(self, logprobs, scores, batch, step: int, kept: torch.Tensor) -> ObjectiveResult:
+    def _student_tokens(self, logprobs, scores, batch, step: int, kept: torch.Tensor, divergence) -> ObjectiveResult:
         """Parts A and B on the student's own tokens; `kept` [b, s] marks them."""
         # Zeros off the loss tokens first: garbage times zero may be NaN, in the gradient even where the loss is masked.
         sampled = torch.where(kept, logprobs[..., 0], 0.0)
@@ -164,6 +182,8 @@ class Objective:
         importance = self._importance(sampled, batch, kept)
 
         trust_loss = -importance * advantage * sampled  # K1, -sg(A) log pi_S(x)
+        if self.divergence:  # of distributions: nothing to weigh by how x was drawn
+            trust_loss = torch.where(kept, divergence, 0.0)
         outlier_loss, forward_kl = self._outlier(logprobs, scores, sampled, advantage, importance, kept)
         loss = trusted * trust_loss + outlying * outlier_loss
         mismatch = torch.where(kept, sampled.detach() - batch.old_logprobs, 0.0).abs()

@@ -1,21 +1,26 @@
-"""A forward hook that turns the output layer's logits shard into a few numbers a token, on the spot.
+"""What the output layer of a model says instead of logits: a few numbers a token, on the spot.
 
-Teacher and student both use it: the `[s, b, V/tp]` logits never leave the last stage's forward pass, and GPTModel's own
-transposition to `[b, s, ...]` copies the small result instead of the logits. While no `compute` is armed (rollouts,
-evaluation, a user's own forward passes) the hook leaves the output alone.
+Teacher and student both use it, in either of two ways. `armed` lets a function read the `[s, b, V/tp]` logits, which
+never leave the last stage's forward pass; `replaced` lets one work on the hidden states, and no logits are made.
+GPTModel's own transposition to `[b, s, ...]` then copies the small result. At other times (rollouts, evaluation, a
+user's own forward passes) the output layer is left alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 
 from megatron_tropd.megatron_compat import unwrap_model
 
 # (logits [s, b, V/tp], the output layer's input [s, b, h] or, sequence-parallel, [s/tp, b, h]) -> values [s, b, c]
 Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# (hidden states [s, b, h], the output layer's weight [V/tp, h]) -> values [s, b, c]
+ComputeFromHidden = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class OutputHook:
@@ -24,10 +29,11 @@ class OutputHook:
     def __init__(self, chunks: list[torch.nn.Module]):
         """Register on the output layer of the last of `chunks`, if this rank's stage has one."""
         last = unwrap_model(chunks[-1])
+        self._config = last.config
+        self._layer = last.output_layer if last.post_process else None
+        self._group = last.pg_collection.tp
         self._compute: Compute | None = None
-        self._handle = None
-        if last.post_process:
-            self._handle = last.output_layer.register_forward_hook(self._on_forward)
+        self._handle = None if self._layer is None else self._layer.register_forward_hook(self._on_forward)
 
     @property
     def is_attached(self) -> bool:
@@ -50,6 +56,33 @@ class OutputHook:
             yield
         finally:
             self._compute = None
+
+    @contextmanager
+    def replaced(self, compute: ComputeFromHidden) -> Iterator[None]:
+        """Within the context the output layer makes no logits: it returns `compute(hidden, weight)`.
+
+        Hidden states are whole on every tensor-parallel rank; the gradient that each gives them is summed over the
+        ranks, as that of Megatron's own output layer.
+        """
+        layer = self._layer
+        if layer is None:
+            yield
+            return
+
+        def forward(hidden: torch.Tensor, weight: torch.Tensor | None = None, **unused: Any) -> tuple:
+            return compute(self.whole(hidden), layer.weight if weight is None else weight), None
+
+        layer.forward = forward
+        try:
+            yield
+        finally:
+            del layer.forward
+
+    def whole(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return [s, b, h] of the output layer's input, on every tensor-parallel rank."""
+        if self._config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, group=self._group)
+        return copy_to_tensor_model_parallel_region(hidden, group=self._group)
 
     def remove(self) -> None:
         """Take the hook off; safe to call twice."""

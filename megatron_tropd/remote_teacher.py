@@ -13,7 +13,8 @@ import torch
 
 from megatron_tropd.exchange import Exchange
 from megatron_tropd.partition import Partition
-from megatron_tropd.teacher import TeacherHook, score_channels, unpack_scores
+from megatron_tropd.score_format import ScoreFormat
+from megatron_tropd.teacher import TeacherHook
 from megatron_tropd.termination import TerminationFlag
 from megatron_tropd.types import TeacherScores, TrainingBatch
 
@@ -29,6 +30,7 @@ class RemoteTeacher:
         hidden_size: int,
         dtype: torch.dtype,
         with_entropy: bool = True,
+        with_hidden: bool = False,
     ):
         """Describe what comes back.
 
@@ -39,19 +41,19 @@ class RemoteTeacher:
             hidden_size: the teacher's.
             dtype: of the teacher's parameters.
             with_entropy: whether the teacher's hook returns the entropy.
+            with_hidden: whether it returns the hidden states.
         """
         self.exchange = exchange
-        self.topk = topk
-        self.with_entropy = with_entropy
         self._partition = partition
         self._hidden = (hidden_size, dtype)
+        self._format = ScoreFormat(topk, with_entropy, *(self._hidden if with_hidden else ()))
 
     def score(self, batch: TrainingBatch, micro_batch_size: int, max_tokens: int | None = None) -> TeacherScores | None:
         """Return what `TeacherHook.score` returns."""
         self._partition.order("score", micro_batch_size=micro_batch_size, max_tokens=max_tokens)
         share = self.exchange.distribute(batch, micro_batch_size)
-        packed = self.exchange.collect(None, share, score_channels(self.topk, self.with_entropy), torch.int32)
-        return None if packed is None else unpack_scores(packed, self.topk, self.with_entropy)
+        packed = self.exchange.collect(None, share, self._format.channels, torch.int32)
+        return None if packed is None else self._format.unpack(packed)
 
     def hidden_states(self, batch: TrainingBatch, micro_batch_size: int) -> torch.Tensor | None:
         """Return what `TeacherHook.hidden_states` returns."""

@@ -9,13 +9,13 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from megatron_tropd import checkpoint
 from megatron_tropd.config import Recipe
 from megatron_tropd.convert import load_model_weights
+from megatron_tropd.divergence import Divergence
 from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.evaluation import extract_answer, load_problems
 from megatron_tropd.guidance import Guidance
@@ -125,9 +125,11 @@ def set_up(recipe: Recipe, groups: ParallelGroups, partition: Partition | None =
     if files:
         models = (groups, teacher_groups, partition)
         teacher = open_teacher(recipe, *models, files, objective, tokenizer.vocab_size)
+    divergences = _open_divergences(recipe, student, objective, teacher, held_out_prompts)
+    student.divergence = divergences.get("objective")
     engine = RolloutEngine(modules, tokenizer, groups, recipe.rollout, max_sequence_length=context, end=end)
     source = PromptSource(prompts, seed=recipe.data.seed, shuffle=recipe.data.shuffle)
-    held_out = _build_held_out(recipe, groups, held_out_prompts, tokenizer, modules, teacher)
+    held_out = _build_held_out(recipe, student, held_out_prompts, tokenizer, teacher, divergences.get("held_out"))
     folder = Path(recipe.logging.dir)
     state = _resume(recipe, groups, student, source, folder)
     return Run(
@@ -215,31 +217,52 @@ def _load_held_out(recipe: Recipe, tokenizer: Tokenizer, max_prompt: int) -> lis
     return load_held_out(config.held_out, config.held_out_responses, tokenizer, max_prompt)
 
 
-def _build_held_out(
+def _open_divergences(
     recipe: Recipe,
-    groups: ParallelGroups,
-    prompts: list[Prompt],
-    tokenizer: Tokenizer,
-    modules: list[Any],
+    student: Student,
+    objective: Objective,
     teacher: TeacherHook | RemoteTeacher | None,
-) -> HeldOut | None:
-    if not prompts:
-        return None
-    if teacher is None:
+    held_out: list[Prompt],
+) -> dict[str, Divergence]:
+    """Return the divergences over the whole vocabulary that the run measures, of one output layer of the teacher's."""
+    if held_out and teacher is None:
         raise UserError(
             f"evaluation.held_out measures the divergence from a teacher, and objective.name={recipe.objective.name} "
             "has none; remove the key."
         )
+    kinds = {"objective": objective.divergence, "held_out": "forward_kl" if held_out else None}
+    if not any(kinds.values()):
+        return {}
+    weight = teacher.output_weight(student.vocabulary_width)
+    shared = (weight, student.groups.tp, student.vocab_size)
+    config, found = recipe.objective, {}
+    if kinds["objective"]:
+        options = {"beta": config.beta, "temperature": config.temperature, "implementation": config.kernel}
+        found["objective"] = Divergence(kinds["objective"], *shared, **options, end=student.end)
+    if kinds["held_out"]:
+        found["held_out"] = Divergence(kinds["held_out"], *shared, implementation=config.kernel, end=student.end)
+    return found
+
+
+def _build_held_out(
+    recipe: Recipe,
+    student: Student,
+    prompts: list[Prompt],
+    tokenizer: Tokenizer,
+    teacher: TeacherHook | RemoteTeacher | None,
+    divergence: Divergence | None,
+) -> HeldOut | None:
+    if divergence is None:
+        return None
     return HeldOut(
         prompts,
         tokenizer,
-        modules,
+        student,
         teacher,
-        groups,
-        vocab_size=tokenizer.vocab_size,
+        divergence,
         micro_batch_size=recipe.training.micro_batch_size,
         max_response_tokens=recipe.rollout.max_new_tokens,
-        pad_multiple=pad_multiple(recipe, groups),
+        pad_multiple=pad_multiple(recipe, student.groups),
     )
 
 

@@ -113,6 +113,7 @@ def open_teacher(
         topk=min(objective.topk, vocab_size),
         hidden_size=files.hf_config.hidden_size,
         dtype=getattr(torch, recipe.teacher.dtype),
+        with_hidden=objective.divergence is not None,
     )
 
 
@@ -147,6 +148,7 @@ def _hook(
         vocab_size=vocab_size,
         topk=objective.topk,
         temperature=recipe.objective.temperature,
+        with_hidden=objective.divergence is not None,
         implementation=recipe.objective.kernel,
         exchange=exchange,
         offload=recipe.teacher.offload,

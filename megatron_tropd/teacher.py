@@ -13,20 +13,20 @@ With an `exchange` batches come from a student of another layout, and scores go 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.exchange import Exchange
-from megatron_tropd.kernels import vocab_parallel_logprobs, vocab_parallel_topk
+from megatron_tropd.kernels import recut_shards, vocab_parallel_logprobs, vocab_parallel_topk
 from megatron_tropd.megatron_compat import run_schedule, unwrap_model
 from megatron_tropd.micro_batches import split_batch
 from megatron_tropd.output_hook import OutputHook
 from megatron_tropd.parallel import ParallelGroups
+from megatron_tropd.score_format import ScoreFormat
 from megatron_tropd.types import LOSS_NONE, TeacherScores, TrainingBatch
 
 
@@ -40,6 +40,7 @@ class TeacherHook:
         topk: int = 64,
         temperature: float = 1.0,
         with_entropy: bool = True,
+        with_hidden: bool = False,
         implementation: str = "auto",
         exchange: Exchange | None = None,
         offload: bool = False,
@@ -53,6 +54,7 @@ class TeacherHook:
             topk: number of most probable tokens; 0 for none.
             temperature: divides the logits, as in the student's loss.
             with_entropy: also return the entropy (no further pass).
+            with_hidden: also return the hidden states, for objectives over the whole vocabulary.
             implementation: of the kernels.
             exchange: with the student, where its layout is another or its ranks are.
             offload: keep the weights in (pinned) host memory between passes.
@@ -64,6 +66,7 @@ class TeacherHook:
         self.topk = min(topk, vocab_size)
         self.temperature = temperature
         self.with_entropy = with_entropy
+        self.with_hidden = with_hidden
         self.implementation = implementation
         self.offload = offload
         self.end = end or EndOfText()
@@ -134,13 +137,19 @@ class TeacherHook:
             TeacherScores of the whole batch on the student's last pipeline stage, None on the others. Rows and
             positions without a loss hold zeros.
         """
+        format = self._format()
         if self.exchange is None:
-            packed = self._run(batch, micro_batch_size, max_tokens, self._score_logits)
+            packed = self._run(batch, micro_batch_size, max_tokens, self._scoring)
         else:
             share = self.exchange.distribute(batch, micro_batch_size)
-            payload = self._run(share.batch, micro_batch_size, max_tokens, self._score_logits)
-            packed = self.exchange.collect(payload, share, score_channels(self.topk, self.with_entropy), torch.int32)
-        return None if packed is None else unpack_scores(packed, self.topk, self.with_entropy)
+            payload = self._run(share.batch, micro_batch_size, max_tokens, self._scoring)
+            packed = self.exchange.collect(payload, share, format.channels, torch.int32)
+        return None if packed is None else format.unpack(packed)
+
+    def _format(self) -> ScoreFormat:
+        config = self.chunks[-1].config if self.chunks else None
+        hidden = (config.hidden_size, config.params_dtype) if config and self.with_hidden else ()
+        return ScoreFormat(self.topk, self.with_entropy, *hidden)
 
     def hidden_states(self, batch: TrainingBatch | None, micro_batch_size: int) -> torch.Tensor | None:
         """Return the output layer's input [b, s, h] at tokens with a loss, zeros elsewhere; where `score` returns.
@@ -148,17 +157,18 @@ class TeacherHook:
         For objectives and measurements over the whole vocabulary: `output_weight` is the other factor of the logits.
         """
         if self.exchange is None:
-            hidden = self._run(batch, micro_batch_size, None, self._keep_hidden)
+            hidden = self._run(batch, micro_batch_size, None, self._reading_hidden)
             return None if hidden is None else hidden * (batch.loss_kind != LOSS_NONE).unsqueeze(-1)
         share = self.exchange.distribute(batch, micro_batch_size)
-        payload = self._run(share.batch, micro_batch_size, None, self._keep_hidden)
+        payload = self._run(share.batch, micro_batch_size, None, self._reading_hidden)
         config = self.chunks[-1].config
         return self.exchange.collect(payload, share, config.hidden_size, config.params_dtype)
 
     def output_weight(self, width: int) -> torch.Tensor | None:
         """Return the output layer [width, h] in the student's vocabulary shards, on the student's last stage.
 
-        Only with an `exchange`, where the teacher's own shards are others; collective over the whole job.
+        Collective over the whole job. Where the teacher's own shards are the same, and stay on the device, it is the
+        weight itself.
 
         Args:
             width: columns of the student's vocabulary shard.
@@ -167,14 +177,31 @@ class TeacherHook:
         with self.weights():
             if self.groups.is_last_stage:
                 weight = last.shared_embedding_or_output_weight() if last.share_embeddings_and_output_weights else None
-                weight = last.output_layer.weight if weight is None else weight
-            sizes = (width, last.config.hidden_size, last.config.params_dtype)
-            return self.exchange.reshard_output_weight(weight, *sizes)
+                weight = (last.output_layer.weight if weight is None else weight).detach()
+            if self.exchange is not None:
+                sizes = (width, last.config.hidden_size, last.config.params_dtype)
+                return self.exchange.reshard_output_weight(weight, *sizes)
+            if weight is None:
+                return None
+            if self.groups.tp_size > 1 and weight.size(0) != width:  # the vocabularies are padded differently
+                return recut_shards(weight, width, self.groups.tp, dim=0)
+            return weight.clone() if self.offload else weight
 
     def _run(
-        self, batch: TrainingBatch, micro_batch_size: int, max_tokens: int | None, compute: Callable
+        self,
+        batch: TrainingBatch,
+        micro_batch_size: int,
+        max_tokens: int | None,
+        arm: Callable[[TrainingBatch], AbstractContextManager[None]],
     ) -> torch.Tensor | None:
-        """Run the teacher's schedule; return what `compute` makes of each token, [b, s, c], on the last stage alone."""
+        """Run the teacher's schedule; return what it keeps of each token, [b, s, c], on the last stage alone.
+
+        Args:
+            batch: the teacher replica's.
+            micro_batch_size: rows a forward pass.
+            max_tokens: as in `score`.
+            arm: micro-batch -> the context in which its forward pass hands the output layer's part to `_keep`.
+        """
         if self._hook is None:
             raise RuntimeError("attach(model) before score(batch)")
         assert not any(p.requires_grad for c in self.chunks for p in c.parameters()), "the teacher must stay frozen"
@@ -183,7 +210,7 @@ class TeacherHook:
         with torch.no_grad(), self.weights():
             parts = run_schedule(
                 self.groups,
-                partial(self._forward_step, compute=compute),
+                partial(self._forward_step, arm=arm),
                 split.batches,
                 self.chunks,
                 seq_length=split.seq_length,
@@ -193,16 +220,21 @@ class TeacherHook:
             )
         return split.join(parts) if parts else None
 
-    def _forward_step(self, data_iterator: Iterator[TrainingBatch], model: torch.nn.Module, *, compute: Callable):
+    def _forward_step(self, data_iterator: Iterator[TrainingBatch], model: torch.nn.Module, *, arm: Callable):
         batch = next(data_iterator)
-
-        def keep(logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-            self._part = compute(logits, hidden, batch)
-            return logits[..., :1]  # GPTModel transposes what the output layer returns: hand on as little as possible
-
-        with self._hook.armed(keep):
+        with arm(batch):
             output = model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.packed_seq_params)
         return output, self._collect
+
+    def _scoring(self, batch: TrainingBatch) -> AbstractContextManager[None]:
+        return self._hook.armed(lambda logits, hidden: self._keep(self._score_logits(logits, hidden, batch), logits))
+
+    def _reading_hidden(self, batch: TrainingBatch) -> AbstractContextManager[None]:
+        return self._hook.replaced(lambda hidden, weight: self._keep(hidden.transpose(0, 1), hidden))
+
+    def _keep(self, part: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        self._part = part
+        return output[..., :1]  # GPTModel transposes what the output layer returns: hand on as little as possible
 
     def _collect(self, output: torch.Tensor, non_loss_data: bool = True) -> Any:
         part, self._part = self._part, None
@@ -227,37 +259,6 @@ class TeacherHook:
             topk_ids=topk_ids.transpose(0, 1),
             topk_logprobs=topk_logprobs.transpose(0, 1),
             entropy=None if entropy is None else entropy.t(),
+            hidden=self._hook.whole(hidden).transpose(0, 1) if self.with_hidden else None,
         )
-        return pack_scores(scores)
-
-    def _keep_hidden(self, logits: torch.Tensor, hidden: torch.Tensor, batch: TrainingBatch) -> torch.Tensor:
-        """Return hidden states [b, s, h], whole on every tensor-parallel rank."""
-        if self.chunks[-1].config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=False, group=self.groups.tp
-            )
-        return hidden.transpose(0, 1)
-
-
-def pack_scores(scores: TeacherScores) -> torch.Tensor:
-    """Put scores into one int32 tensor [b, s, c]; fp32 numbers travel as their bits."""
-    columns = [scores.logprobs.unsqueeze(-1), scores.topk_logprobs]
-    if scores.entropy is not None:
-        columns.append(scores.entropy.unsqueeze(-1))
-    return torch.cat([scores.topk_ids.int(), torch.cat(columns, dim=-1).view(torch.int32)], dim=-1)
-
-
-def score_channels(topk: int, with_entropy: bool) -> int:
-    """Return how many numbers a token's packed scores have."""
-    return 1 + with_entropy + 2 * topk
-
-
-def unpack_scores(packed: torch.Tensor, topk: int, with_entropy: bool) -> TeacherScores:
-    """Undo `pack_scores`."""
-    numbers = packed[..., topk:].contiguous().view(torch.float32)
-    return TeacherScores(
-        logprobs=numbers[..., 0],
-        topk_ids=packed[..., :topk].long(),
-        topk_logprobs=numbers[..., 1 : 1 + topk],
-        entropy=numbers[..., -1] if with_entropy else None,
-    )
+        return self._format().pack(scores)

@@ -1,9 +1,9 @@
 """The seam to Megatron: forward_step, loss_func, gradients, optimizer — one call a training step.
 
-The student's output layer is hooked (output_hook.py), so that a micro-batch's `[s, b, V/tp]` logits become the
-`[s, b, 1 + k]` log-probs that the objective reads. Megatron's schedule, DDP, finalize_model_grads and optimizer do the
-rest. `loss_func` returns Megatron's triple (loss sum, number of tokens, report) with calculate_per_token_loss, so every
-loss token of the global batch weighs the same.
+The student's output layer is hooked, so that a micro-batch's `[s, b, V/tp]` logits become the `[s, b, 1 + k]` log-probs
+that the objective reads, or are not made at all (student_outputs.py). Megatron's schedule, DDP, finalize_model_grads
+and optimizer do the rest. `loss_func` returns Megatron's triple (loss sum, number of tokens, report) with
+calculate_per_token_loss, so every loss token of the global batch weighs the same.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_tropd.config import ObjectiveConfig, TrainingConfig
+from megatron_tropd.divergence import Divergence
 from megatron_tropd.end_of_text import EndOfText
-from megatron_tropd.kernels import vocab_parallel_logprobs
 from megatron_tropd.megatron_compat import keep_adam_step_on_load, run_schedule, unwrap_model
-from megatron_tropd.micro_batches import split_batch
+from megatron_tropd.micro_batches import Pairs, split_batch
 from megatron_tropd.objectives import Objective, TokenDetails
 from megatron_tropd.output_hook import OutputHook
 from megatron_tropd.parallel import ParallelGroups
-from megatron_tropd.types import LOSS_NONE, TeacherScores, TrainingBatch
+from megatron_tropd.student_outputs import StudentOutputs, read_student
+from megatron_tropd.types import TeacherScores, TrainingBatch
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Student:
     hook: OutputHook
     vocab_size: int
     end: EndOfText = field(default_factory=EndOfText)  # end-of-text ids that are one event
+    divergence: Divergence | None = None  # where the objective is one over the whole vocabulary
     offload: bool = False  # see `training_state`
     _is_away: bool = False
 
@@ -48,6 +50,11 @@ class Student:
     def modules(self) -> list[torch.nn.Module]:
         """The bare GPTModel chunks: the very parameters that train."""
         return [unwrap_model(chunk) for chunk in self.chunks]
+
+    @property
+    def vocabulary_width(self) -> int:
+        """Rows of this rank's shard of the output layer, padding included."""
+        return self.modules[-1].vocab_size // self.groups.tp_size
 
     def gather_parameters(self, wait: bool = False) -> None:
         """Begin to gather the parameters that other data-parallel ranks updated, or `wait` for them.
@@ -189,7 +196,7 @@ def train_step(
         reports = run_schedule(
             student.groups,
             partial(forward_step, student=student, objective=objective, config=config, step=step),
-            list(zip(split.batches, split.take(scores), strict=True)),
+            Pairs(split.batches, split.take(scores)),
             student.chunks,
             seq_length=split.seq_length,
             micro_batch_size=split.micro_batch_size,
@@ -219,24 +226,7 @@ def forward_step(
 ):
     """Megatron's forward_step: one micro-batch through this stage; returns (output, loss_func)."""
     batch, scores = next(data_iterator)
-
-    def gather_logprobs(logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        ids = objective.ids(batch, scores).transpose(0, 1)  # [s, b, 1 + k]
-        logprobs, entropy = vocab_parallel_logprobs(
-            logits,
-            student.end.extend(ids),
-            student.groups.tp,
-            student.vocab_size,
-            temperature=config.temperature,
-            with_entropy=True,
-            mask=(batch.loss_kind != LOSS_NONE).t(),
-            inplace_backward=True,  # nothing else reads the logits: their gradient may overwrite them
-            implementation=config.kernel,
-        )
-        logprobs = student.end.merge(logprobs, ids)
-        return torch.cat([logprobs, entropy.unsqueeze(-1)], dim=-1)  # [s, b, 1 + k + 1]
-
-    with student.hook.armed(gather_logprobs):
+    with read_student(student, batch, scores, objective, config):
         output = model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.packed_seq_params)
     return output, partial(loss_func, batch=batch, scores=scores, objective=objective, step=step)
 
@@ -244,14 +234,14 @@ def forward_step(
 def loss_func(
     output: torch.Tensor, *, batch: TrainingBatch, scores: TeacherScores | None, objective: Objective, step: int
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """Megatron's loss function: `output` [b, s, 1 + k + 1] to (loss sum, number of loss tokens, report).
+    """Megatron's loss function: `output` [b, s, StudentOutputs] to (loss sum, number of loss tokens, report).
 
     The sum is left undivided: with calculate_per_token_loss Megatron divides the gradients by the number of tokens of
     the global batch. A micro-batch without loss tokens contributes a zero that still runs backward, since every
     data-parallel rank must take part in the gradient reduction.
     """
-    logprobs, entropy = output[..., :-1], output[..., -1].detach()
-    result = objective.loss(logprobs, scores, batch, step, student_entropy=entropy)
+    outputs = StudentOutputs.unpack(output, with_divergence=objective.divergence is not None)
+    result = objective.loss(outputs.logprobs, scores, batch, step, outputs.entropy, outputs.divergence)
     loss_sum = result.loss.sum()
     num_tokens = batch.num_loss_tokens.to(torch.int)
     sums = {"loss": (loss_sum.detach(), num_tokens), **result.metrics}

@@ -91,7 +91,8 @@ class TrainingBatch:
 
     def rows(self, start: int, stop: int) -> TrainingBatch:
         """Return rows [start, stop) as views."""
-        return _slice_rows(self, start, stop)
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: t[start:stop] for name, t in tensors.items() if isinstance(t, torch.Tensor)})
 
     @property
     def token_sample_ids(self) -> torch.Tensor:
@@ -116,14 +117,4 @@ class TeacherScores:
     topk_ids: torch.Tensor  # [b, s, k] int64 global ids, most probable first
     topk_logprobs: torch.Tensor  # [b, s, k] fp32, normalised over the whole true vocabulary
     entropy: torch.Tensor | None = None  # [b, s] fp32, nats
-    hidden: torch.Tensor | None = None  # [s, b, h_teacher], only for full-vocabulary objectives
-
-    def rows(self, start: int, stop: int) -> TeacherScores:
-        """Return rows [start, stop) as views (`hidden` is sliced on its second axis)."""
-        hidden = None if self.hidden is None else self.hidden[:, start:stop]
-        return replace(_slice_rows(replace(self, hidden=None), start, stop), hidden=hidden)
-
-
-def _slice_rows(batch: Any, start: int, stop: int) -> Any:
-    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return replace(batch, **{name: t[start:stop] for name, t in tensors.items() if isinstance(t, torch.Tensor)})
+    hidden: torch.Tensor | None = None  # [b, s, h_teacher], only for full-vocabulary objectives

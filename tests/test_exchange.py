@@ -70,15 +70,21 @@ def teach(exchange, share, interleaved):
 
 
 def exchange_rank(student, teacher, rows, apart=False):
+    from megatron_tropd import exchange as exchange_module
+
     exchange = open_exchange(student, teacher, apart)
     groups = exchange.student
     batch = make_batch(groups.dp_rank, rows) if groups else None
     share = exchange.distribute(batch, micro_batch_size=2)
     payload = teach(exchange, share, teacher[2]) if exchange.teacher else None
+    whole, sent_bytes = exchange.collect(payload, share, 3, torch.int32), exchange_module._SENT_BYTES
+    exchange_module._SENT_BYTES = 5 * 12  # five tokens at a time
     found = exchange.collect(payload, share, 3, torch.int32)
+    exchange_module._SENT_BYTES = sent_bytes
     if groups is None or not groups.is_last_stage:
         assert found is None
         return 0
+    assert torch.equal(found, whole)
     mask = batch.loss_kind > 0
     expected = torch.stack([batch.tokens, batch.position_ids, batch.labels], -1).int()
     assert found.shape == expected.shape

@@ -1,73 +1,82 @@
-"""The held-out divergence: against float64 over the whole vocabulary, sharded or not, and by hand."""
+"""The held-out divergence: against float64 transformers models under unlike layouts; what a file must hold."""
 
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 import torch
-import torch.distributed as dist
-from helpers import assert_close, run_distributed
+from helpers import run_distributed
+from test_train_step import layout, load
+from tiny_models import VOCAB_SIZE, write_model
 
-from megatron_tropd.held_out import forward_kl, load_held_out
+from megatron_tropd.held_out import load_held_out
 from megatron_tropd.types import UserError
 
-VOCAB = 103  # padded to 104 by the student and to 112 by the teacher
+RESPONSES = ["it is four", "no", "the answer: 17, I think", "forty-two", "!"]
 
 
-def _logits(rows: int = 37) -> tuple[torch.Tensor, torch.Tensor]:
-    """Teacher [rows, 112] and student [rows, 104] in float64; padding columns hold garbage that must not count."""
-    generator = torch.Generator().manual_seed(3)
-    teacher, student = (3 * torch.randn(rows, width, generator=generator, dtype=torch.float64) for width in (112, 104))
-    teacher[:, VOCAB:], student[:, VOCAB:] = 50.0, 70.0
-    return teacher, student
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A student, and a teacher of another width whose vocabulary is padded further."""
+    folder = tmp_path_factory.mktemp("models")
+    write_model(folder / "student", "llama_tied", seed=1)
+    write_model(folder / "teacher", "qwen2", seed=2, hidden_size=64, embeddings=300)
+    return folder
 
 
-def _reference(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    t, s = (logits[:, :VOCAB].log_softmax(-1) for logits in (teacher, student))
-    return (t.exp() * (t - s)).sum(-1)
+def prompts_of(tokenizer):
+    from megatron_tropd.types import Prompt
+
+    prompts = [Prompt(f"p{i}", text=f"ask {i}", teacher_response=text) for i, text in enumerate(RESPONSES)]
+    for prompt in prompts:
+        prompt.tokens = tokenizer.encode_prompt(prompt)
+    return prompts
 
 
-def test_one_row_by_hand():
-    teacher = torch.tensor([[math.log(3.0), 0.0]])  # 3/4, 1/4
-    student = torch.tensor([[0.0, 0.0]])  # 1/2, 1/2
-    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert forward_kl(teacher, student, None, 2).item() == pytest.approx(expected, abs=1e-6)
+def measure_rank(models, student, teacher):
+    from megatron_tropd import parallel
+    from megatron_tropd.config import TrainingConfig
+    from megatron_tropd.divergence import Divergence
+    from megatron_tropd.exchange import Exchange
+    from megatron_tropd.held_out import HeldOut
+    from megatron_tropd.teacher import TeacherHook
+    from megatron_tropd.tokenizer import load_tokenizer
+    from megatron_tropd.train_step import build_student
+
+    layouts = layout(*student, models / "student"), layout(*teacher, models / "teacher")
+    groups = parallel.initialize(layouts[0])
+    others = parallel.build_groups(layouts[1], groups)
+    exchange = None if others is groups else Exchange(groups, others)
+    hook = TeacherHook(others, VOCAB_SIZE, topk=0, exchange=exchange).attach(load(layouts[1], others, training=False))
+    trained = build_student(load(layouts[0], groups, training=True), TrainingConfig(), groups, VOCAB_SIZE)
+    tokenizer = load_tokenizer(models / "student")
+    divergence = Divergence("forward_kl", hook.output_weight(trained.vocabulary_width), groups.tp, VOCAB_SIZE)
+    options = {"micro_batch_size": 2, "max_response_tokens": 12, "pad_multiple": 16}
+    return HeldOut(prompts_of(tokenizer), tokenizer, trained, hook, divergence, **options).measure()
 
 
-def test_equal_models_diverge_by_nothing():
-    teacher, _ = _logits()
-    assert forward_kl(teacher, teacher.clone(), None, VOCAB).abs().max() < 1e-12
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [((1, 1, False), (1, 1, False)), ((2, 1, True), (2, 1, True)), ((2, 1, True), (1, 2, False))],
+    ids=["single", "tp2", "tp2_teacher_pp2"],
+)
+def test_the_divergence_is_that_of_the_float64_models(models, student, teacher):
+    from transformers import AutoModelForCausalLM
 
+    from megatron_tropd.tokenizer import load_tokenizer
 
-@pytest.mark.parametrize("chunk_rows", [1, 16, 512])
-def test_paddings_of_different_width_and_any_chunk(chunk_rows):
-    teacher, student = _logits()
-    assert_close(forward_kl(teacher, student, None, VOCAB, chunk_rows), _reference(teacher, student))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_logits_are_read_in_fp32(dtype):
-    teacher, student = (logits.to(dtype) for logits in _logits())
-    result = forward_kl(teacher, student, None, VOCAB)
-    assert result.dtype == torch.float32
-    assert_close(result, _reference(teacher.double(), student.double()))
-
-
-def _sharded_kl(dtype: torch.dtype) -> tuple[torch.Tensor, int]:
-    dist.init_process_group("gloo")
-    group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
-    teacher, student = (logits.to(dtype).chunk(size, dim=1)[rank] for logits in _logits())
-    return forward_kl(teacher, student, group, VOCAB), rank
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_sharded_vocabulary(world_size, dtype):
-    teacher, student = (logits.to(dtype).double() for logits in _logits())
-    for kl, _ in run_distributed(_sharded_kl, world_size, dtype):
-        assert_close(kl, _reference(teacher, student), dtype)
+    tokenizer, kl, tokens = load_tokenizer(models / "student"), 0.0, 0
+    pair = [AutoModelForCausalLM.from_pretrained(models / role, dtype=torch.float64) for role in ("teacher", "student")]
+    for prompt in prompts_of(tokenizer):
+        response = tokenizer.encode_response(prompt.teacher_response)[:12]
+        sequence = torch.tensor([[*prompt.tokens, *response]])
+        with torch.no_grad():
+            t, s = (model(sequence).logits[0, -len(response) - 1 : -1, :VOCAB_SIZE].log_softmax(-1) for model in pair)
+        kl, tokens = kl + (t.exp() * (t - s)).sum().item(), tokens + len(response)
+    for found in run_distributed(measure_rank, student[0] * student[1], models, student, teacher):
+        assert found["held_out_tokens"] == tokens
+        assert found["held_out_kl"] == pytest.approx(kl / tokens, rel=1e-5)
 
 
 class _Words:

@@ -8,7 +8,7 @@ from helpers import run_distributed
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_tropd.micro_batches import first_fit, split_batch, spread
+from megatron_tropd.micro_batches import Pairs, first_fit, split_batch, spread
 
 LENGTHS = st.lists(st.integers(0, 60), min_size=1, max_size=40).filter(any)
 
@@ -68,7 +68,8 @@ def split_rank(cp: int, max_tokens):
         assert torch.equal(part.token_sample_ids[kept], 10 + part.tokens[kept] // 32)
         assert torch.equal(part.position_ids[kept], part.tokens[kept] % 32)
         assert torch.equal(part.labels[kept], part.tokens[kept] + 1)
-    assert split.take(None) == [None] * len(split.batches)
+    assert list(split.take(None)) == [None] * len(split.batches)
+    assert [part for part, _ in Pairs(split.batches, split.take(scores))] == split.batches
     details = [
         TokenDetails(p.tokens.float(), p.tokens * 2.0, TrustGate(p.tokens * 3.0, p.tokens * 4.0)) for p in split.batches
     ]

@@ -10,7 +10,7 @@ from helpers import run_distributed
 
 from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
 from megatron_tropd.counter_rng import STREAM_GATE, counter_uniform
-from megatron_tropd.kernels import vocab_parallel_logprobs, vocab_parallel_topk
+from megatron_tropd.kernels import full_divergence, vocab_parallel_logprobs, vocab_parallel_topk
 from megatron_tropd.objectives import METHODS, build_objective, topk_forward_kl
 from megatron_tropd.types import LOSS_GUIDANCE, LOSS_NONE, LOSS_STUDENT, TeacherScores, TrainingBatch, UserError
 
@@ -61,6 +61,17 @@ def expected(config: ObjectiveConfig, student, teacher, batch):
     method = METHODS[config.name]
     if method.data:
         return torch.where(batch.loss_kind == LOSS_GUIDANCE, -x_s, 0.0)
+    if method.divergence:
+        mixture = (config.beta * log_t.exp() + (1 - config.beta) * log_s.exp()).log()
+        from_student, from_teacher = (
+            (p.exp() * (p - q)).sum(-1)
+            for p, q in (
+                (log_s, mixture if method.divergence == "jsd" else log_t),
+                (log_t, mixture if method.divergence == "jsd" else log_s),
+            )
+        )
+        share = {"reverse_kl": 0.0, "forward_kl": 1.0, "jsd": config.beta}[method.divergence]
+        return torch.where(batch.loss_kind != LOSS_NONE, share * from_teacher + (1 - share) * from_student, 0.0)
     rho = (x_t - x_s.detach()).exp().clamp(max=1.0)
     gate = config.gate or "bernoulli"
     if not method.gated:
@@ -115,7 +126,11 @@ def sharded_losses(size: int):
         leaf = student.chunk(size, -1)[rank].clone().requires_grad_()
         looked_up = objective.ids(batch, scores).transpose(0, 1)
         logprobs, _ = vocab_parallel_logprobs(leaf, looked_up, group, VOCAB, mask=mask)
-        result = objective.loss(logprobs.transpose(0, 1), scores, batch, STEP)
+        divergence = None
+        if objective.divergence:
+            divergence = full_divergence(leaf, t_shard, objective.divergence, group, VOCAB, beta=config.beta, mask=mask)
+            divergence = divergence.t()
+        result = objective.loss(logprobs.transpose(0, 1), scores, batch, STEP, divergence=divergence)
         result.loss.sum().backward()
         results.append((result.loss.detach(), leaf.grad))
     return results
@@ -205,7 +220,8 @@ def test_a_batch_without_loss_tokens_gives_zero_and_a_finite_gradient(name):
     garbage = torch.full((B, S, K), -torch.inf)
     scores = TeacherScores(torch.full((B, S), -torch.inf), torch.zeros(B, S, K, dtype=torch.int64), garbage)
     leaf = torch.zeros(B, S, 1 + objective.topk, requires_grad=True)
-    result = objective.loss(leaf, scores, batch, STEP)
+    divergence = torch.where(batch.loss_kind == LOSS_NONE, leaf.sum(-1) * 0.0, torch.nan)
+    result = objective.loss(leaf, scores, batch, STEP, divergence=divergence)
     result.loss.sum().backward()
     assert result.loss.abs().max() == 0
     assert torch.isfinite(leaf.grad).all()
@@ -217,6 +233,7 @@ def test_a_batch_without_loss_tokens_gives_zero_and_a_finite_gradient(name):
     [
         ({"name": "trop"}, "unknown; choose one of opd"),
         ({"name": "opd", "gate": "soft"}, "has no trust region"),
+        ({"name": "jsd", "beta": 1.0}, r"objective.beta=1.0 makes no mixture .*fkl_full and rkl_full"),
         ({"name": "tropd_mask", "outlier": "clip"}, "fixes objective.outlier=mask"),
     ],
 )

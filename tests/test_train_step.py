@@ -18,6 +18,15 @@ LAYOUTS = {
     "packed": (1, 1, False, 1000),
     "tp2_pp2_packed": (2, 2, True, 32),
 }
+# Objectives over the whole vocabulary: student, name, layout. A tied output layer has two gradients on one stage.
+DIVERGENCES = [
+    ("tied", "rkl_full", LAYOUTS["single"]),
+    ("tied", "jsd", (2, 1, True, 32)),
+    ("tied", "fkl_full", LAYOUTS["tp2_pp2"]),
+    ("biased", "fkl_full", LAYOUTS["packed"]),
+    ("biased", "jsd", LAYOUTS["tp2"]),
+    ("biased", "rkl_full", LAYOUTS["tp2_pp2_packed"]),
+]
 # The same and the expert-parallel size: as many replicas, each with the whole batch.
 EXPERT_LAYOUTS = {
     "experts": (1, 1, False, None, 1),
@@ -49,11 +58,11 @@ def make_batch():
     return TrainingBatch(tokens, tokens.roll(-1, 1), positions, kind, old, torch.arange(4))
 
 
-def make_objective():
+def make_objective(name="tropd"):
     from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
     from megatron_tropd.objectives import build_objective
 
-    config = ObjectiveConfig(topk=8, temperature=1.3)
+    config = ObjectiveConfig(name=name, topk=8, temperature=1.3, beta=0.2)
     return config, build_objective(config, GuidanceConfig(beta=0.1), seed=7)
 
 
@@ -73,23 +82,29 @@ def load(config, groups, training: bool):
     return chunks
 
 
-def megatron_step(models, student_name, tp, pp, sequence_parallel, max_tokens, ep=1):
+def megatron_step(models, student_name, tp, pp, sequence_parallel, max_tokens, ep=1, name="tropd"):
     """One step; returns the teacher's scores (last stage), metrics, and the weight gradients under HF names."""
     from megatron_tropd import parallel
     from megatron_tropd.config import TrainingConfig
+    from megatron_tropd.divergence import Divergence
     from megatron_tropd.teacher import TeacherHook
     from megatron_tropd.train_step import build_student, train_step
 
     student_config = layout(tp, pp, sequence_parallel, models / student_name, ep)
     teacher_config = layout(tp, pp, sequence_parallel, models / "teacher")
     groups = parallel.initialize(student_config)
-    config, objective = make_objective()
-    teacher = TeacherHook(groups, VOCAB_SIZE, topk=objective.topk, temperature=config.temperature)
+    config, objective = make_objective(name)
+    options = {"temperature": config.temperature, "with_hidden": objective.divergence is not None}
+    teacher = TeacherHook(groups, VOCAB_SIZE, topk=objective.topk, **options)
     teacher.attach(load(teacher_config, groups, training=False))
     before = [p.clone() for c in teacher.chunks for p in c.parameters()]
     training = TrainingConfig(steps=2, lr=0.0, clip_grad=0.0, micro_batch_size=2, weight_decay=0.0)
     training.use_distributed_optimizer = ep == 1  # whose replicas hold but parts of the reduced gradients
     student = build_student(load(student_config, groups, training=True), training, groups, VOCAB_SIZE)
+    if objective.divergence:
+        weight = teacher.output_weight(student.vocabulary_width)
+        settings = {"beta": config.beta, "temperature": config.temperature}
+        student.divergence = Divergence(objective.divergence, weight, groups.tp, VOCAB_SIZE, **settings)
     batch = make_batch()
     scores = teacher.score(batch, 2, max_tokens)
     result = train_step(student, batch, scores, objective, config, 5, 2, max_tokens)
@@ -110,13 +125,14 @@ def gradients(student, groups, hf_path) -> dict[str, torch.Tensor]:
     return found
 
 
-def reference_step(models, student_name):
+def reference_step(models, student_name, name="tropd"):
     """The same in one process, float64, with transformers and autograd."""
     from transformers import AutoModelForCausalLM
 
+    from megatron_tropd.kernels.full_divergence.reference import DEFINITIONS
     from megatron_tropd.types import TeacherScores
 
-    config, objective = make_objective()
+    config, objective = make_objective(name)
     load = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float64, attn_implementation="eager")
     teacher, student = load(models / "teacher"), load(models / student_name)
     if student_name == "experts":
@@ -125,11 +141,15 @@ def reference_step(models, student_name):
     with torch.no_grad():
         logprobs = (teacher(batch.tokens).logits / config.temperature).log_softmax(-1)
     topk = logprobs.topk(objective.topk, -1)
+    divergence = None
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     sampled = logprobs.gather(-1, batch.labels.unsqueeze(-1)).squeeze(-1)
     scores = TeacherScores(sampled, topk.indices, topk.values, entropy)
     student_logprobs = (student(batch.tokens).logits / config.temperature).log_softmax(-1)
-    result = objective.loss(student_logprobs.gather(-1, objective.ids(batch, scores)), scores, batch, step=5)
+    if objective.divergence:
+        divergence = DEFINITIONS[objective.divergence](student_logprobs, logprobs, config.beta)
+    read = student_logprobs.gather(-1, objective.ids(batch, scores))
+    result = objective.loss(read, scores, batch, step=5, divergence=divergence)
     loss = result.loss.sum() / batch.num_loss_tokens
     loss.backward()
     return scores, loss.item(), dict(separate_experts({name: p.grad for name, p in student.named_parameters()}))
@@ -153,10 +173,19 @@ def separate_experts(gradients):
     [*itertools.product(("tied", "biased"), LAYOUTS), *(("experts", name) for name in EXPERT_LAYOUTS)],
 )
 def test_scores_loss_and_weight_gradients_equal_float64_autograd(student, name, models):
-    sizes = (LAYOUTS | EXPERT_LAYOUTS)[name]
-    processes = sizes[0] * sizes[1] * (sizes[4] if student == "experts" else 1)
-    expected_scores, expected_loss, expected_gradients = reference_step(models, student)
-    results = run_distributed(megatron_step, processes, models, student, *sizes)
+    compare(models, student, *(LAYOUTS | EXPERT_LAYOUTS)[name])
+
+
+@pytest.mark.parametrize(("student", "name", "sizes"), DIVERGENCES, ids=str)
+def test_divergences_over_the_whole_vocabulary_equal_float64_autograd(student, name, sizes, models):
+    compare(models, student, *sizes, name=name)
+
+
+def compare(models, student, tp, pp, sequence_parallel, max_tokens, ep=1, name="tropd"):
+    """Hold a step under a layout against float64."""
+    expected_scores, expected_loss, expected_gradients = reference_step(models, student, name)
+    arguments = (models, student, tp, pp, sequence_parallel, max_tokens, ep, name)
+    results = run_distributed(megatron_step, tp * pp * ep, *arguments)
     kept = make_batch().loss_kind != 0
     scores, metrics, grad_norm, _ = results[-1]  # the last rank is on the last stage
     for name in ("logprobs", "topk_logprobs", "entropy"):
@@ -299,5 +328,9 @@ def misuse_rank(models):
     positions = torch.arange(16).expand(4, 16).contiguous()
     assert chunks[0](tokens, positions, None).shape == (4, 16, 256)  # not armed: whole logits, as without the hook
     assert hook.score(make_batch(), 4).logprobs.shape == (4, 16)
+    output_hook, (chunk,) = hook._hook, chunks
+    with pytest.raises(ZeroDivisionError), output_hook.replaced(lambda hidden, weight: 1 / 0):
+        chunk(tokens, positions, None)
+    assert chunk(tokens, positions, None).shape == (4, 16, 256)  # the output layer is its own again
     hook.detach()
     assert not chunks[0].output_layer._forward_hooks

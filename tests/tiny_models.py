@@ -103,10 +103,15 @@ def write_model(
     dtype: torch.dtype = torch.float32,
     vocab_size: int = VOCAB_SIZE,
     max_shard_size: str = "1GB",
+    embeddings: int | None = None,
     **overrides,
 ) -> str:
-    """Write a model of `kind` and its tokenizer into `folder`; `overrides` are fields of its config (and `seed`)."""
-    make_model(kind, dtype, vocab_size, **overrides).save_pretrained(folder, max_shard_size=max_shard_size)
+    """Write a model of `kind` and its tokenizer into `folder`; `overrides` are fields of its config (and `seed`).
+
+    `embeddings`: as many rows as the model shall have, where they are more than the tokenizer has ids.
+    """
+    made = make_model(kind, dtype, embeddings or vocab_size, **overrides)
+    made.save_pretrained(folder, max_shard_size=max_shard_size)
     make_tokenizer(vocab_size).save_pretrained(folder)
     GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID).save_pretrained(folder)
     return str(folder)

@@ -133,6 +133,17 @@ def test_the_weight_gradient_goes_into_megatrons_main_grad():
     torch.testing.assert_close(weight.main_grad - 1, plain.grad, rtol=0.05, atol=0.05)
 
 
+def test_of_a_weight_that_is_the_embeddings_too_autograd_sees_zeros():
+    """Megatron adds what autograd sums up over both uses to main_grad: there must be no garbage in it."""
+    hidden, weight, *_ = material(torch.float32)
+    weight = weight.clone().requires_grad_()
+    weight.main_grad, weight.grad_added_to_main_grad, weight.zero_out_wgrad = torch.zeros(PADDED, HIDDEN), False, True
+    embedded = weight[5].sum()
+    (embedded + fused_linear_logprobs(hidden, weight, torch.zeros(ROWS, 1).long(), None, VOCAB)[0].sum()).backward()
+    assert torch.equal(weight.grad, torch.nn.functional.one_hot(torch.tensor(5), PADDED)[:, None].expand(-1, HIDDEN))
+    assert weight.main_grad.abs().max() > 0
+
+
 def test_sums_over_many_chunks_lose_nothing_in_bf16(monkeypatch):
     """1,024 equal tokens, one a chunk: a sum kept in bf16 stops growing at 256 times what is added."""
     monkeypatch.setitem(linear.LOGITS_ELEMENTS, "cpu", 16)
