@@ -153,7 +153,7 @@ def plan(arguments: argparse.Namespace) -> None:
         check_layout(role, getattr(recipe, role))
     from megatron_tropd.convert import resolve_hf_path
     from megatron_tropd.model import load_hf_config
-    from megatron_tropd.plan import Accelerator, Job
+    from megatron_tropd.plan_job import Accelerator, Job
     from megatron_tropd.plan_text import describe
 
     configs = [load_hf_config(resolve_hf_path(getattr(recipe, role), role)) for role in ("student", "teacher")]

@@ -38,7 +38,7 @@ except ImportError:
     InferenceConfig = None
     from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 
-_MAX_PREFILL_TOKENS = 16384
+MAX_PREFILL_TOKENS = 16384
 
 
 class _TokenizerAdapter:
@@ -242,7 +242,7 @@ def run_dynamic_engine(
         "max_requests": max_requests,
         "block_size_tokens": block_size_tokens,
         "buffer_size_gb": buffer_size_gb,
-        "max_tokens": max(_MAX_PREFILL_TOKENS, max_sequence_length),
+        "max_tokens": max(MAX_PREFILL_TOKENS, max_sequence_length),
         "pg_collection": groups.collection,
     }
     config = model.config

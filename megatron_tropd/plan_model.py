@@ -122,7 +122,7 @@ def layer_activations(hf: Any, model: ModelConfig, sequence: int, fused_attentio
     input alone.
     """
     tp, size, h = model.tensor_model_parallel_size, BYTES[model.dtype], hf.hidden_size
-    shard = tp if model.sequence_parallel else 1
+    shard = _token_shards(model)
     if model.recompute == "full":
         return size * h / shard
     heads, groups, hd = hf.num_attention_heads / tp, hf.num_key_value_heads / tp, head_dim(hf)
@@ -138,3 +138,28 @@ def layer_activations(hf: Any, model: ModelConfig, sequence: int, fused_attentio
     probabilities = heads * sequence * (4 if size == 4 else 4 + size)
     inside = (2 * heads + 3 * groups) * hd * size if model.recompute == "selective" else 3 * heads * hd * size
     return norms + mlp + heads * hd * size + inside + (probabilities if model.recompute is None else 0)
+
+
+def forward_activations(hf: Any, model: ModelConfig, sequence: int, fused: bool) -> float:
+    """Return the bytes a token that a forward pass without gradient holds at its fullest, in one layer or another.
+
+    In the MLP: residual stream, norms and the whole input, both halves of the gated product, one more, and the result.
+    In the attention: queries, keys and values beside the stream; Megatron's local one, besides, two fp32 tensors of
+    scores, and a third of the probabilities in half precision.
+    """
+    tp, size, h = model.tensor_model_parallel_size, BYTES[model.dtype], hf.hidden_size
+    stream = size * h * (1 + 5 / _token_shards(model))
+    experts = experts_of(hf)
+    mlp = 4 * size * mlp_width(hf, experts is not None) / tp
+    if experts is not None:
+        mlp += experts.per_token * size * h
+    heads, groups, hd = hf.num_attention_heads / tp, hf.num_key_value_heads / tp, head_dim(hf)
+    attention = size * (2 * heads + 2 * groups) * hd
+    if not fused:
+        attention += size * 2 * heads * hd + heads * sequence * (8 if size == 4 else 8 + size)
+    return stream + max(mlp, attention)
+
+
+def _token_shards(model: ModelConfig) -> int:
+    """Return among how many tensor-parallel ranks the tokens outside of attention and MLP are sharded."""
+    return model.tensor_model_parallel_size if model.sequence_parallel else 1

@@ -9,7 +9,9 @@ from megatron_tropd.config import ModelConfig
 from megatron_tropd.errors import UserError
 from megatron_tropd.model_checks import check_sizes
 from megatron_tropd.parallel import model_ranks
-from megatron_tropd.plan import Accelerator, Job, Memory, memories, proposals, step_seconds
+from megatron_tropd.plan import proposals, step_seconds
+from megatron_tropd.plan_job import Accelerator, Job
+from megatron_tropd.plan_memory import Memory, memories
 from megatron_tropd.plan_model import expert_ranks
 
 

@@ -26,8 +26,8 @@ from megatron_tropd.types import Prompt, Rollouts, Sampling, UserError
 
 logger = logging.getLogger(__name__)
 
-_CUDA_BLOCK_TOKENS = 256  # flash-attn's paged cache wants multiples of it
-_CPU_BLOCK_TOKENS = 64
+CUDA_BLOCK_TOKENS = 256  # flash-attn's paged cache wants multiples of it
+CPU_BLOCK_TOKENS = 64
 
 
 class RolloutEngine:
@@ -121,7 +121,7 @@ class RolloutEngine:
         # Megatron rounds the number of requests to multiples of the tensor-parallel size and of 4.
         multiple = math.lcm(4, self.groups.tp_size)
         max_requests = -(-max(1, min(len(responses), self.config.max_batch_size)) // multiple) * multiple
-        block = _CUDA_BLOCK_TOKENS if self.groups.device.type == "cuda" else _CPU_BLOCK_TOKENS
+        block = CUDA_BLOCK_TOKENS if self.groups.device.type == "cuda" else CPU_BLOCK_TOKENS
         run_dynamic_engine(
             model,
             self._num_layers(),

@@ -17,7 +17,7 @@ from megatron_tropd.counter_rng import STREAM_SAMPLING, counter_uniform
 from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.types import Prompt, Sampling
 
-_ELEMENTS_AT_ONCE = 1 << 25  # bounds the [rows, v] temporaries of one draw: 128 MiB in fp32, 256 MiB in fp64
+ELEMENTS_AT_ONCE = 1 << 25  # bounds the [rows, v] temporaries of one draw: 128 MiB in fp32, 256 MiB in fp64
 
 
 def draw(
@@ -42,7 +42,7 @@ def draw(
         Tokens [n] int64 and their log-probs [n] fp32, of the whole softmax at `temperature` (1 when it is 0), before
         top-k and top-p; of the whole event where the token is one of `end`.
     """
-    rows = max(1, _ELEMENTS_AT_ONCE // logits.size(1))
+    rows = max(1, ELEMENTS_AT_ONCE // logits.size(1))
     parts = [
         _draw_rows(part, u, temperature, top_k, top_p, end or EndOfText())
         for part, u in zip(logits.split(rows), uniforms.split(rows), strict=True)
