@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.experts import experts_of
-from megatron_tropd.parallel import expert_tensor_parallel_size
+from megatron_tropd.parallel import divisors, expert_tensor_parallel_size
 from megatron_tropd.types import UserError
 
 UNEVEN_STAGES = (
@@ -23,19 +23,15 @@ UNEVEN_STAGES = (
 
 def check_sizes(hf_config: Any, model: ModelConfig, role: str) -> None:
     """Refuse a layout that the model's sizes do not allow, naming divisors that would work."""
-    heads = (hf_config.num_attention_heads, hf_config.num_key_value_heads)
+    heads, ffn = (hf_config.num_attention_heads, hf_config.num_key_value_heads), hf_config.intermediate_size
     tp = model.tensor_model_parallel_size
-    if any(count % tp for count in heads):
+    if any(count % tp for count in (*heads, ffn)):
         raise UserError(
-            f"{role}.tensor_model_parallel_size={tp} does not divide the model's {heads[0]} attention heads and "
-            f"{heads[1]} key/value heads; use one of {_divisors(math.gcd(*heads))}."
+            f"{role}.tensor_model_parallel_size={tp} does not divide all of the model's {heads[0]} attention heads, "
+            f"{heads[1]} key/value heads and MLP's width of {ffn}; use one of {divisors(math.gcd(*heads, ffn))}."
         )
     _check_stages(hf_config.num_hidden_layers, model, role)
     _check_experts(hf_config, model, role)
-    if hf_config.intermediate_size % tp:
-        raise UserError(
-            f"{role}.tensor_model_parallel_size={tp} does not divide intermediate_size={hf_config.intermediate_size}."
-        )
 
 
 def _check_experts(hf_config: Any, model: ModelConfig, role: str) -> None:
@@ -55,12 +51,12 @@ def _check_experts(hf_config: Any, model: ModelConfig, role: str) -> None:
     if experts.count % ep:
         raise UserError(
             f"{role}.expert_model_parallel_size={ep} does not divide the model's {experts.count} experts; use one of "
-            f"{_divisors(experts.count)}."
+            f"{divisors(experts.count)}."
         )
     if experts.ffn % etp:
         raise UserError(
             f"{role}.expert_tensor_parallel_size={etp} does not divide the experts' width of {experts.ffn}; use one of "
-            f"{[d for d in _divisors(experts.ffn) if d <= model.tensor_model_parallel_size]}."
+            f"{[d for d in divisors(experts.ffn) if d <= model.tensor_model_parallel_size]}."
         )
 
 
@@ -82,19 +78,21 @@ def _check_stages(layers: int, model: ModelConfig, role: str) -> None:
             )
         return
     left, stages = layers - sum(given.values()) + len(counted), pp - len(given)
+    if given and left < stages:
+        raise UserError(
+            f"{' and '.join(f'{role}.{key}={count}' for key, count in given.items())} leave {max(left, 0)} of the "
+            f"model's {layers} layers to {stages} other stage(s); give at most {layers - stages} in all."
+        )
     what = f"the model's {layers} layers" if left == layers else f"the {left} layers left to {stages} stages"
     if left < stages or left % stages:
         raise UserError(
-            f"{role}.pipeline_model_parallel_size={pp} does not divide {what}; use one of {_divisors(layers)}, or give "
+            f"{role}.pipeline_model_parallel_size={pp} does not divide {what}; use one of {divisors(layers)}, or give "
             f"the stages unequal numbers with {role}.{UNEVEN_STAGES[0]} and {UNEVEN_STAGES[1]}."
         )
-    for count in {left // stages, *given.values()}:
-        if count % vpp:
-            raise UserError(
-                f"{role}.virtual_pipeline_model_parallel_size={vpp} does not divide the {count} layers of a "
-                f"pipeline stage; use one of {_divisors(count)[1:]} or null."
-            )
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    counts = sorted({left // stages, *given.values()})
+    if any(count % vpp for count in counts):
+        allowed = divisors(math.gcd(*counts))[1:]
+        raise UserError(
+            f"{role}.virtual_pipeline_model_parallel_size={vpp} does not divide the {' and '.join(map(str, counts))} "
+            f"layers of a pipeline stage; use {f'one of {allowed} or ' if allowed else ''}null."
+        )

@@ -155,7 +155,8 @@ def _check_layout(layout: ModelConfig, world_size: int, role: str | None = None,
             beside = f" beside the other model's {others}" if others else ""
             raise UserError(
                 f"{world_size} process(es){beside} cannot hold {wanted} = {ranks} {what}; start a multiple of {ranks} "
-                f"processes{beside} (torchrun --nproc-per-node) or choose sizes whose product divides {world_size}"
+                f"processes{beside} (torchrun --nproc-per-node) or choose sizes whose product is one of "
+                f"{divisors(world_size)}"
             )
     replica, shared = math.prod(dense.values()), math.prod(experts.values())
     if max(replica, shared) % min(replica, shared):
@@ -164,6 +165,11 @@ def _check_layout(layout: ModelConfig, world_size: int, role: str | None = None,
             f"{wanted} = {shared} must divide {given} = {replica}, or be a multiple of it: experts are shared by ranks "
             "of one replica, or by whole replicas"
         )
+
+
+def divisors(number: int) -> list[int]:
+    """Return all divisors of a number, smallest first: what an error names as sizes that would work."""
+    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def model_ranks(model: ModelConfig) -> int:

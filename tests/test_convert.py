@@ -334,7 +334,7 @@ def test_paths_that_do_not_fit_together_are_refused(hf, checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ((3, 1), r"tensor_model_parallel_size=3 does not divide .*4 attention heads and 2 key/value.*one of \[1, 2\]"),
+        ((3, 1), r"tensor_model_parallel_size=3 does not divide .*4 attention heads, 2 key/value.*one of \[1, 2\]"),
         ((1, 3), r"pipeline_model_parallel_size=3 does not divide the model's 4 layers; use one of \[1, 2, 4\]"),
     ],
 )

@@ -54,7 +54,7 @@ def test_the_shipped_recipe_fits_a_node(large, capsys):
     [
         (["--gpus", "4"], "4 GPUs cannot hold replicas of 8 ranks"),
         (["--gpu-memory", "24"], "DOES NOT FIT"),
-        (["student.tensor_model_parallel_size=3"], "does not divide the model's 32 attention heads"),
+        (["student.tensor_model_parallel_size=3"], "does not divide all of the model's 32 attention heads"),
         (["training.prompts_per_step=3", "--gpus", "16"], "cannot be split over 2 replicas"),
         (["teacher.ranks=dedicated"], "leaves the student none of 8"),
     ],
