@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from megatron_tropd.config import ModelConfig
+from megatron_tropd.config import ModelConfig, Recipe
 from megatron_tropd.errors import UserError
 from megatron_tropd.experts import experts_of
 from megatron_tropd.model import head_dim
 from megatron_tropd.model_checks import check_sizes
 from megatron_tropd.parallel import model_ranks
+from megatron_tropd.partition import has_dedicated_teacher
 from megatron_tropd.plan_job import Accelerator, Job
 from megatron_tropd.plan_memory import Memory, memory
 from megatron_tropd.plan_model import BYTES, active_parameters, expert_ranks, whole_parameters
@@ -58,17 +59,17 @@ def _rollout_seconds(job: Job, gpu: Accelerator) -> float:
     return waves * rollout.max_new_tokens * a_step
 
 
-def layouts(hf: Any, model: ModelConfig, gpus: int, node: int = 8) -> Iterator[ModelConfig]:
+def layouts(hf: Any, model: ModelConfig, gpus: int, node: int = 8, cp: int = 1) -> Iterator[ModelConfig]:
     """Yield the layouts of a model that its sizes and the number of GPUs allow: TP within a node, then PP.
 
     Experts stay whole, and are either on every rank or dealt out over as many ranks of a node as divide them.
     """
     experts = experts_of(hf)
     for tp, pp in itertools.product(*[[2**i for i in range(11)]] * 2):
-        if tp > node or gpus % (tp * pp):
+        if tp > node or gpus % (tp * cp * pp):
             continue
         plain = dict.fromkeys(("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"))
-        found = replace(model, **plain, virtual_pipeline_model_parallel_size=None, context_parallel_size=1)
+        found = replace(model, **plain, virtual_pipeline_model_parallel_size=None, context_parallel_size=cp)
         found = replace(found, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=tp > 1)
         try:
             check_sizes(hf, found, "model")
@@ -81,21 +82,43 @@ def layouts(hf: Any, model: ModelConfig, gpus: int, node: int = 8) -> Iterator[M
             yield replace(found, expert_model_parallel_size=ep, expert_tensor_parallel_size=1)
 
 
-def _layout_pairs(job: Job) -> Iterator[tuple[ModelConfig, ModelConfig]]:
+def _layout_pairs(job: Job, cp: int) -> Iterator[tuple[ModelConfig, ModelConfig]]:
     """Yield layouts of both models: on all GPUs, or, apart, on two parts of which one has 2^i GPUs."""
     powers = [2**i for i in range(job.gpus.bit_length()) if 2**i < job.gpus]
     sizes = {*powers, *(job.gpus - power for power in powers)} if job.apart else {None}
     for own in sizes:
-        students = list(layouts(job.student, job.recipe.student, job.gpus - own if own else job.gpus))
-        for teacher in layouts(job.teacher, job.recipe.teacher, own or job.gpus):
+        students = list(layouts(job.student, job.recipe.student, job.gpus - own if own else job.gpus, cp=cp))
+        for teacher in layouts(job.teacher, job.recipe.teacher, own or job.gpus, cp=cp):
             teacher.replicas = own // model_ranks(teacher) if own else 1
             yield from ((student, teacher) for student in students)
 
 
 def proposals(job: Job, gpu: Accelerator, count: int = 5) -> list[tuple[Job, Memory, float]]:
-    """Return the fastest layouts that fit, with their memory and seconds a step; empty if none does."""
+    """Return the fastest layouts that fit, with their memory and seconds a step; empty if none does.
+
+    Where none fits as the recipe is, those that do with weights or optimizer in host memory, then also with context
+    parallelism.
+    """
+    for recipe, cp in itertools.chain(*(_with_less_on_device(job.recipe, cp) for cp in (1, 2, 4, 8))):
+        found = _fitting(replace(job, recipe=recipe), gpu, cp)
+        if found:
+            return sorted(found, key=lambda proposal: proposal[2])[:count]
+    return []
+
+
+def _with_less_on_device(recipe: Recipe, cp: int) -> Iterator[tuple[Recipe, int]]:
+    """Yield the recipe, and others with ever more in host memory, as far as it may be there."""
+    training = replace(recipe.training, offload_optimizer=recipe.student.dtype != "float32")
+    teacher = replace(recipe.teacher, offload=not has_dedicated_teacher(recipe))
+    yield recipe, cp
+    yield replace(recipe, teacher=teacher), cp
+    yield replace(recipe, training=training), cp
+    yield replace(recipe, training=training, teacher=teacher), cp
+
+
+def _fitting(job: Job, gpu: Accelerator, cp: int) -> list[tuple[Job, Memory, float]]:
     fitting = []
-    for student, teacher in _layout_pairs(job):
+    for student, teacher in _layout_pairs(job, cp):
         for recompute in dict.fromkeys((job.recipe.student.recompute, "selective", "full")):
             recipe = replace(job.recipe, student=replace(student, recompute=recompute), teacher=teacher)
             other = replace(job, recipe=recipe)
@@ -105,4 +128,4 @@ def proposals(job: Job, gpu: Accelerator, count: int = 5) -> list[tuple[Job, Mem
             if needed.peak <= gpu.room_gb * 1e9:
                 fitting.append((other, needed, sum(step_seconds(other, gpu).values())))
                 break
-    return sorted(fitting, key=lambda found: found[2])[:count]
+    return fitting

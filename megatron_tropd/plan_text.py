@@ -70,11 +70,22 @@ def _layout(model: ModelConfig) -> str:
     return text
 
 
+def _conditions(job: Job, other: Job) -> str:
+    """Return what a proposal sets beside layouts and recomputation."""
+    keys = [("teacher", "offload"), ("training", "offload_optimizer")]
+    changed = [
+        f"{section}.{key}=true"
+        for section, key in keys
+        if getattr(getattr(other.recipe, section), key) and not getattr(getattr(job.recipe, section), key)
+    ]
+    return f" with {' and '.join(changed)}" if changed else ""
+
+
 def _proposal_lines(job: Job, gpu: Accelerator) -> list[str]:
     found = proposals(job, gpu)
     if not found:
         return [f"no layout fits {job.gpus} GPUs of {gpu.memory_gb:.0f} GB: take more, or shorter or fewer responses"]
-    lines = ["layouts that fit, the fastest first:"]
+    lines = [f"layouts that fit{_conditions(job, found[0][0])}, the fastest first:"]
     lines.append(f"  {'student':<18} {'teacher':<18} {'recompute':<10} {'peak GB':>8} {'s / step':>9}")
     for other, needed, seconds in found:
         student, teacher = other.recipe.student, other.recipe.teacher

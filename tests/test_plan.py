@@ -143,6 +143,26 @@ def test_proposals_fit_and_come_fastest_first(large):
     )
 
 
+def test_where_nothing_fits_as_it_is_host_memory_and_then_context_parallelism_are_tried(large, capsys):
+    assert main(["plan", "llama_70b_to_8b", *large, "--gpus", "4"]) != 0
+    said = "layouts that fit with teacher.offload=true and training.offload_optimizer=true, the fastest first:"
+    assert said in capsys.readouterr().out
+    long = ["rollout.max_new_tokens=120000", "training.prompts_per_step=4", "rollout.samples_per_prompt=1"]
+    recipe = load_recipe("llama_70b_to_8b", [*large, *long])
+    configs = [load_hf_config(getattr(recipe, role).hf_path) for role in ("student", "teacher")]
+    found = proposals(Job(*configs, recipe, gpus=32), Accelerator(memory_gb=20))
+    assert found
+    for job, needed, _ in found:
+        assert needed.peak <= 16e9
+        assert job.recipe.student.context_parallel_size == job.recipe.teacher.context_parallel_size == 2
+    apart = load_recipe("llama_70b_to_8b", [*large, "teacher.ranks=dedicated"])
+    found = proposals(Job(*configs, apart, gpus=16), Accelerator(memory_gb=48))
+    assert found
+    assert not any(job.recipe.teacher.offload for job, *_ in found)  # on GPUs of its own
+    assert main(["plan", "llama_70b_to_8b", *large, "--gpus", "1"]) != 0
+    assert "no layout fits 1 GPUs of 80 GB" in capsys.readouterr().out
+
+
 def test_a_model_without_config_is_named(tmp_path, capsys):
     assert main(["plan", f"student.hf_path={tmp_path}", f"teacher.hf_path={tmp_path}"]) != 0
     assert "config.json" in capsys.readouterr().err
