@@ -1,5 +1,7 @@
 """Divergences from hidden states: by hand where teacher and student agree; end-of-text ids that are one event."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +14,7 @@ from megatron_tropd.kernels.full_divergence.reference import DEFINITIONS
 
 VOCAB, PADDED, ENDS = 29, 32, (3, 11, 28)
 BETA, TEMPERATURE = 0.3, 1.4
+CASES = list(itertools.product(KINDS, (False, True)))  # of which divergence, with ids apart or one event
 
 
 def material():
@@ -41,9 +44,14 @@ def expected(kind, end):
     return loss.detach(), hidden.grad, weight.grad
 
 
-def divergence_rank(kind, end):
+def divergences_rank():
+    """Every case's loss and gradients on this rank."""
     dist.init_process_group("gloo")
-    group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    return {case: divergence_of(*case, dist.group.WORLD) for case in CASES}
+
+
+def divergence_of(kind, end, group):
+    rank, size = group.rank(), group.size()
     hidden, weight, theirs, their_weight, mask = material()
     hidden, shard = hidden.requires_grad_(), weight.chunk(size)[rank].clone().requires_grad_()
     divergence = Divergence(
@@ -54,15 +62,15 @@ def divergence_rank(kind, end):
     return loss.detach(), hidden.grad, shard.grad
 
 
-@pytest.mark.parametrize("end", [False, True], ids=["ids_apart", "one_event"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradients_are_those_of_the_vocabulary_in_which_ends_are_one(kind, end):
-    for size in (1, 2):
-        ranks = run_distributed(divergence_rank, size, kind, end)
-        loss, hidden_gradient, weight_gradient = expected(kind, end)
-        assert_close(ranks[0][0], loss, torch.float32)
-        assert_close(sum(rank[1] for rank in ranks), hidden_gradient, torch.float32)
-        assert_close(torch.cat([rank[2] for rank in ranks]), weight_gradient, torch.float32)
+@pytest.mark.parametrize("size", [1, 2])
+def test_loss_and_gradients_are_those_of_the_vocabulary_in_which_ends_are_one(size):
+    ranks = run_distributed(divergences_rank, size)
+    for case in CASES:
+        losses, hidden, weights = zip(*(rank[case] for rank in ranks), strict=True)
+        loss, hidden_gradient, weight_gradient = expected(*case)
+        assert_close(losses[0], loss, torch.float32)
+        assert_close(sum(hidden), hidden_gradient, torch.float32)
+        assert_close(torch.cat(weights), weight_gradient, torch.float32)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -29,7 +29,6 @@ LAYOUTS = {  # name -> (processes, dtype, overrides)
     "pp2_interleaved": (2, "bfloat16", both(PP, "virtual_pipeline_model_parallel_size=2")),
     "dp2": (2, "bfloat16", []),
     "cp2": (2, "float32", both(CP)),
-    "tp2_teacher_pp2": (2, "float32", [f"student.{TP}", f"teacher.{PP}"]),
     "dp2_teacher_tp2_offloaded": (2, "bfloat16", [f"teacher.{TP}", "teacher.offload=true"]),
     "jsd_tp2_teacher_dp2": (2, "bfloat16", [f"student.{TP}", "objective.name=jsd"]),
 }

@@ -100,7 +100,7 @@ def test_large_batches_are_drawn_in_parts_with_the_same_result(monkeypatch, dtyp
     logits = torch.randn(37, 50, generator=generator).to(dtype)
     uniforms = torch.rand(37, generator=generator, dtype=torch.float64)
     whole = draw(logits, uniforms, 0.7, 20, 0.9)
-    monkeypatch.setattr(sampling, "_ELEMENTS_AT_ONCE", 500)
+    monkeypatch.setattr(sampling, "ELEMENTS_AT_ONCE", 500)
     parts = draw(logits, uniforms, 0.7, 20, 0.9)
     assert torch.equal(whole[0], parts[0])
     assert torch.equal(whole[1], parts[1])

@@ -77,7 +77,6 @@ LAYOUTS = {
 
 # The same of an objective over the whole vocabulary, for which the teacher's hidden states travel.
 WHOLE_LAYOUTS = {
-    "jsd_tp2_sp": (2, {TP: 2, SP: True}, None),
     "jsd_pp2_interleaved_teacher_tp2_sp": (2, {PP: 2, VPP: 2}, {TP: 2, SP: True}),
     "jsd_dp2_teacher_tp2_offloaded_packed": (2, {}, {TP: 2, "offload": True}),
     "jsd_tp2_cp2_sp_teacher_pp2_dp2": (4, {TP: 2, CP: 2, SP: True}, {PP: 2}),
