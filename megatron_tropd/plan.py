@@ -110,10 +110,9 @@ def _with_less_on_device(recipe: Recipe, cp: int) -> Iterator[tuple[Recipe, int]
     """Yield the recipe, and others with ever more in host memory, as far as it may be there."""
     training = replace(recipe.training, offload_optimizer=recipe.student.dtype != "float32")
     teacher = replace(recipe.teacher, offload=not has_dedicated_teacher(recipe))
-    yield recipe, cp
-    yield replace(recipe, teacher=teacher), cp
-    yield replace(recipe, training=training), cp
-    yield replace(recipe, training=training, teacher=teacher), cp
+    changes = ({}, {"teacher": teacher}, {"training": training}, {"training": training, "teacher": teacher})
+    recipes = [replace(recipe, **change) for change in changes]
+    yield from ((other, cp) for i, other in enumerate(recipes) if other not in recipes[:i])
 
 
 def _fitting(job: Job, gpu: Accelerator, cp: int) -> list[tuple[Job, Memory, float]]:
