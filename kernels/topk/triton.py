@@ -48,13 +48,14 @@ def _select_kernel(
     prefix = tl.zeros([], tl.int64)  # the bits found so far of the k-th largest key
     remaining = wanted + tl.zeros([], tl.int32)  # how many of the keys with this prefix belong to the top k
     for level in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * level
+        # No constexpr: the unrolled loop assigns it again. A name of its own: `shift` below is a float.
+        low = 24 - 8 * level
         counts = tl.zeros([512], tl.int32)
         for start in range(0, width, block):
             columns = start + tl.arange(0, block)
             _, key = _load_keys(logits, row, row_stride, columns, column_stride, width, scale)
-            candidate = (columns < width) & ((key >> (shift + 8)) == prefix)
-            counts += tl.histogram(tl.where(candidate, (key >> shift) & 255, 256).to(tl.int32), 512)
+            candidate = (columns < width) & ((key >> (low + 8)) == prefix)
+            counts += tl.histogram(tl.where(candidate, (key >> low) & 255, 256).to(tl.int32), 512)
         bins = tl.arange(0, 512)
         counts = tl.where(bins < 256, counts, 0)  # bin 256 held the others
         at_least = tl.cumsum(counts, 0, reverse=True)
