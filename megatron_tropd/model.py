@@ -22,8 +22,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.experts import experts_of
 from megatron_tropd.layer_specs import block_spec, uses_transformer_engine
+from megatron_tropd.layout import expert_tensor_parallel_size
 from megatron_tropd.model_checks import UNEVEN_STAGES, check_sizes
-from megatron_tropd.parallel import ParallelGroups, expert_tensor_parallel_size
+from megatron_tropd.parallel import ParallelGroups
 from megatron_tropd.types import UserError
 
 SUPPORTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral")

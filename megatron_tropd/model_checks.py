@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.experts import experts_of
-from megatron_tropd.parallel import divisors, expert_tensor_parallel_size
+from megatron_tropd.layout import divisors, expert_tensor_parallel_size
 from megatron_tropd.types import UserError
 
 UNEVEN_STAGES = (

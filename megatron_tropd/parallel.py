@@ -11,7 +11,6 @@ Megatron's global ones; a teacher of another layout has a collection of its own 
 from __future__ import annotations
 
 import datetime
-import math
 import os
 import random
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_tropd import cpu_compat
 from megatron_tropd.config import ModelConfig
+from megatron_tropd.layout import check_ranks, expert_tensor_parallel_size
 from megatron_tropd.types import UserError
 
 if TYPE_CHECKING:
@@ -137,52 +137,6 @@ class ParallelGroups:
         return self.is_last_stage and self.tp_rank == 0 and self.dp_rank == 0 and self.cp_rank == 0
 
 
-def _check_layout(layout: ModelConfig, world_size: int, role: str | None = None, others: int = 0) -> None:
-    pp = {"pipeline_model_parallel_size": layout.pipeline_model_parallel_size}
-    dense = {
-        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
-        "context_parallel_size": layout.context_parallel_size,
-    }
-    experts = {
-        "expert_tensor_parallel_size": expert_tensor_parallel_size(layout),
-        "expert_model_parallel_size": layout.expert_model_parallel_size,
-    }
-    for sizes, what in ((dense | pp, "ranks a replica"), (experts | pp, "ranks a set of experts")):
-        ranks = math.prod(sizes.values())
-        if world_size % ranks:
-            prefix = f"{role}." if role else ""
-            wanted = " x ".join(f"{prefix}{name}={size}" for name, size in sizes.items())
-            beside = f" beside the other model's {others}" if others else ""
-            raise UserError(
-                f"{world_size} process(es){beside} cannot hold {wanted} = {ranks} {what}; start a multiple of {ranks} "
-                f"processes{beside} (torchrun --nproc-per-node) or choose sizes whose product is one of "
-                f"{divisors(world_size)}"
-            )
-    replica, shared = math.prod(dense.values()), math.prod(experts.values())
-    if max(replica, shared) % min(replica, shared):
-        wanted, given = (" x ".join(f"{n}={s}" for n, s in sizes.items()) for sizes in (experts, dense))
-        raise UserError(
-            f"{wanted} = {shared} must divide {given} = {replica}, or be a multiple of it: experts are shared by ranks "
-            "of one replica, or by whole replicas"
-        )
-
-
-def divisors(number: int) -> list[int]:
-    """Return all divisors of a number, smallest first: what an error names as sizes that would work."""
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def model_ranks(model: ModelConfig) -> int:
-    """Return the ranks of one replica."""
-    sizes = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size)
-    return math.prod(sizes)
-
-
-def expert_tensor_parallel_size(model: ModelConfig) -> int:
-    """Return how many ranks share each expert's matrices: as many as share the dense ones, if nothing else is said."""
-    return model.expert_tensor_parallel_size or model.tensor_model_parallel_size
-
-
 def initialize(
     layout: ModelConfig,
     seed: int = 1234,
@@ -206,10 +160,10 @@ def initialize(
         cpu_compat.apply()
     has_cuda = torch.cuda.is_available()
     if partition:
-        _check_layout(layout, partition.size, partition.role, partition.other_size)
+        check_ranks(layout, partition.size, partition.role, partition.other_size)
     else:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        _check_layout(layout, dist.get_world_size() if dist.is_initialized() else world_size)
+        check_ranks(layout, dist.get_world_size() if dist.is_initialized() else world_size)
     if has_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
@@ -266,7 +220,7 @@ def build_groups(layout: ModelConfig, groups: ParallelGroups, role: str = "teach
     same = (groups.tp_size, groups.pp_size, groups.cp_size, groups.virtual_pipeline_size, *experts)
     if (tp, pp, cp, virtual, ep, etp) == same:
         return groups
-    _check_layout(layout, groups.world_size, role)
+    check_ranks(layout, groups.world_size, role)
     dp = groups.world_size // (tp * pp * cp)
     order = "tp-cp-ep-dp-pp"
     ranks = parallel_state.RankGenerator(tp=tp, ep=1, dp=dp, pp=pp, cp=cp, order=order)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from megatron_tropd.config import DATA_OBJECTIVES, ModelConfig, Recipe
 from megatron_tropd.errors import UserError
-from megatron_tropd.parallel import model_ranks
+from megatron_tropd.layout import model_ranks
 
 # The other part may take hours to load its weights, to score a batch or to write responses. Where a process died the
 # launcher ends the wait, with all others.

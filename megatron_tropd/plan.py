@@ -15,9 +15,9 @@ from typing import Any
 from megatron_tropd.config import ModelConfig, Recipe
 from megatron_tropd.errors import UserError
 from megatron_tropd.experts import experts_of
+from megatron_tropd.layout import check_ranks, model_ranks
 from megatron_tropd.model import head_dim
 from megatron_tropd.model_checks import check_sizes
-from megatron_tropd.parallel import model_ranks
 from megatron_tropd.partition import has_dedicated_teacher
 from megatron_tropd.plan_job import Accelerator, Job
 from megatron_tropd.plan_memory import Memory, memory
@@ -79,7 +79,17 @@ def layouts(hf: Any, model: ModelConfig, gpus: int, node: int = 8, cp: int = 1) 
             yield found
             continue
         for ep in {1, math.gcd(experts.count, min(node, gpus // pp))}:
-            yield replace(found, expert_model_parallel_size=ep, expert_tensor_parallel_size=1)
+            dealt_out = replace(found, expert_model_parallel_size=ep, expert_tensor_parallel_size=1)
+            if _holds(dealt_out, gpus):
+                yield dealt_out
+
+
+def _holds(model: ModelConfig, gpus: int) -> bool:
+    try:
+        check_ranks(model, gpus)
+    except UserError:
+        return False
+    return True
 
 
 def _layout_pairs(job: Job, cp: int) -> Iterator[tuple[ModelConfig, ModelConfig]]:

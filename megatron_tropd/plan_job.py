@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_tropd.config import Recipe
+from megatron_tropd.layout import model_ranks
 from megatron_tropd.objectives import METHODS, Method
-from megatron_tropd.parallel import model_ranks
 from megatron_tropd.partition import has_dedicated_teacher, student_size, teacher_size
 
 

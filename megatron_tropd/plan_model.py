@@ -12,8 +12,8 @@ from typing import Any
 
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.experts import experts_of
+from megatron_tropd.layout import expert_tensor_parallel_size
 from megatron_tropd.model import has_qk_norm, has_qkv_bias, head_dim, padded_vocab_size
-from megatron_tropd.parallel import expert_tensor_parallel_size
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

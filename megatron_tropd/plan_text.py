@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.errors import UserError
+from megatron_tropd.layout import check_ranks
 from megatron_tropd.model_checks import check_sizes
-from megatron_tropd.parallel import model_ranks
 from megatron_tropd.plan import proposals, step_seconds
 from megatron_tropd.plan_job import Accelerator, Job
 from megatron_tropd.plan_memory import Memory, memories
-from megatron_tropd.plan_model import expert_ranks
 
 
 def describe(job: Job, gpu: Accelerator) -> tuple[str, bool]:
@@ -39,10 +38,7 @@ def _problem(job: Job) -> str | None:
         for role, hf in (("student", job.student), ("teacher", job.teacher)):
             model = getattr(job.recipe, role)
             check_sizes(hf, model, role)
-            for ranks, what in ((model_ranks(model), "replicas"), (expert_ranks(model), "experts")):
-                gpus = job.gpus_of(role)
-                if gpus % ranks:
-                    return f"{gpus} GPUs cannot hold {what} of {ranks} ranks ({role}: {_layout(model)})"
+            check_ranks(model, job.gpus_of(role), role)
     except UserError as error:
         return str(error)
     prompts, replicas = job.recipe.training.prompts_per_step, job.replicas("student")

@@ -4,9 +4,11 @@ import pytest
 from transformers import LlamaConfig, MixtralConfig
 
 from megatron_tropd.cli import main
+from megatron_tropd.config import ModelConfig
+from megatron_tropd.errors import UserError
+from megatron_tropd.layout import check_ranks, model_ranks
 from megatron_tropd.model import load_hf_config
-from megatron_tropd.parallel import model_ranks
-from megatron_tropd.plan import proposals
+from megatron_tropd.plan import layouts, proposals
 from megatron_tropd.plan_job import Accelerator, Job
 from megatron_tropd.plan_memory import memories, memory
 from megatron_tropd.plan_model import (
@@ -52,7 +54,7 @@ def test_the_shipped_recipe_fits_a_node(large, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--gpus", "4"], "4 GPUs cannot hold replicas of 8 ranks"),
+        (["--gpus", "4"], "4 process(es) cannot hold student.tensor_model_parallel_size=8"),
         (["--gpu-memory", "24"], "DOES NOT FIT"),
         (["student.tensor_model_parallel_size=3"], "does not divide all of the model's 32 attention heads"),
         (["training.prompts_per_step=3", "--gpus", "16"], "cannot be split over 2 replicas"),
@@ -63,6 +65,29 @@ def test_what_cannot_be_is_refused(options, said, large, capsys):
     assert main(["plan", "llama_70b_to_8b", *large, *options]) != 0
     output = capsys.readouterr()
     assert said in output.out + output.err
+
+
+def test_what_training_refuses_a_plan_refuses_in_the_same_words(tmp_path, capsys):
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 2}
+    MixtralConfig(num_hidden_layers=2, num_local_experts=6, vocab_size=128, **sizes).save_pretrained(tmp_path)
+    write_config(tmp_path / "teacher", num_hidden_layers=2, **sizes)
+    layout = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 3, "expert_tensor_parallel_size": 1}
+    keys = [f"student.{key}={size}" for key, size in layout.items()]
+    paths = [f"student.hf_path={tmp_path}", f"teacher.hf_path={tmp_path / 'teacher'}"]
+    assert main(["plan", *paths, *keys, "student.sequence_parallel=true", "--gpus", "6"]) != 0
+    with pytest.raises(UserError) as refused:
+        check_ranks(ModelConfig(**layout), 6, "student")
+    assert "= 3 must divide" in str(refused.value)
+    assert str(refused.value) in capsys.readouterr().out
+
+
+def test_proposals_are_layouts_that_training_accepts():
+    sizes = {"hidden_size": 384, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 4}
+    nine = MixtralConfig(num_hidden_layers=4, num_local_experts=9, vocab_size=128, **sizes)
+    found = list(layouts(nine, ModelConfig(), 6))
+    assert any(model.expert_model_parallel_size == 3 for model in found)
+    for model in found:
+        check_ranks(model, 6)
 
 
 def test_an_offloaded_optimizer_is_there_only_in_the_update(large):
