@@ -1,4 +1,4 @@
-"""The command line `megatron-tropd`: train | generate | evaluate | convert | report.
+"""The command line `megatron-tropd`: train | generate | evaluate | convert | plan | report.
 
 Under torchrun every rank runs it (`torchrun --nproc-per-node 2 -m megatron_tropd train tiny`); without torchrun it is
 one process. A UserError is printed once and ends every rank with status 2; what a rank alone runs into ends that rank
@@ -34,18 +34,17 @@ _GRACE_SECONDS = 5.0  # rank 0 prints first; see _fail
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit status (0 done, 1 failure, 2 mistake in the input)."""
+    """Run the command line; return the exit status: 0 done, 1 failure or a plan that does not fit, 2 bad input."""
     arguments = _parse(argv)
     _configure_logging()
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except UserError as error:
         return _fail(f"megatron-tropd: error: {error}", 2)
     except KeyboardInterrupt:
         return _fail("megatron-tropd: interrupted", 130)
     except Exception:
         return _fail(traceback.format_exc().rstrip(), 1)
-    return 0
 
 
 def _fail(message: str, status: int) -> int:

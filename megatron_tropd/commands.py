@@ -145,8 +145,8 @@ def mcore_to_hf(arguments: argparse.Namespace) -> None:
     )
 
 
-def plan(arguments: argparse.Namespace) -> None:
-    """Print memory by part, seconds by stage and layouts that fit; fail where the recipe's own does not."""
+def plan(arguments: argparse.Namespace) -> int:
+    """Print memory by part, seconds by stage and layouts that fit; return 1 where the recipe's own does not fit."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     require(recipe, "student.hf_path|student.checkpoint", "teacher.hf_path|teacher.checkpoint")
     for role in ("student", "teacher"):
@@ -161,8 +161,7 @@ def plan(arguments: argparse.Namespace) -> None:
     job = Job(*configs, recipe, arguments.gpus, prompt)
     text, fits = describe(job, Accelerator(memory_gb=arguments.gpu_memory))
     _print(text)
-    if not fits:
-        raise UserError("the recipe's layout does not fit; see above for its parts and for what would.")
+    return 0 if fits else 1
 
 
 def report(arguments: argparse.Namespace) -> None:
