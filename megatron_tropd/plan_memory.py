@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_tropd.config import ModelConfig, Recipe
 from megatron_tropd.kernels.linear import LOGITS_ELEMENTS
+from megatron_tropd.kv_cache import CPU_BLOCK_TOKENS, CUDA_BLOCK_TOKENS, cache_bytes, rounded_requests
 from megatron_tropd.megatron_inference_compat import MAX_PREFILL_TOKENS
 from megatron_tropd.model import head_dim, padded_vocab_size
 from megatron_tropd.plan_job import Job
@@ -25,7 +26,6 @@ from megatron_tropd.plan_model import (
     stage_kinds,
     stage_parameters,
 )
-from megatron_tropd.rollout import CPU_BLOCK_TOKENS, CUDA_BLOCK_TOKENS
 from megatron_tropd.sampling import ELEMENTS_AT_ONCE
 
 # Megatron's inference context holds seven 64-bit numbers for each token that one step may process.
@@ -230,5 +230,5 @@ def _kv_cache(job: Job, layers: int) -> float:
         return rollout.kv_cache_gb * 2**30
     token = 2 * job.student.num_key_value_heads // model.tensor_model_parallel_size * head_dim(job.student)
     block = CUDA_BLOCK_TOKENS if job.fused else CPU_BLOCK_TOKENS
-    blocks = job.requests * -(-job.sequence // block) + 2
-    return blocks * block * token * layers * BYTES[model.dtype]
+    requests = rounded_requests(job.requests, model.tensor_model_parallel_size)
+    return cache_bytes(requests, job.sequence, block, token * layers * BYTES[model.dtype])

@@ -10,7 +10,6 @@ where asked for. The cache is made for each call and freed with it. Nothing of t
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 
 import torch
@@ -18,6 +17,7 @@ import torch
 from megatron_tropd import cpu_compat
 from megatron_tropd.config import RolloutConfig
 from megatron_tropd.end_of_text import EndOfText
+from megatron_tropd.kv_cache import CPU_BLOCK_TOKENS, CUDA_BLOCK_TOKENS, cache_bytes, rounded_requests
 from megatron_tropd.megatron_inference_compat import inference_model, run_dynamic_engine, run_static_engine
 from megatron_tropd.parallel import ParallelGroups
 from megatron_tropd.sampling import Response, Sampler
@@ -25,9 +25,6 @@ from megatron_tropd.tokenizer import Tokenizer
 from megatron_tropd.types import Prompt, Rollouts, Sampling, UserError
 
 logger = logging.getLogger(__name__)
-
-CUDA_BLOCK_TOKENS = 256  # flash-attn's paged cache wants multiples of it
-CPU_BLOCK_TOKENS = 64
 
 
 class RolloutEngine:
@@ -118,9 +115,7 @@ class RolloutEngine:
     def _run_dynamic(self, model: torch.nn.Module, responses: list[Response], sampling: Sampling) -> None:
         cpu_compat.apply_inference()
         longest = max((len(r.start) + r.budget for r in responses), default=2)
-        # Megatron rounds the number of requests to multiples of the tensor-parallel size and of 4.
-        multiple = math.lcm(4, self.groups.tp_size)
-        max_requests = -(-max(1, min(len(responses), self.config.max_batch_size)) // multiple) * multiple
+        max_requests = rounded_requests(min(len(responses), self.config.max_batch_size), self.groups.tp_size)
         block = CUDA_BLOCK_TOKENS if self.groups.device.type == "cuda" else CPU_BLOCK_TOKENS
         run_dynamic_engine(
             model,
@@ -156,8 +151,7 @@ class RolloutEngine:
         heads = config.num_query_groups // self.groups.tp_size
         token_bytes = 2 * heads * config.kv_channels * self._num_layers()
         token_bytes *= torch.finfo(config.params_dtype).bits // 8
-        blocks = sequences * -(-longest // block) + 2  # one block is Megatron's dummy, one guards the rounding
-        return blocks * block * token_bytes / 2**30
+        return cache_bytes(sequences, longest, block, token_bytes) / 2**30
 
     def _num_layers(self) -> int:
         return sum(len(chunk.decoder.layers) for chunk in self.chunks)

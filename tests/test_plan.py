@@ -1,5 +1,7 @@
 """`megatron-tropd plan`: what fits, what is refused and why, and what is proposed; its numbers of known models."""
 
+import math
+
 import pytest
 from transformers import LlamaConfig, MixtralConfig
 
@@ -101,6 +103,14 @@ def test_an_offloaded_optimizer_is_there_only_in_the_update(large):
     for phase in ("rollout", "teacher scores"):
         saved = before.parts["student gradients"] + before.parts["optimizer"]
         assert before.phases[phase] - after.phases[phase] == pytest.approx(saved)
+
+
+def test_the_cache_is_planned_for_as_many_requests_as_the_engine_makes_room_for(large):
+    recipe = load_recipe("llama_70b_to_8b", [*large, "rollout.max_batch_size=50"])
+    configs = [load_hf_config(getattr(recipe, role).hf_path) for role in ("student", "teacher")]
+    blocks = 56 * math.ceil((512 + 8096) / 256) + 2  # 50 requests are 56 at TP=8; two blocks are Megatron's
+    token = 2 * (8 // 8) * 128 * 32 * 2  # keys and values of one head in 32 layers of bfloat16
+    assert memory(Job(*configs, recipe, gpus=8)).parts["KV cache"] == blocks * 256 * token
 
 
 def test_a_token_budget_is_planned_like_as_many_padded_tokens(large):

@@ -1,0 +1,30 @@
+"""Bytes of the paged key/value cache, without torch: the engine that allocates it and the plan ask the same function.
+
+cache_bytes(rounded_requests(50, tp_size=8), longest=8608, block=CUDA_BLOCK_TOKENS, token_bytes=16384)
+"""
+
+from __future__ import annotations
+
+import math
+
+CUDA_BLOCK_TOKENS = 256  # flash-attn's paged cache wants multiples of it
+CPU_BLOCK_TOKENS = 64
+
+
+def rounded_requests(requests: int, tp_size: int) -> int:
+    """Return for how many requests Megatron makes its tables: a multiple of the tensor-parallel size and of 4."""
+    multiple = math.lcm(4, tp_size)
+    return -(-max(1, requests) // multiple) * multiple
+
+
+def cache_bytes(sequences: int, longest: int, block: int, token_bytes: int) -> int:
+    """Return the bytes that whole sequences take on one rank.
+
+    Args:
+        sequences: sequences that are in the cache at the same time.
+        longest: tokens of each, prompt included.
+        block: tokens of a block, which belongs to one sequence.
+        token_bytes: keys and values of one token in all of the rank's layers.
+    """
+    blocks = sequences * -(-longest // block) + 2  # one block is Megatron's dummy, one guards the rounding
+    return blocks * block * token_bytes
