@@ -11,6 +11,7 @@ setup(
         "megatron_tropd.kernels.fused_linear_full_divergence",
         "megatron_tropd.kernels.fused_linear_logprobs",
         "megatron_tropd.kernels.logprobs",
+        "megatron_tropd.kernels.paged_attention",
         "megatron_tropd.kernels.topk",
         "megatron_tropd.recipes",
     ],

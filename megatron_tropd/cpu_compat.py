@@ -184,22 +184,16 @@ def apply() -> bool:
 
 
 def apply_inference() -> None:
-    """Let Megatron-Core's inference engines run on CPU: plain paged attention, small decode batches; idempotent.
+    """Let Megatron-Core's inference engines run on CPU: small decode batches, no CUDA kernels; idempotent.
 
-    Needs `apply` before; does nothing where CUDA is available.
+    Needs `apply` before; does nothing where CUDA is available. The attention is megatron_inference_compat's to choose.
     """
     global _inference_applied
     if torch.cuda.is_available() or _inference_applied:
         return
     from megatron.core.inference import communication_utils
     from megatron.core.inference.contexts import dynamic_context
-    from megatron.core.transformer import attention
 
-    from megatron_tropd import cpu_attention
-
-    attention.flash_attn_varlen_func = cpu_attention.flash_attn_varlen_func
-    attention.flash_attn_with_kvcache = cpu_attention.flash_attn_with_kvcache
-    attention.is_fa_min_version = _constant(True)
     dynamic_context.triton_append_key_value_cache = None
     dynamic_context.DynamicInferenceContext.TOKEN_ROUNDER = 4  # decode batches are padded to it; 64 otherwise
     communication_utils._is_cuda = _constant(None)

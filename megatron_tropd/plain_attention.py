@@ -1,8 +1,8 @@
-"""Attention in plain PyTorch over packed sequences and context-parallel shares, where Transformer Engine is absent.
+"""Attention of PyTorch's own over packed sequences and context-parallel shares, where Transformer Engine is absent.
 
-Everything else goes to Megatron's own local attention. With context parallelism the keys and values of a layer are
-gathered on every rank, their gradient reduce-scattered: memory for simplicity, where Transformer Engine's ring or
-all-to-all attention is not there.
+On CUDA padded sequences go to it, too: Megatron's local attention keeps [s, s] probabilities per head. On a CPU they go
+to Megatron's. With context parallelism the keys and values of a layer are gathered on every rank, their gradient
+reduce-scattered: memory for simplicity, where Transformer Engine's ring or all-to-all attention is absent.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 from megatron_tropd.context_parallel import share_places
+from megatron_tropd.variable_length import attends_variable_lengths, variable_length_attention
 
 
 class PlainAttention(DotProductAttention):
@@ -34,6 +35,7 @@ class PlainAttention(DotProductAttention):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
         *args: Any,
         packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
@@ -45,11 +47,22 @@ class PlainAttention(DotProductAttention):
         """
         size = 1 if self.whole_sequences else self.cp_group.size()
         if packed_seq_params is None:
-            if size == 1:
-                return super().forward(query, key, value, *args, **kwargs)
+            if size == 1 and not self._takes_plain_causal(query, key, attention_mask):
+                return super().forward(query, key, value, attention_mask, *args, **kwargs)
             return self._attend(query, key, value, [0, query.size(0) * size], size)
+        if size == 1 and attends_variable_lengths(query):
+            ends, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
+            lengths = {"longest_q": longest, "longest_k": longest, "scale": self.softmax_scale}
+            return variable_length_attention(query, key, value, ends, ends, **lengths).flatten(1)
         ends = packed_seq_params.cu_seqlens_q.tolist()
         return self._attend(*(t.unsqueeze(1) for t in (query, key, value)), ends, size).squeeze(1)
+
+    def _takes_plain_causal(self, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+        """Whether padded sequences go to scaled_dot_product_attention: on CUDA, where each token sees all before it.
+
+        A decode step of the static engine has fewer queries than keys and goes to Megatron's attention.
+        """
+        return query.is_cuda and attention_mask is None and query.size(0) == key.size(0)
 
     def _attend(self, query, key, value, ends: list[int], size: int) -> torch.Tensor:
         """Attend within each of the sequences [ends[i], ends[i + 1]), lengths counted over all ranks."""

@@ -1,17 +1,21 @@
-"""Attention over Megatron's paged key/value cache in plain PyTorch, for devices without flash-attn.
+"""Attention over Megatron's paged key/value cache where flash-attn is absent or refuses the dtype: CPU, CUDA, float32.
 
 The two functions take the arguments with which Megatron-Core's dynamic inference calls flash-attn 2 and answer with the
-same shapes. Shapes, beyond those of `types`: r requests, p blocks of z tokens each, g key/value heads, a query heads, d
-head width; a block table is [r, blocks a request], -1 where a request has no block.
+same shapes. Decode steps go to the kernel `paged_decode_attention`; prefills to torch's variable-length attention
+where it runs (CUDA, half precision, torch 2.10), else request by request to scaled_dot_product_attention. Shapes: r
+requests, p blocks of z tokens each, g key/value heads, a query heads, d head width; a block table is [r, blocks per
+request], -1 where a request has no block.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+
+from megatron_tropd.kernels import paged_decode_attention
+from megatron_tropd.kernels.paged_attention.chunked import attend_last, attend_plainly, gather, visible_keys
+from megatron_tropd.variable_length import attends_variable_lengths, variable_length_attention
 
 
 def flash_attn_with_kvcache(
@@ -41,13 +45,12 @@ def flash_attn_with_kvcache(
     Returns:
         [r, s, a, d] of q's dtype.
     """
-    lengths = cache_seqlens.long().clamp(min=1)
-    longest = int(lengths.max())
-    keys, values = _gather(k_cache, block_table, longest), _gather(v_cache, block_table, longest)
-    queries = q.size(1)
-    query_places = lengths[:, None] - queries + torch.arange(queries, device=q.device)  # [r, s]
-    visible = _visible(query_places, torch.arange(longest, device=q.device), window_size)
-    return _attend(q, keys, values, visible[:, None], softmax_scale)
+    if q.size(1) > 1:
+        return attend_last(q, k_cache, v_cache, cache_seqlens, block_table, softmax_scale, window_size[0])
+    out = paged_decode_attention(
+        q.squeeze(1), k_cache, v_cache, cache_seqlens, block_table, scale=softmax_scale, window=window_size[0]
+    )
+    return out.unsqueeze(1)
 
 
 def flash_attn_varlen_func(
@@ -84,6 +87,38 @@ def flash_attn_varlen_func(
         [n, a, d] of q's dtype, zero on padding.
     """
     assert block_table is not None, "Megatron's dynamic inference always passes a block table"
+    if attends_variable_lengths(q):
+        return _prefill_together(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, window_size[0], block_table)
+    return _prefill_one_by_one(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, window_size[0], block_table)
+
+
+def _prefill_together(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, window, block_table) -> torch.Tensor:
+    """Lay the cached tokens of all requests out one after the other, and attend in one call."""
+    ends_q, lengths = cu_seqlens_q.tolist(), cu_seqlens_k.diff()
+    row = torch.repeat_interleave(torch.arange(len(lengths), device=q.device), lengths)  # [cached tokens]
+    place = torch.arange(len(row), device=q.device) - cu_seqlens_k[row]
+    block = block_table[row, place // k.size(1)]
+    keys, values = (cache[block, place % k.size(1)] for cache in (k, v))  # [cached tokens, g, d]
+    tokens = ends_q[-1]
+    attended = variable_length_attention(
+        q[:tokens],
+        keys,
+        values,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max(stop - start for start, stop in zip(ends_q, ends_q[1:], strict=False)),
+        int(lengths.max()),
+        scale=scale,
+        window=window,
+    )
+    if tokens == q.size(0):
+        return attended
+    out = torch.zeros_like(q)
+    out[:tokens] = attended
+    return out
+
+
+def _prefill_one_by_one(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, window, block_table) -> torch.Tensor:
     starts = cu_seqlens_q.tolist()
     lengths_k = cu_seqlens_k.diff()
     out = torch.zeros_like(q)
@@ -91,41 +126,15 @@ def flash_attn_varlen_func(
     if single:  # requests that decode while others prefill: one batched call
         rows = torch.tensor(single, device=q.device)
         places = cu_seqlens_q[rows].long()
-        options = {"softmax_scale": softmax_scale, "window_size": window_size}
+        options = {"softmax_scale": scale, "window_size": (window, -1)}
         decoded = flash_attn_with_kvcache(q[places][:, None], k, v, lengths_k[rows], block_table[rows], **options)
         out[places] = decoded[:, 0]
     cached = lengths_k.tolist()
     for i, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
         if stop - start <= 1:
             continue
-        keys, values = (_gather(cache, block_table[i : i + 1], cached[i]) for cache in (k, v))
+        keys, values = (gather(cache, block_table[i : i + 1], cached[i]) for cache in (k, v))
         query_places = torch.arange(cached[i] - (stop - start), cached[i], device=q.device)
-        visible = _visible(query_places, torch.arange(cached[i], device=q.device), window_size)
-        out[start:stop] = _attend(q[None, start:stop], keys, values, visible, softmax_scale)[0]
+        visible = visible_keys(query_places, torch.arange(cached[i], device=q.device), window)
+        out[start:stop] = attend_plainly(q[None, start:stop], keys, values, visible, scale)[0]
     return out
-
-
-def _gather(cache: torch.Tensor, block_table: torch.Tensor, longest: int) -> torch.Tensor:
-    """Lay the cached tokens of each request out in order: [r, longest, g, d]."""
-    size = cache.size(1)
-    blocks = math.ceil(longest / size)
-    table = block_table[:, :blocks].long().clamp(min=0)
-    if blocks == 1:
-        return cache[:, :longest].index_select(0, table[:, 0])
-    return cache.index_select(0, table.flatten()).view(table.size(0), blocks * size, *cache.shape[2:])[:, :longest]
-
-
-def _visible(query_places: torch.Tensor, key_places: torch.Tensor, window_size: tuple[int, int]) -> torch.Tensor:
-    """Return [..., s, keys] bool: which keys each query sees, given their places in the sequence."""
-    distance = query_places[..., None] - key_places
-    visible = distance >= 0
-    return visible if window_size[0] < 0 else visible & (distance <= window_size[0])
-
-
-def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float | None
-) -> torch.Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = q.size(1) != k.size(1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=grouped)
-    return out.transpose(1, 2)

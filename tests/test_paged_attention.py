@@ -1,10 +1,10 @@
-"""Paged attention on CPU against attention over each request's tokens laid out plainly, in float64."""
+"""Paged attention in plain PyTorch against attention over each request's tokens laid out plainly, in float64."""
 
 import pytest
 import torch
 from helpers import assert_close
 
-from megatron_tropd.cpu_attention import flash_attn_varlen_func, flash_attn_with_kvcache
+from megatron_tropd.paged_attention import flash_attn_varlen_func, flash_attn_with_kvcache
 
 SIZE, KV_HEADS, WIDTH = 4, 2, 8  # tokens a block, key/value heads, head width
 

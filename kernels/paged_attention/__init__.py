@@ -1,0 +1,1 @@
+"""One decode step's attention over a paged key/value cache."""

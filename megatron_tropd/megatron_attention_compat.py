@@ -1,0 +1,75 @@
+"""Which attention Megatron-Core's dynamic inference calls: flash-attn, or ours over the same paged cache.
+
+The third part of `megatron_compat`: nothing else touches the names under which Megatron's attention module holds
+flash-attn, in versions 0.16 to 0.19.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+
+import torch
+from megatron.core.transformer import attention
+from packaging.version import Version
+
+from megatron_tropd import paged_attention
+from megatron_tropd.errors import UserError
+
+LEAST_FLASH_ATTN = "2.7.3"  # what Megatron-Core's dynamic inference insists on
+
+
+@functools.cache
+def flash_attn_problem() -> str | None:
+    """Return why flash-attn cannot serve Megatron's dynamic inference, None if it can."""
+    if any(getattr(attention, name, False) for name in ("HAVE_FA3", "HAVE_FA4")):
+        return None
+    if attention.flash_attn_varlen_func is None:
+        return "flash-attn is not importable"
+    version = metadata.version("flash-attn")
+    if Version(version) < Version(LEAST_FLASH_ATTN):
+        return f"flash-attn {version} is older than {LEAST_FLASH_ATTN}"
+    return None
+
+
+def choose_attention(choice: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Return `flash` or `plain` for `rollout.attention` = `choice` and a model's dtype.
+
+    Raises:
+        UserError: flash-attn was asked for and cannot do it.
+    """
+    if device.type != "cuda":
+        return "plain"
+    problem = flash_attn_problem()
+    if dtype == torch.float32:
+        problem = "flash-attn computes in bfloat16 and float16 alone, and the student's dtype is float32"
+    if choice == "flash" and problem:
+        raise UserError(
+            f"rollout.attention=flash: {problem}; use rollout.attention=auto, which then takes torch's own."
+        )
+    return "plain" if choice == "plain" or problem else "flash"
+
+
+@contextmanager
+def inference_attention(choice: str) -> Iterator[None]:
+    """Within the context Megatron's dynamic inference attends by `choice`, `flash` or `plain`."""
+    if choice == "flash":
+        yield
+        return
+    ours = {
+        "flash_attn_varlen_func": paged_attention.flash_attn_varlen_func,
+        "flash_attn_with_kvcache": paged_attention.flash_attn_with_kvcache,
+        "is_fa_min_version": lambda *args, **kwargs: True,
+        "HAVE_FA3": False,
+        "HAVE_FA4": False,
+    }
+    before = {name: getattr(attention, name) for name in ours if hasattr(attention, name)}
+    for name in before:
+        setattr(attention, name, ours[name])
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(attention, name, value)
