@@ -19,9 +19,13 @@ def _key(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
+    words: tuple[str, ...] = (),
 ) -> Any:
-    """Declare a key: documentation, allowed values of an enumeration, range [low, high] or values > `above`."""
-    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above}
+    """Declare a key: documentation, allowed values of an enumeration, range [low, high] or values > `above`.
+
+    `words` are the texts that a numeric key takes beside its numbers.
+    """
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above, "words": words}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: default.copy(), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -99,8 +103,19 @@ class RolloutConfig:
     top_p: float = _key(1.0, "sample from the nucleus of this mass; 1: all", above=0, high=1)
     stop: list[str] = _key([], "strings that end a response")
     engine: str = _key("auto", "Megatron inference engine", ("auto", "dynamic", "static"))
+    attention: str = _key(
+        "auto",
+        "rollouts' attention on CUDA: flash-attn, or our kernel and torch's own; auto: flash-attn where it can serve",
+        ("auto", "flash", "plain"),
+    )
+    cuda_graphs: str = _key("auto", "replay decode steps as CUDA graphs (on CUDA)", ("auto", "off"))
     max_batch_size: int = _key(256, "responses generated at the same time on one data-parallel rank", low=1)
-    kv_cache_gb: float | None = _key(None, "memory of the paged KV cache; default: what max_batch_size needs", above=0)
+    kv_cache_gb: float | str | None = _key(
+        "auto",
+        "GiB of the paged KV cache per GPU; auto: what max_batch_size whole responses need, or what is free if less",
+        words=("auto",),
+        above=0,
+    )
 
 
 @dataclass

@@ -29,8 +29,10 @@ from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from packaging.version import Version
 from tqdm import tqdm
 
+from megatron_tropd.decode_graphs import GraphedDecoding
 from megatron_tropd.megatron_compat import MEGATRON_VERSION
 from megatron_tropd.parallel import any_rank
+from megatron_tropd.plain_attention import PlainAttention
 
 try:  # 0.17 and later
     from megatron.core.inference.config import InferenceConfig
@@ -177,6 +179,13 @@ def inference_model(chunks: list[torch.nn.Module], groups: Any) -> Iterator[torc
         _drop_inference_buffers()
 
 
+def attends_whole_sequences(chunks: list[torch.nn.Module]) -> bool:
+    """Whether context-parallel ranks can each attend within whole sequences, as the static engine has it."""
+    return all(
+        isinstance(layer.self_attention.core_attention, PlainAttention) for c in chunks for layer in c.decoder.layers
+    )
+
+
 def _set_whole_sequences(chunk: torch.nn.Module, cp_group: dist.ProcessGroup | None) -> None:
     """Let every context-parallel rank generate all of each sequence (None), or train on its share of it (its group)."""
     chunk.rotary_pos_emb.cp_group = cp_group
@@ -232,53 +241,106 @@ def run_dynamic_engine(
     max_requests: int,
     block_size_tokens: int,
     buffer_size_gb: float,
+    cuda_graphs: bool = False,
 ) -> None:
     """Let Megatron's dynamic engine complete all of `sampler.responses`; collective over the model's ranks.
 
-    The paged key/value cache lives for this call only.
+    The paged key/value cache and the CUDA graphs of decode steps live for this call only.
     """
     sizes = {
         "max_sequence_length": max_sequence_length,
         "max_requests": max_requests,
         "block_size_tokens": block_size_tokens,
         "buffer_size_gb": buffer_size_gb,
-        "max_tokens": max(MAX_PREFILL_TOKENS, max_sequence_length),
+        "max_tokens": prefill_tokens(max_sequence_length),
         "pg_collection": groups.collection,
     }
-    config = model.config
+    context = _dynamic_context(model.config, num_layers, groups, sizes)
+    graphed = GraphedDecoding(model, context) if cuda_graphs else None
+    engine = _dynamic_engine(graphed or model, context, tokenizer, groups, sizes)
+    engine.controller.sampler = sampler
+    if groups.device.type == "cpu":
+        context.memory_buffer.zero_()  # uninitialised memory may hold NaN, which no attention mask hides
+    try:
+        _complete(engine, sampler, groups)
+    finally:
+        if graphed is not None:
+            graphed.release()
+        _free(engine)
+
+
+def prefill_tokens(max_sequence_length: int) -> int:
+    """Return how many tokens a step of the dynamic engine may process.
+
+    Megatron pads a step's tokens to multiples of its rounder, and writes as many: its buffers must hold the last one.
+    """
+    return DynamicInferenceContext.round_up_tokens(max(MAX_PREFILL_TOKENS, max_sequence_length))
+
+
+def _dynamic_context(config: Any, num_layers: int, groups: Any, sizes: dict[str, Any]) -> DynamicInferenceContext:
     if InferenceConfig is None:
-        context = DynamicInferenceContext(
+        return DynamicInferenceContext(
             params_dtype=config.params_dtype,
             num_layers=num_layers,
             kv_channels=config.kv_channels,
             num_attention_heads=config.num_query_groups,
             **sizes,
         )
-        wrapper = GPTInferenceWrapper(model, _wrapper_config(model, max_requests, max_sequence_length), context)
+    return DynamicInferenceContext(_context_config(config, num_layers, groups), InferenceConfig(**sizes))
+
+
+def _dynamic_engine(
+    model: torch.nn.Module,
+    context: DynamicInferenceContext,
+    tokenizer: Any,
+    groups: Any,
+    sizes: dict[str, Any],
+) -> DynamicInferenceEngine:
+    if InferenceConfig is None:
+        wrapper_config = _wrapper_config(model, sizes["max_requests"], sizes["max_sequence_length"])
+        wrapper = GPTInferenceWrapper(model, wrapper_config, context)
         controller = _DynamicController(wrapper, _TokenizerAdapter(tokenizer), pp_group=groups.pp)
-        engine_options = {"enable_cuda_graph": False, "random_seed": 0, "enable_chunked_prefill": False}
+        options = {"enable_cuda_graph": False, "random_seed": 0, "enable_chunked_prefill": False}
     else:
-        context = DynamicInferenceContext(_context_config(config, num_layers, groups), InferenceConfig(**sizes))
         wrapper = GPTInferenceWrapper(model, context)
         controller = _DynamicController(wrapper, _TokenizerAdapter(tokenizer))
-        engine_options = {}
+        options = {}
     wrapper.prep_model_for_inference()
-    controller.sampler = sampler
     controller.model_is_pipeline_parallel = False  # the sampler broadcasts tokens: logits need not leave the last stage
-    engine = DynamicInferenceEngine(controller, context, **engine_options)
-    if groups.device.type == "cpu":
-        context.memory_buffer.zero_()  # uninitialised memory may hold NaN, which no attention mask hides
+    return DynamicInferenceEngine(controller, context, **options)
+
+
+def _complete(engine: DynamicInferenceEngine, sampler: Any, groups: Any) -> None:
+    """Step the engine until all responses are complete."""
     for i, response in enumerate(sampler.responses):
         if response.finish_reason is None:
             engine.add_request(i, response.start, _params(num_tokens=response.budget))
     while _is_needed(engine, groups):
         if not engine.has_unfinished_requests():
-            # Replicas that share experts pass tokens to one another: who has nothing left runs along with nothing.
+            # Replicas that share experts pass tokens to one another: one without requests runs along with a dummy.
             filler = sampler.add_filler()
             engine.add_request(filler, sampler.responses[filler].start, _params(num_tokens=1))
         engine.step_modern()
     unfinished = [r.sample_id for r in sampler.responses if r.finish_reason is None]
     assert not unfinished, f"the engine dropped samples {unfinished[:5]}"
+
+
+def _free(engine: DynamicInferenceEngine) -> None:
+    """Release the key/value cache.
+
+    Engine and controller refer to one another, context and block allocator too: without this the cache would live until
+    Python's cyclic collector runs, which does not know how much of the device's memory waits for it.
+    """
+    controller, context = engine.controller, engine.context
+    controller.set_stop_word_finished_ids_callback(None)
+    controller.sampler = None
+    for holder in (context, controller, getattr(context, "gpu_view", None)):
+        _drop_tensors(holder)
+
+
+def _drop_tensors(holder: Any) -> None:
+    for name in [name for name, value in vars(holder or object).items() if isinstance(value, torch.Tensor)]:
+        setattr(holder, name, None)
 
 
 def _is_needed(engine: DynamicInferenceEngine, groups: Any) -> bool:
@@ -330,7 +392,10 @@ def run_static_engine(model: torch.nn.Module, sampler: Any, tokenizer: Any, grou
         for i, response in enumerate(responses)
     ]
     static_engine.tqdm = functools.partial(tqdm, disable=True)  # a bar of Megatron's own on every rank
-    engine.generate(inference_requests=requests)
+    try:
+        engine.generate(inference_requests=requests)
+    finally:
+        context.key_value_memory_dict.clear()  # as in `_free`: engine and controller may refer to one another
 
 
 def _params(num_tokens: int) -> SamplingParams:

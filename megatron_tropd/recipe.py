@@ -146,12 +146,17 @@ def _parse_override(text: str) -> tuple[str, Any, str]:
     if not equals or not key:
         raise UserError(f"{source} is not of the form section.key=value, such as training.steps=10.")
     field = _FIELDS.get(key)
-    if field is None or value in ("null", "") or "str" not in field.type or field.type.startswith("list"):
+    if field is None or value in ("null", "") or not _is_text(field):
         try:
             return key, OmegaConf.from_dotlist([f"value={value}"])["value"], source
         except yaml.YAMLError as error:
             raise UserError(f"{source}: the value is not valid YAML ({' '.join(str(error).split())}).") from error
     return key, value, source
+
+
+def _is_text(field: dataclasses.Field) -> bool:
+    """Whether a key's value on the command line is taken as it stands; that of numeric keys with words is not."""
+    return "str" in field.type and not field.type.startswith("list") and not field.metadata["words"]
 
 
 def _set(tree: Any, key: str, value: Any, source: str) -> None:
@@ -160,12 +165,17 @@ def _set(tree: Any, key: str, value: Any, source: str) -> None:
 
     if key not in _FIELDS:
         _refuse_unknown(key, source)
+    field = _FIELDS[key]
+    if type(value) is int and "float" in field.type:
+        value = float(value)  # OmegaConf does so but for keys that take a word as well
     try:
         OmegaConf.update(tree, key, value)
     except OmegaConfBaseException as error:
-        field = _FIELDS[key]
+        kinds = field.type.replace("None", "null")
+        if field.metadata["words"]:
+            kinds = kinds.replace("str", " | ".join(field.metadata["words"]))
         raise UserError(
-            f"{key}={value!r} ({source}): expected {field.type.replace('None', 'null')} ({field.metadata['help']}); "
+            f"{key}={value!r} ({source}): expected {kinds} ({field.metadata['help']}); "
             f"{str(error).splitlines()[0].rstrip('.')}."
         ) from error
 
@@ -204,12 +214,14 @@ def _check_values(recipe: Recipe, sources: dict[str, str]) -> None:
         section, name = key.split(".")
         value = getattr(getattr(recipe, section), name)
         rule = field.metadata
-        if value is None:
+        if value is None or value in rule["words"]:
             continue
         expected = None
         if rule["choices"] and value not in rule["choices"]:
             near = _nearest(str(value), list(rule["choices"]))
             expected = "one of " + ", ".join(rule["choices"]) + (f" (did you mean {near}?)" if near else "")
+        elif rule["words"] and isinstance(value, str):
+            expected = f"a number or {' or '.join(rule['words'])}"
         elif rule["low"] is not None and not value >= rule["low"]:
             expected = f"at least {rule['low']}"
         elif rule["above"] is not None and not value > rule["above"]:

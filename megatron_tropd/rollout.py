@@ -1,7 +1,7 @@
 """RolloutEngine: the student's responses, written by the training weights themselves in Megatron's inference path.
 
 Megatron-Core's dynamic engine (paged key/value cache, requests join and leave) on CUDA and on CPU; its static engine
-where asked for. The cache is made for each call and freed with it. Nothing of the loss is known here.
+where asked for. Cache and CUDA graphs are made for each call and freed with it. Nothing of the loss is known here.
 
     engine = RolloutEngine(modules, tokenizer, groups, recipe.rollout, max_sequence_length=context)
     rollouts = engine.generate(prompts, prefixes, Sampling(samples_per_prompt=4, max_new_tokens=512, seed=1, step=7))
@@ -16,9 +16,18 @@ import torch
 
 from megatron_tropd import cpu_compat
 from megatron_tropd.config import RolloutConfig
+from megatron_tropd.decode_graphs import graph_obstacle
+from megatron_tropd.device_memory import free_device_gb, least_of_replica
 from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.kv_cache import CPU_BLOCK_TOKENS, CUDA_BLOCK_TOKENS, cache_bytes, rounded_requests
-from megatron_tropd.megatron_inference_compat import inference_model, run_dynamic_engine, run_static_engine
+from megatron_tropd.megatron_attention_compat import choose_attention, inference_attention
+from megatron_tropd.megatron_inference_compat import (
+    attends_whole_sequences,
+    inference_model,
+    prefill_tokens,
+    run_dynamic_engine,
+    run_static_engine,
+)
 from megatron_tropd.parallel import ParallelGroups
 from megatron_tropd.sampling import Response, Sampler
 from megatron_tropd.tokenizer import Tokenizer
@@ -60,6 +69,11 @@ class RolloutEngine:
         self.end = end or EndOfText()
         if self._use_static() and groups.lockstep:
             raise UserError("rollout.engine=static knows no experts shared by replicas; use rollout.engine=dynamic.")
+        if self._use_static() and groups.cp_size > 1 and not attends_whole_sequences(chunks):
+            raise UserError(
+                "rollout.engine=static with context_parallel_size > 1 needs Megatron's local attention: Transformer "
+                "Engine's would take the whole sequence on each rank for a shard of it. Use rollout.engine=dynamic."
+            )
 
     def generate(self, prompts: list[Prompt], prefixes: list[list[int]], sampling: Sampling) -> Rollouts:
         """Write `sampling.samples_per_prompt` responses to each prompt.
@@ -91,6 +105,8 @@ class RolloutEngine:
                     self._run_static(model, unfinished[start : start + self.config.max_batch_size], sampling)
             elif unfinished or self.groups.lockstep:
                 self._run_dynamic(model, unfinished, sampling)
+        if self.groups.device.type == "cuda":
+            torch.cuda.empty_cache()  # the cache's block would otherwise stay with the allocator, whole or in pieces
         return self._as_rollouts(responses, sampling)
 
     def _response(self, prompt: Prompt, prefix: list[int], sample_id: int, sampling: Sampling) -> Response:
@@ -116,35 +132,55 @@ class RolloutEngine:
         cpu_compat.apply_inference()
         longest = max((len(r.start) + r.budget for r in responses), default=2)
         max_requests = rounded_requests(min(len(responses), self.config.max_batch_size), self.groups.tp_size)
-        block = CUDA_BLOCK_TOKENS if self.groups.device.type == "cuda" else CPU_BLOCK_TOKENS
-        run_dynamic_engine(
-            model,
-            self._num_layers(),
-            self._sampler(responses, sampling),
-            self.tokenizer,
-            self.groups,
-            max_sequence_length=longest,
-            max_requests=max_requests,
-            block_size_tokens=block,
-            buffer_size_gb=self._cache_gb(max_requests, longest, block),
-        )
+        on_cuda = self.groups.device.type == "cuda"
+        block = CUDA_BLOCK_TOKENS if on_cuda else CPU_BLOCK_TOKENS
+        config = self.chunks[0].config
+        attention = choose_attention(self.config.attention, config.params_dtype, self.groups.device)
+        obstacle = graph_obstacle(config, self.groups, self.config.cuda_graphs)
+        if obstacle and on_cuda:
+            logger.info("decode steps run without CUDA graphs: %s", obstacle)
+        with inference_attention(attention):
+            run_dynamic_engine(
+                model,
+                self._num_layers(),
+                self._sampler(responses, sampling),
+                self.tokenizer,
+                self.groups,
+                max_sequence_length=longest,
+                max_requests=max_requests,
+                block_size_tokens=block,
+                buffer_size_gb=self._cache_gb(max_requests, longest, block),
+                cuda_graphs=obstacle is None,
+            )
 
     def _cache_gb(self, max_requests: int, longest: int, block: int) -> float:
         """Return the size of the key/value cache in GiB: the recipe's, or what `max_requests` whole sequences take.
 
-        With less than that the engine evicts responses and computes them anew later; one whole sequence must fit.
+        With less than that (the recipe's, or on CUDA what is free) the engine pauses and evicts responses and computes
+        them again later; one whole sequence must fit. Collective over the ranks of a replica, which must agree.
 
         Raises:
             UserError: it does not.
         """
-        asked = self.config.kv_cache_gb
-        least = self._sequences_gb(1, longest, block)
+        asked = None if self.config.kv_cache_gb == "auto" else self.config.kv_cache_gb
+        least, most = self._sequences_gb(1, longest, block), self._sequences_gb(max_requests, longest, block)
         if asked is not None and asked < least:
             raise UserError(
                 f"rollout.kv_cache_gb={asked:g} cannot hold one response of {longest} tokens, prompt included, which "
-                f"takes {least:.3g} GiB on each rank; raise it or set it to null."
+                f"takes {least:.3g} GiB on each rank; raise it or set it to auto."
             )
-        return asked or self._sequences_gb(max_requests, longest, block)
+        if asked is not None or self.groups.device.type != "cuda":
+            return asked or most
+        free = least_of_replica(free_device_gb(self.chunks[0].config, prefill_tokens(longest)), self.groups)
+        if free < least:
+            raise UserError(
+                f"{free:.3g} GiB of the GPU are free for the key/value cache, and one response of {longest} tokens, "
+                f"prompt included, takes {least:.3g} GiB: lower rollout.max_new_tokens, raise "
+                "student.tensor_model_parallel_size, or set teacher.offload and training.offload_optimizer."
+            )
+        if free < most:
+            logger.info("the key/value cache gets the %.3g GiB that are free, of %.3g wanted", free, most)
+        return min(free, most)
 
     def _sequences_gb(self, sequences: int, longest: int, block: int) -> float:
         config = self.chunks[0].config

@@ -165,3 +165,17 @@ def test_package_exports():
     assert megatron_tropd.UserError is UserError
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         megatron_tropd.nothing
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("4.5", 4.5), ("3", 3.0), ("null", None)])
+def test_a_numeric_key_may_take_a_word(text, value):
+    recipe = load_recipe(None, [f"rollout.kv_cache_gb={text}"])
+    assert recipe.rollout.kv_cache_gb == value
+    assert load_recipe(None, []).rollout.kv_cache_gb == "auto"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("lots", "a number or auto"), ("0", "more than 0"), ("true", "float | auto")]
+)
+def test_a_numeric_key_takes_no_other_word(text, expected):
+    assert f"expected {expected}" in _refused(f"rollout.kv_cache_gb={text}")

@@ -1,0 +1,122 @@
+"""Megatron's dynamic engine as it is driven here: what a rollout leaves behind, and buffers at CUDA's sizes."""
+
+import gc
+
+import pytest
+import torch
+from helpers import run_distributed
+from tiny_models import make_tokenizer, write_model
+
+from megatron_tropd import decode_graphs, megatron_inference_compat
+from megatron_tropd.config import ModelConfig, RolloutConfig
+from megatron_tropd.hf_weights import load_hf_weights
+from megatron_tropd.model import build_model, load_hf_config
+from megatron_tropd.parallel import initialize
+from megatron_tropd.rollout import RolloutEngine
+from megatron_tropd.tokenizer import load_tokenizer
+from megatron_tropd.types import Prompt, Sampling
+
+TEXT = "What is the sum of twelve and thirty? Count them one by one, then say it."
+PROMPTS = [
+    Prompt(str(length), text=TEXT[:length], index=place, tokens=make_tokenizer()(TEXT[:length]).input_ids)
+    for place, length in enumerate((20, 60, 7))
+]
+SAMPLED = Sampling(samples_per_prompt=2, max_new_tokens=16, seed=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hf") / "model"
+    write_model(path, "llama")
+    return str(path)
+
+
+def make_engine(folder, **rollout):
+    """A RolloutEngine of one process."""
+    model = ModelConfig(hf_path=folder, dtype="float32")
+    groups = initialize(model)
+    hf_config = load_hf_config(folder)
+    chunks = build_model(hf_config, model, groups)
+    load_hf_weights(chunks, hf_config, folder, groups)
+    return RolloutEngine(chunks, load_tokenizer(folder), groups, RolloutConfig(**rollout), 200)
+
+
+def live_caches():
+    """Bytes of key/value caches that any inference context in the process still holds."""
+    dynamic, static = (
+        megatron_inference_compat.DynamicInferenceContext,
+        megatron_inference_compat.StaticInferenceContext,
+    )
+    contexts = [o for o in gc.get_objects() if isinstance(o, (dynamic, static))]
+    held = [getattr(c, "memory_buffer", None) for c in contexts]
+    held += [t for c in contexts for pair in getattr(c, "key_value_memory_dict", {}).values() for t in pair]
+    return sum(t.nbytes for t in held if t is not None)
+
+
+def _generate_often(folder, kind):
+    engine = make_engine(folder, engine=kind)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(6):
+            engine.generate(PROMPTS, [[]] * 3, SAMPLED)
+        return live_caches()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_no_cache_outlives_its_rollout_even_without_the_collector(folder, kind):
+    assert run_distributed(_generate_often, 1, folder, kind) == [0]
+
+
+def _generate_to_the_brim(folder, rounder):
+    from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
+
+    from megatron_tropd import cpu_compat
+
+    engine = make_engine(folder, max_batch_size=rounder)
+    cpu_compat.apply_inference()
+    DynamicInferenceContext.TOKEN_ROUNDER = rounder  # 64 on CUDA
+    megatron_inference_compat.MAX_PREFILL_TOKENS = 100
+    longest = [Prompt("p", text="", index=i, tokens=list(range(60, 60 + n))) for i, n in enumerate((30, 30, 30, 40))]
+    rollouts = engine.generate(longest, [[]] * 4, Sampling(max_new_tokens=90, seed=1))
+    return rollouts.tokens
+
+
+def test_a_full_step_fits_into_buffers_padded_as_on_cuda(folder):
+    """130 tokens a step at most, which pad to 192 where tokens are rounded up to 64."""
+    plain, padded = (run_distributed(_generate_to_the_brim, 1, folder, rounder)[0] for rounder in (4, 64))
+    assert plain == padded
+
+
+def _generate_all_rows(folder):
+    engine = make_engine(folder)
+    expected = engine.generate(PROMPTS, [[]] * 3, SAMPLED)
+    decode_graphs._EAGER_STEPS = 1 << 30  # everything but the capture itself, which needs CUDA
+    import megatron_tropd.rollout
+
+    megatron_tropd.rollout.graph_obstacle = lambda *args: None
+    found = engine.generate(PROMPTS, [[]] * 3, SAMPLED)
+    return expected.tokens == found.tokens, expected.logprobs == found.logprobs
+
+
+def test_decode_steps_of_a_fixed_shape_give_the_same_tokens(folder):
+    assert run_distributed(_generate_all_rows, 1, folder) == [(True, True)]
+
+
+def test_graphs_are_for_dense_models_without_stages_on_cuda():
+    class Sizes:
+        pp_size = 1
+        device = torch.device("cuda")
+        num_moe_experts = None
+
+    sizes = Sizes()
+    assert decode_graphs.graph_obstacle(sizes, sizes, "auto") is None
+    assert decode_graphs.graph_obstacle(sizes, sizes, "off") == "rollout.cuda_graphs=off"
+    sizes.pp_size = 2
+    assert "pipeline stages" in decode_graphs.graph_obstacle(sizes, sizes, "auto")
+    sizes.pp_size, sizes.num_moe_experts = 1, 8
+    assert "experts" in decode_graphs.graph_obstacle(sizes, sizes, "auto")
+    sizes.device = torch.device("cpu")
+    assert "no CUDA device" in decode_graphs.graph_obstacle(sizes, sizes, "auto")
