@@ -14,7 +14,7 @@ from typing import Any
 from megatron_tropd.config import ModelConfig, Recipe
 from megatron_tropd.kernels.linear import LOGITS_ELEMENTS
 from megatron_tropd.kv_cache import CPU_BLOCK_TOKENS, CUDA_BLOCK_TOKENS, cache_bytes, rounded_requests
-from megatron_tropd.megatron_inference_compat import MAX_PREFILL_TOKENS
+from megatron_tropd.megatron_engine_compat import MAX_PREFILL_TOKENS
 from megatron_tropd.model import head_dim, padded_vocab_size
 from megatron_tropd.plan_job import Job
 from megatron_tropd.plan_model import (

@@ -21,13 +21,8 @@ from megatron_tropd.device_memory import free_device_gb, least_of_replica
 from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.kv_cache import CPU_BLOCK_TOKENS, CUDA_BLOCK_TOKENS, cache_bytes, rounded_requests
 from megatron_tropd.megatron_attention_compat import choose_attention, inference_attention
-from megatron_tropd.megatron_inference_compat import (
-    attends_whole_sequences,
-    inference_model,
-    prefill_tokens,
-    run_dynamic_engine,
-    run_static_engine,
-)
+from megatron_tropd.megatron_engine_compat import prefill_tokens, run_dynamic_engine, run_static_engine
+from megatron_tropd.megatron_inference_compat import attends_whole_sequences, inference_model
 from megatron_tropd.parallel import ParallelGroups
 from megatron_tropd.sampling import Response, Sampler
 from megatron_tropd.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ import torch
 from helpers import run_distributed
 from tiny_models import make_tokenizer, write_model
 
-from megatron_tropd import decode_graphs, megatron_inference_compat
+from megatron_tropd import decode_graphs, megatron_engine_compat
 from megatron_tropd.config import ModelConfig, RolloutConfig
 from megatron_tropd.hf_weights import load_hf_weights
 from megatron_tropd.model import build_model, load_hf_config
@@ -44,8 +44,8 @@ def make_engine(folder, **rollout):
 def live_caches():
     """Bytes of key/value caches that any inference context in the process still holds."""
     dynamic, static = (
-        megatron_inference_compat.DynamicInferenceContext,
-        megatron_inference_compat.StaticInferenceContext,
+        megatron_engine_compat.DynamicInferenceContext,
+        megatron_engine_compat.StaticInferenceContext,
     )
     contexts = [o for o in gc.get_objects() if isinstance(o, (dynamic, static))]
     held = [getattr(c, "memory_buffer", None) for c in contexts]
@@ -78,7 +78,7 @@ def _generate_to_the_brim(folder, rounder):
     engine = make_engine(folder, max_batch_size=rounder)
     cpu_compat.apply_inference()
     DynamicInferenceContext.TOKEN_ROUNDER = rounder  # 64 on CUDA
-    megatron_inference_compat.MAX_PREFILL_TOKENS = 100
+    megatron_engine_compat.MAX_PREFILL_TOKENS = 100
     longest = [Prompt("p", text="", index=i, tokens=list(range(60, 60 + n))) for i, n in enumerate((30, 30, 30, 40))]
     rollouts = engine.generate(longest, [[]] * 4, Sampling(max_new_tokens=90, seed=1))
     return rollouts.tokens
