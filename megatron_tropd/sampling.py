@@ -131,6 +131,8 @@ class Sampler:
         assert not self._draws or (groups.is_last_stage and groups.tp_rank == 0), "unexpected order of ranks"
         # Any token holds at least one byte of text, so this many of them surely cover a stop string just completed.
         self._stop_window = max((len(s.encode()) for s in sampling.stop), default=0) + 4
+        self._stop_ends = {s[-1] for s in sampling.stop if s}
+        self._may_stop: dict[int, bool] = {}  # by token id
 
     def add_filler(self) -> int:
         """Add a response of one token that nobody asked for; return its place among the responses."""
@@ -177,11 +179,25 @@ class Sampler:
         response.logprobs.append(logprob)
         if int(token) in self._eos_ids:
             response.finish_reason = "eos"
-        elif self._sampling.stop and self._has_stop_string(response.tokens[-self._stop_window :]):
+        elif self._can_end_stop_string(int(token)) and self._has_stop_string(response.tokens[-self._stop_window :]):
             response.finish_reason = "stop"
         elif len(response.tokens) >= response.budget:
             response.finish_reason = "length"
         return response.finish_reason is not None
+
+    def _can_end_stop_string(self, token: int) -> bool:
+        """Whether the token's text may hold the last character of a stop string; decoded once per id.
+
+        A tokenizer drops blanks around a single token and shows bytes of an unfinished character as U+FFFD: both count
+        as anything.
+        """
+        if not self._stop_ends:
+            return False
+        if token not in self._may_stop:
+            text = self._tokenizer.decode([token])
+            blank = any(end.isspace() for end in self._stop_ends)
+            self._may_stop[token] = blank or "\ufffd" in text or not self._stop_ends.isdisjoint(text)
+        return self._may_stop[token]
 
     def _has_stop_string(self, tokens: list[int]) -> bool:
         text = self._tokenizer.decode(tokens)

@@ -170,3 +170,31 @@ def test_the_end_id_goes_before_the_budget(monkeypatch):
     sampler = _sampler(monkeypatch, responses, stop=("b",))
     assert _feed(sampler, [0, 1], "zb") == [True, True]
     assert [r.finish_reason for r in responses] == ["eos", "stop"]
+
+
+class _CountingLetters(_Letters):
+    def __init__(self):
+        self.decoded = 0
+
+    def decode(self, ids):
+        self.decoded += 1
+        return super().decode(ids)
+
+
+def test_text_is_decoded_only_where_a_stop_string_may_end(monkeypatch):
+    (response,) = responses = _responses(500)
+    sampler = _sampler(monkeypatch, responses, stop=("ab", "cd"))
+    tokenizer = sampler._tokenizer = _CountingLetters()
+    for letter in "axc" * 50:
+        _feed(sampler, [0], letter)
+    assert tokenizer.decoded == 3  # each letter by itself, once
+    assert _feed(sampler, [0], "b") == [False]
+    assert _feed(sampler, [0], "c") + _feed(sampler, [0], "d") == [False, True]
+    assert response.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(("stop", "text"), [("\n\n", "b"), ("é", "\ufffd")])
+def test_blanks_and_unfinished_characters_may_end_a_stop_string(monkeypatch, stop, text):
+    sampler = _sampler(monkeypatch, _responses(5), stop=(stop,))
+    sampler._tokenizer = SimpleNamespace(decode=lambda ids: text)
+    assert sampler._can_end_stop_string(1)
