@@ -152,7 +152,9 @@ def _dynamic_context(config: Any, num_layers: int, groups: Any, sizes: dict[str,
             num_attention_heads=config.num_query_groups,
             **sizes,
         )
-    return DynamicInferenceContext(_context_config(config, num_layers, groups), InferenceConfig(**sizes))
+    # The samples of a prompt share the blocks that it fills: stored once, from 0.19 on computed once.
+    inference_config = InferenceConfig(**sizes, enable_prefix_caching=True)
+    return DynamicInferenceContext(_context_config(config, num_layers, groups), inference_config)
 
 
 def _dynamic_engine(

@@ -105,6 +105,36 @@ def test_decode_steps_of_a_fixed_shape_give_the_same_tokens(folder):
     assert run_distributed(_generate_all_rows, 1, folder) == [(True, True)]
 
 
+def _generate_sharing(folder, is_sharing):
+    config_class, free = megatron_engine_compat.InferenceConfig, megatron_engine_compat._free
+    hits = []
+
+    def config(**fields):
+        return config_class(**{**fields, "enable_prefix_caching": is_sharing})
+
+    def count_and_free(engine):
+        hits.append(engine._prefix_cache_hits)
+        free(engine)
+
+    megatron_engine_compat.InferenceConfig, megatron_engine_compat._free = config, count_and_free
+    engine = make_engine(folder, max_batch_size=8)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [
+        Prompt(str(i), text="", index=i, tokens=torch.randint(60, 130, (n,), generator=generator).tolist())
+        for i, n in enumerate((150, 64, 65, 40))  # of blocks of 64 tokens
+    ]
+    rollouts = engine.generate(prompts, [[]] * 4, Sampling(samples_per_prompt=4, max_new_tokens=12, seed=3))
+    return rollouts.tokens, sum(hits)
+
+
+@pytest.mark.skipif(megatron_engine_compat.InferenceConfig is None, reason="megatron-core 0.16 shares no prefixes")
+def test_samples_share_the_blocks_of_their_prompt(folder):
+    (alone, no_hits), (shared, hits) = (run_distributed(_generate_sharing, 1, folder, s)[0] for s in (False, True))
+    assert alone == shared
+    assert no_hits == 0
+    assert hits >= 6  # three prompts fill a block; the first of their samples computes it
+
+
 def test_graphs_are_for_dense_models_without_stages_on_cuda():
     class Sizes:
         pp_size = 1
