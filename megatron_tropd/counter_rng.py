@@ -12,9 +12,10 @@ import torch
 STREAM_GATE = 1  # trust_region.py
 STREAM_SAMPLING = 2  # rollout.py
 
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
-_MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
-_MIX2 = -7723592293110705685  # 0x94D049BB133111EB
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX1 = 0xBF58476D1CE4E5B9
+_MIX2 = 0x94D049BB133111EB
+_UINT64 = (1 << 64) - 1
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -23,9 +24,17 @@ def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    x = (x ^ _shift_right(x, 30)) * _MIX1
-    x = (x ^ _shift_right(x, 27)) * _MIX2
+    """Mix the bits of int64."""
+    x = (x ^ _shift_right(x, 30)) * _to_int64(_MIX1)
+    x = (x ^ _shift_right(x, 27)) * _to_int64(_MIX2)
     return x ^ _shift_right(x, 31)
+
+
+def _mix_integer(x: int) -> int:
+    """Do the same with a Python integer in [0, 2^64): on a GPU each operator of a tensor would be a kernel's launch."""
+    x = (x ^ (x >> 30)) * _MIX1 & _UINT64
+    x = (x ^ (x >> 27)) * _MIX2 & _UINT64
+    return x ^ (x >> 31)
 
 
 def _to_int64(value: int) -> int:
@@ -40,9 +49,9 @@ def counter_uniform(
 
     `positions` are absolute places in the sequence (0 = first prompt token).
     """
-    state = torch.zeros((), dtype=torch.int64, device=sample_ids.device)
+    start = 0
     for part in (seed, stream, step):
-        state = _mix(state + _to_int64(part) + _GOLDEN)
-    state = _mix(state + sample_ids.to(torch.int64) + _GOLDEN)
-    state = _mix(state + positions.to(torch.int64) + _GOLDEN)
+        start = _mix_integer((start + part + _GOLDEN) & _UINT64)
+    state = _mix(sample_ids.to(torch.int64) + _to_int64(start + _GOLDEN))
+    state = _mix(state + positions.to(torch.int64) + _to_int64(_GOLDEN))
     return _shift_right(state, 11).to(torch.float64) * 2.0**-53

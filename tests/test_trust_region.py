@@ -4,9 +4,19 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tropd.counter_rng import STREAM_GATE, STREAM_SAMPLING, counter_uniform
 from megatron_tropd.trust_region import trust_gate
+
+# Of seed, stream and step, also beyond int64, at (sample 0, position 5) and (2^62, -1).
+PINNED = {
+    (0, 1, 0): ["0x1.5e23e8f3630a9p-1", "0x1.04ddfd0be621dp-1"],
+    (7, 1, 3): ["0x1.ae309a4150c9ep-2", "0x1.2474a63fc82b0p-3"],
+    (-5, 2, 10): ["0x1.f423e35b449a2p-2", "0x1.34554297c4018p-2"],
+    (2**63 - 1, 2, 2**40): ["0x1.db7247d091a14p-3", "0x1.cd90b1fbf9dd4p-2"],
+    (2**64 + 3, 1, -(2**62)): ["0x1.91db436adf9e7p-1", "0x1.25116ef1b0400p-11"],
+}
 
 
 def gate(kind: str, student, teacher, **options):
@@ -80,3 +90,25 @@ def test_numbers_are_pinned():
     """A change would change every run that resumes."""
     numbers = counter_uniform(1234, STREAM_GATE, 10, torch.tensor([0, 1]), torch.tensor([5, 5]))
     assert numbers.tolist() == [0.6516678428201828, 0.8997756401215906]
+    for (seed, stream, step), pinned in PINNED.items():
+        numbers = counter_uniform(seed, stream, step, torch.tensor([0, 2**62]), torch.tensor([5, -1]))
+        assert [number.hex() for number in numbers.tolist()] == pinned
+
+
+class OperatorCalls(TorchDispatchMode):
+    """Counts operators, each of which is a kernel's launch on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_draw_takes_few_operators():
+    ids, positions = torch.arange(4)[:, None], torch.arange(8)[None]
+    with OperatorCalls() as calls:
+        counter_uniform(7, STREAM_SAMPLING, 3, ids, positions)
+    assert 0 < calls.count <= 30
