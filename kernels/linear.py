@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -9,6 +10,15 @@ import torch
 # Size of the one chunk of logits: large enough for matrix products at full speed.
 LOGITS_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
 LEAST_TOKENS = 512
+
+
+def adds_products_in_fp32(torch_version: str) -> bool:
+    """Whether that torch can add the product of half-precision matrices to an fp32 matrix on CUDA.
+
+    torch.addmm has `out_dtype` since 2.8, and takes an fp32 matrix to add to since 2.10.
+    """
+    major, minor = (int(part) for part in re.match(r"(\d+)\.(\d+)", torch_version).groups())
+    return (major, minor) >= (2, 10)
 
 
 def token_chunks(tokens: int, width: int, device: torch.device) -> Iterator[slice]:
@@ -51,11 +61,11 @@ class WeightGradient:
             return
         if gradient.dtype == self.total.dtype:
             self.total.addmm_(gradient.t(), hidden)
-        elif gradient.is_cuda and self.total.dtype == torch.float32:
+        elif gradient.is_cuda and self.total.dtype == torch.float32 and adds_products_in_fp32(torch.__version__):
             torch.addmm(self.total, gradient.t(), hidden, out_dtype=torch.float32, out=self.total)
         else:
-            # A half-precision product is summed in fp32 and rounded once a chunk; an fp32 one is far slower on CPU.
-            self.total.add_(gradient.t() @ hidden)
+            # A half-precision product is summed in fp32 and rounded once per chunk; an fp32 one is far slower on CPU.
+            self.total.add_(torch.mm(gradient.t(), hidden))
 
     def result(self) -> torch.Tensor | None:
         """Return what autograd should see: the gradient, or a placeholder that Megatron's DDP drops."""

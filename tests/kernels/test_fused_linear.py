@@ -173,3 +173,36 @@ def refusal_main():
     hidden, weight = torch.randn(4, 8), torch.randn(16, 8)
     with pytest.raises(ValueError, match="recut_shards"):
         fused_linear_full_divergence(hidden, weight, hidden, torch.randn(18, 8), "jsd", dist.group.WORLD, 32)
+
+
+@pytest.mark.parametrize(
+    ("version", "can"),
+    [
+        ("2.6.0", False),
+        ("2.9.1+cu128", False),
+        ("2.10.0", True),
+        ("2.11.0+cu130", True),
+        ("2.13.0a0+git1234", True),
+        ("3.0.0", True),
+    ],
+)
+def test_only_torch_from_2_10_adds_half_precision_products_to_fp32(version, can):
+    assert linear.adds_products_in_fp32(version) is can
+
+
+@pytest.mark.parametrize("version", ["2.6.0", "2.11.0"])
+def test_the_weight_gradient_with_and_without_that_addmm(version, monkeypatch):
+    """On a CPU both take the fallback; on CUDA the version decides."""
+    runs = linear.adds_products_in_fp32(torch.__version__) or not linear.adds_products_in_fp32(version)
+    device = "cuda" if torch.cuda.is_available() and runs else "cpu"
+    monkeypatch.setattr(torch, "__version__", version)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.zeros(12, 8, dtype=torch.bfloat16, device=device)
+    total = linear.WeightGradient(weight, needed=True)
+    wanted = torch.zeros(12, 8, dtype=torch.float64)
+    for _ in range(3):
+        gradient, hidden = (torch.randn(5, n, generator=generator).bfloat16() for n in (12, 8))
+        total.add(gradient.to(device), hidden.to(device))
+        wanted += gradient.double().t() @ hidden.double()
+    assert total.total.dtype == torch.float32
+    torch.testing.assert_close(total.total.double().cpu(), wanted, rtol=1e-2, atol=1e-2)
