@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_tropd.kernels.compile_examples import Example
 from megatron_tropd.kernels.sharding import VocabShard
-from megatron_tropd.kernels.triton_rows import advance, as_bytes, block_size
+from megatron_tropd.kernels.triton_rows import LN_2, LOG2_E, advance, as_bytes, block_size, load_row, widths
 
 _BLOCK = 2048
 _KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
@@ -28,7 +29,10 @@ def _statistics_kernel(
     other_row_stride,
     other_column_stride,
     width,
+    readable,
+    padded: tl.constexpr,
     scale,
+    factor,  # scale * log2(e)
     with_cross: tl.constexpr,
     block: tl.constexpr,
 ):
@@ -43,23 +47,22 @@ def _statistics_kernel(
     cross = tl.zeros([block], tl.float32)
     for start in range(0, width, block):
         columns = start + tl.arange(0, block)
-        inside = columns < width
-        w = tl.load(weighting + row * weighting_row_stride + columns * weighting_column_stride, inside, -float("inf"))
-        o = tl.load(other + row * other_row_stride + columns * other_column_stride, inside, -float("inf"))
-        top_w, shift_w, w = advance(top_w, w.to(tl.float32) * scale)
-        top_o, shift_o, o = advance(top_o, o.to(tl.float32) * scale)
-        e = tl.exp(w)
+        w = load_row(weighting, row, weighting_row_stride, columns, weighting_column_stride, width, readable, padded)
+        o = load_row(other, row, other_row_stride, columns, other_column_stride, width, readable, padded)
+        top_w, shift_w, w = advance(top_w, w, factor)
+        top_o, shift_o, o = advance(top_o, o, factor)
+        e = tl.exp2(w)
         if with_cross:
             # Moving both maxima moves each earlier term (w - o) by the difference of the shifts.
-            moved = tl.exp(shift_w) * (cross + total_w * (shift_w - shift_o))
+            moved = tl.exp2(shift_w) * (cross + total_w * (shift_w - shift_o))
             cross = moved + e * (w - o)
-        total_w = tl.exp(shift_w) * total_w + e
-        total_o = tl.exp(shift_o) * total_o + tl.exp(o)
-    tl.store(out + row * 5, top_w)
+        total_w = tl.exp2(shift_w) * total_w + e
+        total_o = tl.exp2(shift_o) * total_o + tl.exp2(o)
+    tl.store(out + row * 5, top_w * scale)
     tl.store(out + row * 5 + 1, tl.sum(total_w, 0))
-    tl.store(out + row * 5 + 2, top_o)
+    tl.store(out + row * 5 + 2, top_o * scale)
     tl.store(out + row * 5 + 3, tl.sum(total_o, 0))
-    tl.store(out + row * 5 + 4, tl.sum(cross, 0))
+    tl.store(out + row * 5 + 4, tl.sum(cross, 0) * LN_2)
 
 
 @triton.jit
@@ -87,9 +90,11 @@ def _over_mixture(a, b, beta):
 
 
 @triton.jit
-def _load_logprobs(logits, row, row_stride, columns, column_stride, wanted, top, rest, scale):
+def _load_logprobs(
+    logits, row, row_stride, columns, column_stride, width, readable, padded: tl.constexpr, top, rest, scale
+):
     """Log-probs of a block, -inf as -1e30."""
-    z = tl.load(logits + row * row_stride + columns * column_stride, wanted, -float("inf")).to(tl.float32)
+    z = load_row(logits, row, row_stride, columns, column_stride, width, readable, padded)
     return tl.maximum(z * scale - top - rest, -1e30)
 
 
@@ -105,6 +110,8 @@ def _mixture_kernel(
     teacher_row_stride,
     teacher_column_stride,
     width,
+    readable,
+    padded: tl.constexpr,
     scale,
     beta,
     block: tl.constexpr,
@@ -119,12 +126,31 @@ def _mixture_kernel(
     of_teacher = tl.zeros([block], tl.float32)
     for start in range(0, width, block):
         columns = start + tl.arange(0, block)
-        inside = columns < width
         a = _load_logprobs(
-            student, row, student_row_stride, columns, student_column_stride, inside, top_s, rest_s, scale
+            student,
+            row,
+            student_row_stride,
+            columns,
+            student_column_stride,
+            width,
+            readable,
+            padded,
+            top_s,
+            rest_s,
+            scale,
         )
         b = _load_logprobs(
-            teacher, row, teacher_row_stride, columns, teacher_column_stride, inside, top_t, rest_t, scale
+            teacher,
+            row,
+            teacher_row_stride,
+            columns,
+            teacher_column_stride,
+            width,
+            readable,
+            padded,
+            top_t,
+            rest_t,
+            scale,
         )
         over_s, over_t = _over_mixture(a, b, beta)
         of_student += tl.exp(a) * over_s
@@ -149,6 +175,8 @@ def _gradient_kernel(
     out_row_stride,
     out_column_stride,
     width,
+    readable,
+    padded: tl.constexpr,
     columns_in_all,
     scale,
     beta,
@@ -160,11 +188,16 @@ def _gradient_kernel(
     g = scale * tl.load(gradient + row)
     if mask is not None:
         g = tl.where(tl.load(mask + row) == 0, 0.0, g)
-    wanted = columns < tl.where(g == 0, 0, width)  # a row without gradient is not read
+    # A row without gradient is not read.
+    wanted, readable = columns < tl.where(g == 0, 0, width), tl.where(g == 0, 0, readable)
     top_s, rest_s = tl.load(stats + row * 4), tl.load(stats + row * 4 + 1)
     top_t, rest_t = tl.load(stats + row * 4 + 2), tl.load(stats + row * 4 + 3)
-    a = _load_logprobs(student, row, student_row_stride, columns, student_column_stride, wanted, top_s, rest_s, scale)
-    b = _load_logprobs(teacher, row, teacher_row_stride, columns, teacher_column_stride, wanted, top_t, rest_t, scale)
+    a = _load_logprobs(
+        student, row, student_row_stride, columns, student_column_stride, width, readable, padded, top_s, rest_s, scale
+    )
+    b = _load_logprobs(
+        teacher, row, teacher_row_stride, columns, teacher_column_stride, width, readable, padded, top_t, rest_t, scale
+    )
     if kind == 0:
         value = tl.exp(a) - tl.exp(b)
     elif kind == 1:
@@ -200,10 +233,12 @@ def statistics(
         out,
         *weighting.stride(),
         *other.stride(),
-        shard.true_width,
+        *widths(shard.true_width, student, teacher),
         scale,
+        scale * LOG2_E,
         kind != "jsd",
         block_size(shard.true_width, _BLOCK),
+        num_warps=8,
     )
     return out[:, [2, 3, 0, 1, 4]] if kind == "forward_kl" else out
 
@@ -229,10 +264,11 @@ def mixture_statistics(
         stats.contiguous(),
         out,
         *strides,
-        shard.true_width,
+        *widths(shard.true_width, student, teacher),
         scale,
         beta,
         block_size(shard.true_width, _BLOCK),
+        num_warps=8,
     )
     return out
 
@@ -266,10 +302,20 @@ def write_gradient(
         *student.stride(),
         *teacher.stride(),
         *out.stride(),
-        shard.true_width,
+        *widths(shard.true_width, student, teacher),
         columns,
         scale,
         beta,
         _KINDS[kind],
         block,
     )
+
+
+def example_launches(example: Example) -> None:
+    """Launch every kernel; see compile_examples.py."""
+    student, teacher, mask, shard = example.logits(), example.logits(), example.mask(), example.shard
+    stats, per_row = example.per_row(4), example.per_row()
+    for kind in _KINDS:
+        statistics(student, teacher, kind, mask, shard, 1.0)
+        write_gradient(student, student, teacher, kind, 0.5, mask, stats, per_row, per_row, shard, 1.0)
+    mixture_statistics(student, teacher, 0.5, mask, stats, shard, 1.0)

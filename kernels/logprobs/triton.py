@@ -10,11 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_tropd.kernels.compile_examples import Example
 from megatron_tropd.kernels.sharding import VocabShard
-from megatron_tropd.kernels.triton_rows import advance, as_bytes, block_size
+from megatron_tropd.kernels.triton_rows import LN_2, LOG2_E, advance, as_bytes, block_size, load_row, widths
 
 _BLOCK = 4096
 _ID_BLOCK = 32
+NARROW_LOADS = {"_picked_gradient_kernel": "reads the few ids of a row and what belongs to them"}
 
 
 @triton.jit
@@ -26,7 +28,10 @@ def _statistics_kernel(
     column_stride,
     out_stride,
     width,
+    readable,
+    padded: tl.constexpr,
     scale,
+    factor,  # scale * log2(e)
     with_entropy: tl.constexpr,
     block: tl.constexpr,
 ):
@@ -39,17 +44,17 @@ def _statistics_kernel(
     weighted = tl.zeros([block], tl.float32)
     for start in range(0, width, block):
         columns = start + tl.arange(0, block)
-        z = tl.load(logits + row * row_stride + columns * column_stride, columns < width, -float("inf"))
-        top, shift, relative = advance(top, z.to(tl.float32) * scale)
-        decay = tl.exp(shift)
-        e = tl.exp(relative)
+        z = load_row(logits, row, row_stride, columns, column_stride, width, readable, padded)
+        top, shift, relative = advance(top, z, factor)
+        decay = tl.exp2(shift)
+        e = tl.exp2(relative)
         if with_entropy:
             weighted = decay * (weighted + total * shift) + e * relative
         total = decay * total + e
-    tl.store(out + row * out_stride, top)
+    tl.store(out + row * out_stride, top * scale)
     tl.store(out + row * out_stride + 1, tl.sum(total, 0))
     if with_entropy:
-        tl.store(out + row * out_stride + 2, tl.sum(weighted, 0))
+        tl.store(out + row * out_stride + 2, tl.sum(weighted, 0) * LN_2)
 
 
 @triton.jit
@@ -65,6 +70,8 @@ def _softmax_gradient_kernel(
     out_row_stride,
     out_column_stride,
     width,
+    readable,
+    padded: tl.constexpr,
     columns_in_all,
     scale,
     block: tl.constexpr,
@@ -74,8 +81,9 @@ def _softmax_gradient_kernel(
     factor = -scale * tl.load(gradient_sum + row)
     if mask is not None:
         factor = tl.where(tl.load(mask + row) == 0, 0.0, factor)
-    wanted = columns < tl.where(factor == 0, 0, width)  # a row without gradient is not read
-    z = tl.load(logits + row * row_stride + columns * column_stride, wanted, -float("inf")).to(tl.float32) * scale
+    # A row without gradient is not read.
+    wanted, readable = columns < tl.where(factor == 0, 0, width), tl.where(factor == 0, 0, readable)
+    z = load_row(logits, row, row_stride, columns, column_stride, width, readable, padded) * scale
     p = tl.exp(z - tl.load(top + row) - tl.load(rest + row))
     value = tl.where(wanted, factor * p, 0.0)
     tl.store(
@@ -138,10 +146,12 @@ def statistics(
         as_bytes(mask),
         out,
         *strides,
-        shard.true_width,
+        *widths(shard.true_width, logits),
         scale,
+        scale * LOG2_E,
         with_entropy,
         block_size(shard.true_width, _BLOCK),
+        num_warps=8,
     )
     local, owned = shard.local_ids(ids)
     out[:, first:] = (logits.gather(1, local).float() * scale).masked_fill_(~owned, 0.0)
@@ -176,7 +186,7 @@ def write_gradient(
         gradient_sum,
         *logits.stride(),
         *out.stride(),
-        shard.true_width,
+        *widths(shard.true_width, logits),
         columns,
         scale,
         block,
@@ -186,3 +196,12 @@ def write_gradient(
     _picked_gradient_kernel[(n, triton.cdiv(ids.size(1), _ID_BLOCK))](
         out, flags, local, logprobs.contiguous(), gradient, gradient_sum, *out.stride(), ids.size(1), scale, _ID_BLOCK
     )
+
+
+def example_launches(example: Example) -> None:
+    """Launch every kernel; see compile_examples.py."""
+    logits, mask, shard = example.logits(), example.mask(), example.shard
+    ids, at_ids, per_row = example.per_row(65, dtype=torch.int64), example.per_row(65), example.per_row()
+    for with_entropy in (True, False):
+        statistics(logits, ids, mask, shard, 1.0, with_entropy)
+    write_gradient(logits, logits, ids, mask, per_row, per_row, at_ids, at_ids, shard, 1.0)
