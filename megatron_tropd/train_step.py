@@ -30,6 +30,10 @@ from megatron_tropd.parallel import ParallelGroups
 from megatron_tropd.student_outputs import StudentOutputs, read_student
 from megatron_tropd.types import TeacherScores, TrainingBatch
 
+# Megatron's 2**32 is meant for a mean over a micro-batch's tokens. The loss here is their undivided sum, thousands of
+# times larger, and each halving costs a whole step, rollout included. The scale grows again where there is room.
+_FLOAT16_LOSS_SCALE = 2.0**10
+
 
 @dataclass
 class Student:
@@ -111,7 +115,7 @@ def build_student(
         overlap_param_gather=training.overlap_param_gather,
         align_param_gather=training.overlap_param_gather,  # all at once, see Student.gather_parameters
         use_distributed_optimizer=training.use_distributed_optimizer,
-        check_for_nan_in_grad=True,
+        check_for_nan_in_grad=not config.fp16,  # there overflows are expected: the step is skipped, the scale halved
     )
     chunks = [
         DistributedDataParallel(config, ddp_config, module, disable_bucketing=i > 0, pg_collection=groups.collection)
@@ -157,6 +161,7 @@ def _optimizer_config(training: TrainingConfig, config: Any) -> OptimizerConfig:
         params_dtype=config.params_dtype,
         use_distributed_optimizer=training.use_distributed_optimizer,
         overlap_param_gather=training.overlap_param_gather,
+        initial_loss_scale=_FLOAT16_LOSS_SCALE,
     )
 
 

@@ -334,3 +334,43 @@ def misuse_rank(models):
     assert chunk(tokens, positions, None).shape == (4, 16, 256)  # the output layer is its own again
     hook.detach()
     assert not chunks[0].output_layer._forward_hooks
+
+
+def float16_rank(models, first_scale):
+    """Three steps in float16; `first_scale` is put in the place of the loss scale that training begins with."""
+    from dataclasses import replace
+
+    from megatron_tropd import parallel
+    from megatron_tropd.config import TrainingConfig
+    from megatron_tropd.teacher import TeacherHook
+    from megatron_tropd.train_step import build_student, train_step
+
+    student_config = replace(layout(1, 1, False, models / "tied"), dtype="float16")
+    groups = parallel.initialize(student_config)
+    config, objective = make_objective()
+    teacher = TeacherHook(groups, VOCAB_SIZE, topk=objective.topk, temperature=config.temperature)
+    teacher.attach(load(layout(1, 1, False, models / "teacher"), groups, training=False))
+    student = build_student(load(student_config, groups, training=True), TrainingConfig(steps=3), groups, VOCAB_SIZE)
+    weights = [p.detach().clone() for p in student.modules[0].parameters()]
+    if first_scale:
+        student.optimizer.chained_optimizers[0].grad_scaler._scale.fill_(first_scale)
+    batch = make_batch()
+    results = [train_step(student, batch, teacher.score(batch, 2), objective, config, 5, 2) for _ in range(3)]
+    moved = any(not torch.equal(a, b) for a, b in zip(weights, student.modules[0].parameters(), strict=True))
+    return [r.metrics["update_skipped"] for r in results], results[0].metrics["loss"], results[-1].grad_norm, moved
+
+
+def test_float16_passes_over_steps_whose_scaled_gradients_overflow(models):
+    ((skipped, loss, grad_norm, moved),) = run_distributed(float16_rank, 1, models, 2.0**16)
+    assert skipped[0] == 1.0
+    assert skipped[-1] == 0.0
+    assert moved
+    _, metrics, expected, _ = run_distributed(megatron_step, 1, models, "tied", *LAYOUTS["single"])[0]
+    assert loss == pytest.approx(metrics["loss"], rel=0.01)
+    assert grad_norm == pytest.approx(expected, rel=0.05)
+
+
+def test_float16_begins_with_a_loss_scale_that_skips_no_step(models):
+    ((skipped, _, _, moved),) = run_distributed(float16_rank, 1, models, None)
+    assert skipped == [0.0, 0.0, 0.0]
+    assert moved
