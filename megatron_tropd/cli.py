@@ -55,6 +55,7 @@ def _fail(message: str, status: int) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_GRACE_SECONDS)
         message = f"[rank {rank}] {message}"
+    sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
     if world_size > 1:
         os._exit(status)  # an orderly exit would tear down process groups, which waits for the other ranks

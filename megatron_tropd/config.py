@@ -173,6 +173,9 @@ class TrainingConfig:
     use_distributed_optimizer: bool = _key(True, "shard optimizer state over the data-parallel ranks")
     overlap_grad_reduce: bool = _key(False, "reduce gradients over the data-parallel ranks during the backward pass")
     overlap_param_gather: bool = _key(False, "gather updated parameters while the next forward pass begins")
+    timeout_minutes: int = _key(
+        30, "how long a rank waits for others in a collective; the slowest replica's rollout counts", low=1
+    )
     offload_optimizer: bool = _key(
         False, "outside of updates keep the optimizer's state in host memory and free the gradients (not in float32)"
     )

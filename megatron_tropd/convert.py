@@ -27,7 +27,7 @@ from megatron_tropd.hf_weights import SafetensorsFolder, load_hf_weights, save_h
 from megatron_tropd.manifest import MANIFEST, find_damage, write_manifest
 from megatron_tropd.megatron_compat import save_sharded
 from megatron_tropd.model import build_model, load_hf_config
-from megatron_tropd.parallel import ParallelGroups, initialize, on_rank_zero, shutdown
+from megatron_tropd.parallel import ParallelGroups, on_rank_zero, process_groups
 from megatron_tropd.types import UserError
 from megatron_tropd.verify import logit_difference
 
@@ -186,24 +186,22 @@ def convert_hf_to_mcore(
         pipeline_model_parallel_size=pipeline_model_parallel_size,
         expert_model_parallel_size=expert_model_parallel_size,
     )
-    groups = initialize(layout)
     temporary = output.with_name(f".{output.name}.tmp")
-    try:
-        chunks = build_model(hf_config, layout, groups, training=False)
-        load_hf_weights(chunks, hf_config, hf_path, groups)
-        on_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True))
-        save_checkpoint_weights(chunks, temporary, hf_path)
-        del chunks
-        if verify:
-            _verify(temporary, hf_path, layout, groups, bound)
-        on_rank_zero(lambda: os.rename(temporary, output))
-        _report(groups, f"wrote {output} ({layout.dtype}, {hf_config.model_type})")
-    except UserError:
-        if groups.rank == 0:  # raised on every rank: nobody uses it any more
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    finally:
-        shutdown()
+    with process_groups(layout) as groups:
+        try:
+            chunks = build_model(hf_config, layout, groups, training=False)
+            load_hf_weights(chunks, hf_config, hf_path, groups)
+            on_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True))
+            save_checkpoint_weights(chunks, temporary, hf_path)
+            del chunks
+            if verify:
+                _verify(temporary, hf_path, layout, groups, bound)
+            on_rank_zero(lambda: os.rename(temporary, output))
+            _report(groups, f"wrote {output} ({layout.dtype}, {hf_config.model_type})")
+        except UserError:
+            if groups.rank == 0:  # raised on every rank: nobody uses it any more
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def _verify(checkpoint: Path, hf_path: Path, layout: ModelConfig, groups: ParallelGroups, bound: float) -> None:
@@ -252,9 +250,8 @@ def convert_mcore_to_hf(
         pipeline_model_parallel_size=pipeline_model_parallel_size,
         expert_model_parallel_size=expert_model_parallel_size,
     )
-    groups = initialize(layout)
     temporary = output.with_name(f".{output.name}.tmp")
-    try:
+    with process_groups(layout) as groups:
         chunks = build_model(hf_config, layout, groups, training=False)
         load_checkpoint_weights(chunks, checkpoint)
 
@@ -267,8 +264,6 @@ def convert_mcore_to_hf(
         save_hf_weights(chunks, hf_config, temporary, groups, None if dtype is None else getattr(torch, dtype))
         on_rank_zero(lambda: os.rename(temporary, output))
         _report(groups, f"wrote {output} ({dtype or stored}, {hf_config.model_type})")
-    finally:
-        shutdown()
 
 
 def stored_dtype(checkpoint: str | Path) -> torch.dtype:

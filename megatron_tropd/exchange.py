@@ -70,6 +70,7 @@ class Exchange:
         teacher: ParallelGroups | None,
         world: dist.ProcessGroup | None = None,
         token_multiple: int = 8,
+        wait: Callable[[dist.Work], object] = dist.Work.wait,
     ):
         """Learn where every rank stands in both layouts.
 
@@ -79,10 +80,11 @@ class Exchange:
             world: a group over all ranks of both, for tensors in host memory; default: torch.distributed's own, for
                 tensors on the device.
             token_multiple: the teacher's sequences are rounded up to it; read on its ranks.
+            wait: for a collective; a partition's own learns of the other part's end.
         """
         self.student, self.teacher = student, teacher
         self.device = (student or teacher).device
-        self._world = world or dist.group.WORLD
+        self._world, self._wait = world or dist.group.WORLD, wait
         self._wire = torch.device("cpu") if world else self.device
         numbers = [*_Place.numbers_of(student), *_Place.numbers_of(teacher, token_multiple)]
         places = self._gather(torch.tensor(numbers, device=self.device)).tolist()
@@ -94,7 +96,7 @@ class Exchange:
         """Return every rank's tensor [n] as [ranks, n]."""
         mine = mine.to(self._wire)
         gathered = mine.new_empty(self._world.size() * mine.numel())
-        dist.all_gather_into_tensor(gathered, mine, group=self._world)
+        self._wait(dist.all_gather_into_tensor(gathered, mine, group=self._world, async_op=True))
         return gathered.view(self._world.size(), -1)
 
     def distribute(self, batch: TrainingBatch | None, micro_batch_size: int) -> Share:
@@ -262,7 +264,8 @@ class Exchange:
         outgoing = torch.cat([mine[a - first : z - first] if z > a else mine[:0] for a, z in sent]).to(self._wire)
         lengths = [z - a for a, z in received]
         incoming = outgoing.new_empty((sum(lengths), mine.size(1)))
-        dist.all_to_all_single(incoming, outgoing, lengths, [z - a for a, z in sent], group=self._world)
+        sizes = [z - a for a, z in sent]
+        self._wait(dist.all_to_all_single(incoming, outgoing, lengths, sizes, group=self._world, async_op=True))
         pieces = incoming.to(self.device).split(lengths)
         return [(a, piece) for (a, _), piece in zip(received, pieces, strict=True)]
 

@@ -23,7 +23,7 @@ from megatron_tropd.convert import load_model_weights, resolve_hf_path
 from megatron_tropd.errors import UserError
 from megatron_tropd.metrics import read_records
 from megatron_tropd.model import build_model, load_hf_config
-from megatron_tropd.parallel import ParallelGroups, initialize, shutdown
+from megatron_tropd.parallel import ParallelGroups, process_groups
 from megatron_tropd.rollout import RolloutEngine
 from megatron_tropd.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.types import Prompt, Rollouts, Sampling
@@ -62,13 +62,10 @@ class OpenModel:
 def open_model(recipe: Recipe, role: str) -> Iterator[OpenModel]:
     """Start the process groups of `recipe.student` or `recipe.teacher` and read its configuration and tokenizer."""
     config: ModelConfig = getattr(recipe, role)
-    groups = initialize(config, seed=recipe.training.seed)
-    try:
+    with process_groups(config, recipe.training.seed, timeout_minutes=recipe.training.timeout_minutes) as groups:
         hf_path = resolve_hf_path(config, role)
         tokenizer = load_tokenizer(recipe.tokenizer.path or hf_path, recipe.tokenizer.chat_template)
         yield OpenModel(role, config, recipe.rollout, groups, load_hf_config(hf_path), tokenizer)
-    finally:
-        shutdown()
 
 
 def write_responses(

@@ -3,9 +3,9 @@
 Works under torchrun (NCCL on CUDA, gloo on CPU) and in a single process without it. The student's groups are
 Megatron's global ones; a teacher of another layout has a collection of its own over the same ranks.
 
-    groups = initialize(recipe.student, seed=recipe.training.seed)
-    model = build_model(hf_config, recipe.student, groups)
-    teacher_groups = build_groups(recipe.teacher, groups)       # the same object where the layouts are the same
+    with process_groups(recipe.student, seed=recipe.training.seed) as groups:
+        model = build_model(hf_config, recipe.student, groups)
+        teacher_groups = build_groups(recipe.teacher, groups)   # the same object where the layouts are the same
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 import datetime
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ class ParallelGroups:
     collection: ProcessGroupCollection
     virtual_pipeline_size: int | None
     device: torch.device
+    timeout: datetime.timedelta = datetime.timedelta(minutes=30)  # of every collective
 
     @property
     def tp(self) -> dist.ProcessGroup:
@@ -143,6 +145,7 @@ def initialize(
     backend: str | None = None,
     use_cpu_compat: bool = True,
     partition: Partition | None = None,
+    timeout_minutes: int = 30,
 ) -> ParallelGroups:
     """Start torch.distributed and Megatron's process groups for `layout`, and seed every generator.
 
@@ -152,6 +155,7 @@ def initialize(
         backend: default nccl with CUDA, else gloo.
         use_cpu_compat: apply `cpu_compat` where there is no CUDA.
         partition: this process's part of the job, which is then all that `layout` has.
+        timeout_minutes: how long a rank waits in a collective for the others.
 
     Raises:
         UserError: the number of processes is no multiple of the layout's ranks.
@@ -166,9 +170,9 @@ def initialize(
         check_ranks(layout, dist.get_world_size() if dist.is_initialized() else world_size)
     if has_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    timeout = datetime.timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
         backend = backend or ("nccl" if has_cuda else "gloo")
-        timeout = datetime.timedelta(minutes=30)
         if partition:
             own = {"store": partition.store, "rank": partition.rank, "world_size": partition.size}
             dist.init_process_group(backend, timeout=timeout, **own)
@@ -185,6 +189,7 @@ def initialize(
         context_parallel_size=layout.context_parallel_size,
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,
     )
     collection = ProcessGroupCollection.use_mpu_process_groups()
     random.seed(seed)
@@ -192,7 +197,29 @@ def initialize(
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
-    return ParallelGroups(collection, layout.virtual_pipeline_model_parallel_size, device)
+    return ParallelGroups(collection, layout.virtual_pipeline_model_parallel_size, device, timeout)
+
+
+@contextmanager
+def process_groups(
+    layout: ModelConfig, seed: int = 1234, partition: Partition | None = None, timeout_minutes: int = 30
+) -> Iterator[ParallelGroups]:
+    """Start process groups as `initialize` does; at the end destroy them, unless an exception ends the context.
+
+    To destroy NCCL's groups is to wait for the other ranks, which may be waiting in a collective for the one that
+    failed. That one must leave its process, as the command line does at once, so that the launcher ends the others.
+    Groups that were there before stay.
+    """
+    is_first = not dist.is_initialized()
+    try:
+        yield initialize(layout, seed, partition=partition, timeout_minutes=timeout_minutes)
+    except BaseException:
+        is_alone = partition is None and dist.is_initialized() and dist.get_world_size() == 1
+        if is_first and is_alone:
+            shutdown()
+        raise
+    if is_first:
+        shutdown()
 
 
 def build_groups(layout: ModelConfig, groups: ParallelGroups, role: str = "teacher") -> ParallelGroups:
@@ -228,31 +255,33 @@ def build_groups(layout: ModelConfig, groups: ParallelGroups, role: str = "teach
     expert_ranks = parallel_state.RankGenerator(tp=etp, ep=ep, dp=expert_dp, pp=pp, cp=1, order=order)
 
     def group(lists: list[list[int]]) -> dist.ProcessGroup:
-        return dist.new_subgroups_by_enumeration(lists)[0]
+        return dist.new_subgroups_by_enumeration(lists, timeout=groups.timeout)[0]
 
     dims = {"tp": "tp", "cp": "cp", "pp": "pp", "dp": "dp", "mp": "tp-pp", "dp_cp": "dp-cp"}
     dims |= {"tp_cp": "tp-cp", "tp_dp_cp": "tp-dp-cp"}
     built = {name: group(ranks.get_ranks(token)) for name, token in dims.items()}
     pipelines = ranks.get_ranks("pp")
-    built["embd"] = _end_groups(pipelines, parallel_state.default_embedding_ranks)
-    built["pos_embd"] = _end_groups(pipelines, parallel_state.default_position_embedding_ranks)
+    built["embd"] = _end_groups(pipelines, parallel_state.default_embedding_ranks, groups.timeout)
+    built["pos_embd"] = _end_groups(pipelines, parallel_state.default_position_embedding_ranks, groups.timeout)
     expert_dims = {"ep": "ep", "expt_tp": "tp", "tp_ep": "tp-ep", "tp_ep_pp": "tp-ep-pp", "expt_dp": "dp"}
     built |= {name: group(expert_ranks.get_ranks(token)) for name, token in expert_dims.items()}
-    return ParallelGroups(ProcessGroupCollection(**built), virtual, groups.device)
+    return ParallelGroups(ProcessGroupCollection(**built), virtual, groups.device, groups.timeout)
 
 
-def _end_groups(pipelines: list[list[int]], choose: Callable[[list[int]], list[int]]) -> dist.ProcessGroup | None:
+def _end_groups(
+    pipelines: list[list[int]], choose: Callable[[list[int]], list[int]], timeout: datetime.timedelta
+) -> dist.ProcessGroup | None:
     """Make one group of the chosen ranks of every pipeline; return this rank's, None if it is in none."""
     mine = None
     for ranks in map(choose, pipelines):
-        made = dist.new_group(ranks)
+        made = dist.new_group(ranks, timeout=timeout)
         if dist.get_rank() in ranks:
             mine = made
     return mine
 
 
 def shutdown() -> None:
-    """Destroy Megatron's groups and torch.distributed; safe to call twice."""
+    """Destroy Megatron's groups and torch.distributed; waits for all ranks; safe to call twice."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

@@ -6,14 +6,16 @@ tensors over a gloo group of both parts, the bridge: what crosses is small besid
 runs into its watchdog, while the other part works for minutes.
 
     partition = split_processes(recipe)         # None where both models share all processes
-    groups = initialize(recipe.student, partition=partition)
+    with process_groups(recipe.student, partition=partition) as groups: ...
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
+import time
 from typing import Any
 
 import torch
@@ -23,9 +25,10 @@ from megatron_tropd.config import DATA_OBJECTIVES, ModelConfig, Recipe
 from megatron_tropd.errors import UserError
 from megatron_tropd.layout import model_ranks
 
-# The other part may take hours to load its weights, to score a batch or to write responses. Where a process died the
-# launcher ends the wait, with all others.
+# The other part may take hours to load its weights, to score a batch or to write responses. Where it failed it says so,
+# and where a process died the launcher ends the wait, with all others.
 _PATIENCE = datetime.timedelta(days=7)
+_GLANCE = datetime.timedelta(seconds=2)  # a wait is interrupted so often, to look whether another process failed
 
 
 def split_processes(recipe: Recipe) -> Partition | None:
@@ -83,7 +86,6 @@ class Partition:
         self.store = dist.PrefixStore(self.role, self._store)  # of this part's default process group
         self.bridge: dist.ProcessGroup | None = None
         self._place = (rank, world_size)  # of all processes
-        self._has_met = False
         self._orders = 0  # given or taken so far
 
     def connect(self) -> None:
@@ -103,19 +105,16 @@ class Partition:
             UserError, RuntimeError: what kept another process from it (see `fail`).
         """
         if self._store.add("ready", 1) == self._place[1]:
-            self._store.set("verdict", json.dumps(None))
-        self._has_met = True
-        _raise_failure(self._take("verdict"))
+            self._store.set("all_ready", json.dumps(True))
+        self._take("all_ready")
         self.connect()
 
     def fail(self, error: Exception) -> None:
-        """Tell the other part what ends this one, so that it does not wait for ever."""
+        """Tell all other processes what ends this one, so that they do not wait for ever; the first failure counts."""
         is_user_error = isinstance(error, UserError)
         failure = [is_user_error, str(error) if is_user_error else f"{type(error).__name__}: {error}"]
-        if not self._has_met:
-            self._store.set("verdict", json.dumps(failure))
-        elif not self.is_teacher:
-            self.order("fail", failure=failure)
+        with contextlib.suppress(RuntimeError):  # the store's own process may have died: the launcher ends all
+            self._store.compare_set("failure", "", json.dumps(failure))
 
     def order(self, name: str, **arguments: Any) -> None:
         """Tell the teacher's ranks what to do next; on the student's first rank, silent on its others."""
@@ -127,17 +126,30 @@ class Partition:
         """Wait for the student's next order; on the teacher's ranks.
 
         Raises:
-            UserError, RuntimeError: the student's part failed with it.
+            UserError, RuntimeError: another process failed with it.
         """
         self._orders += 1
         name, arguments = self._take(f"order/{self._orders}")
-        if name == "fail":
-            _raise_failure(arguments["failure"])
         return name, arguments
+
+    def wait(self, work: dist.Work) -> None:
+        """Wait for a collective over `bridge`.
+
+        Raises:
+            UserError, RuntimeError: another process failed with it.
+        """
+        while True:
+            try:
+                work.wait(_GLANCE)
+                return
+            except RuntimeError as error:  # it takes longer, or a process that takes part has died
+                self._raise_failure(error)
+                if work.is_completed():
+                    raise
 
     def finish(self) -> None:
         """Wait for the other part to come here too: the store may live in a process that is about to leave."""
-        dist.barrier(group=self.bridge)
+        self.wait(dist.barrier(group=self.bridge, async_op=True))
 
     def close(self) -> None:
         """Give up the bridge; safe to call twice."""
@@ -146,11 +158,16 @@ class Partition:
             self.bridge = None
 
     def _take(self, key: str) -> Any:
-        self._store.wait([key], _PATIENCE)
+        """Wait for a value of the store, or raise another process's failure."""
+        pause = 0.001
+        while not self._store.check([key]):
+            self._raise_failure()
+            time.sleep(pause)
+            pause = min(2 * pause, 0.2)
         return json.loads(self._store.get(key))
 
-
-def _raise_failure(failure: tuple[bool, str] | None) -> None:
-    if failure is not None:
-        is_user_error, message = failure
-        raise UserError(message) if is_user_error else RuntimeError(f"another process failed: {message}")
+    def _raise_failure(self, cause: Exception | None = None) -> None:
+        if self._store.check(["failure"]):
+            is_user_error, message = json.loads(self._store.get("failure"))
+            error = UserError(message) if is_user_error else RuntimeError(f"another process failed: {message}")
+            raise error from cause

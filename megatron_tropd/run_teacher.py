@@ -109,7 +109,7 @@ def open_teacher(
     partition.meet()
     return RemoteTeacher(
         partition,
-        Exchange(groups, None, partition.bridge),
+        Exchange(groups, None, partition.bridge, wait=partition.wait),
         topk=min(objective.topk, vocab_size),
         hidden_size=files.hf_config.hidden_size,
         dtype=getattr(torch, recipe.teacher.dtype),
@@ -124,7 +124,7 @@ def build_served_teacher(recipe: Recipe, groups: ParallelGroups, partition: Part
     files = check_teacher(recipe, tokenizer)
     chunks = _load(recipe, groups, files)
     partition.meet()
-    exchange = Exchange(None, groups, partition.bridge, groups.token_multiple(recipe.teacher))
+    exchange = Exchange(None, groups, partition.bridge, groups.token_multiple(recipe.teacher), partition.wait)
     return _hook(recipe, groups, files, objective, tokenizer.vocab_size, exchange).attach(chunks)
 
 

@@ -21,7 +21,7 @@ from megatron_tropd.batching import pack
 from megatron_tropd.config import Recipe
 from megatron_tropd.evaluation import evaluate
 from megatron_tropd.metrics import MetricsWriter
-from megatron_tropd.parallel import initialize, on_rank_zero, shutdown
+from megatron_tropd.parallel import on_rank_zero, process_groups
 from megatron_tropd.partition import Partition, split_processes
 from megatron_tropd.remote_teacher import serve
 from megatron_tropd.run import Run, checkpoint_folder, set_up
@@ -42,32 +42,35 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     Raises:
         UserError: the recipe, a model, a tokenizer or a prompt file is wrong; nothing was trained.
+
+    After an exception of any kind each of several processes should end: see `parallel.process_groups`.
     """
     partition = split_processes(recipe)
-    try:
-        if partition is None:
-            return _train(set_up(recipe, initialize(recipe.student, seed=recipe.training.seed)))
+    if partition is not None:
         return _train_in_parts(recipe, partition)
-    finally:
-        shutdown()
+    with process_groups(recipe.student, **_start(recipe)) as groups:
+        return _train(set_up(recipe, groups))
+
+
+def _start(recipe: Recipe) -> dict[str, int]:
+    return {"seed": recipe.training.seed, "timeout_minutes": recipe.training.timeout_minutes}
 
 
 def _train_in_parts(recipe: Recipe, partition: Partition) -> dict[str, Any]:
     """Train on the student's ranks and serve on the teacher's."""
     try:
-        groups = initialize(getattr(recipe, partition.role), seed=recipe.training.seed, partition=partition)
-        if partition.is_teacher:
-            summary = serve(build_served_teacher(recipe, groups, partition), partition)
-        else:
-            summary = _train(set_up(recipe, groups, partition))
-            partition.order("stop", summary=summary)
-        partition.finish()
-        return summary
+        with process_groups(getattr(recipe, partition.role), partition=partition, **_start(recipe)) as groups:
+            if partition.is_teacher:
+                summary = serve(build_served_teacher(recipe, groups, partition), partition)
+            else:
+                summary = _train(set_up(recipe, groups, partition))
+                partition.order("stop", summary=summary)
+            partition.finish()
+            partition.close()
+            return summary
     except Exception as error:
         partition.fail(error)
         raise
-    finally:
-        partition.close()
 
 
 def _train(run: Run) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def _layout(tp, pp):
 
 def _run(jobs):
     """Call functions of convert.py one after the other; the message of each one's UserError, None without."""
-    convert.shutdown = lambda: None  # the next job takes the same processes
+    initialize(ModelConfig())  # groups that are there before stay: the next job takes the same processes
     messages = []
     for name, arguments, options in jobs:
         try:

@@ -1,6 +1,7 @@
 """A job in two parts: who belongs where, what a part's process group spans, how one learns of the other's end."""
 
 import os
+import time
 
 import pytest
 import torch
@@ -93,16 +94,22 @@ def test_a_part_that_fails_before_it_is_ready_ends_the_other(role):
     assert ("RuntimeError", "another process failed: KeyError: 'weight'") in found
 
 
-def fails_late():
-    partition, _ = open_partition(1)
+def fails_late(failing, where):
+    """The process of rank `failing` fails after all have met, and lives on: the others are told where they wait."""
+    partition, _ = open_partition(2)
     partition.meet()
-    if not partition.is_teacher:
+    if int(os.environ["RANK"]) == failing:
         partition.fail(ValueError("no tokens"))
+        time.sleep(10)
         return None
     with pytest.raises(RuntimeError, match="another process failed: ValueError: no tokens"):
-        partition.next_order()
+        partition.next_order() if where == "order" else partition.finish()
     return True
 
 
-def test_a_student_that_fails_in_training_ends_the_teacher():
-    assert run_distributed(fails_late, 2) == [None, True]
+@pytest.mark.parametrize(
+    ("failing", "where"), [(1, "order"), (0, "bridge"), (3, "bridge")], ids=lambda value: str(value)
+)
+def test_a_process_that_fails_in_training_ends_those_that_wait_for_it(failing, where):
+    found = run_distributed(fails_late, 4, failing, where)
+    assert found == [None if rank == failing else True for rank in range(4)]
