@@ -13,6 +13,7 @@ import fnmatch
 import json
 import logging
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,7 @@ _ARCHITECTURE = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "vocab_size", "tie_word_embeddings"),
 )
+_EXTRA_STATE = re.compile(r"_extra_state\d*$")  # grouped experts number theirs: _extra_state, _extra_state1, ...
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -136,7 +138,7 @@ def load_checkpoint_weights(
     loaded = dist_checkpointing.load(_sharded_weights(chunks, groups), str(directory))
     for i, chunk in enumerate(chunks):
         missing, unexpected = chunk.load_state_dict(loaded[f"model{i}"], strict=False)
-        lacking = [name for name in missing if not name.endswith("_extra_state")]
+        lacking = [name for name in missing if not _EXTRA_STATE.search(name)]
         assert not lacking, f"{directory} lacks {lacking}"
         assert not unexpected, f"{directory} has unknown {unexpected}"
 
@@ -146,7 +148,7 @@ def _sharded_weights(chunks: list[torch.nn.Module], groups: ParallelGroups | Non
     metadata = None if groups is None else {"dp_cp_group": groups.dp_cp}
     states = [chunk.sharded_state_dict(metadata=metadata) for chunk in chunks]
     return {
-        f"model{i}": {name: tensor for name, tensor in state.items() if not name.endswith("_extra_state")}
+        f"model{i}": {name: tensor for name, tensor in state.items() if not _EXTRA_STATE.search(name)}
         for i, state in enumerate(states)
     }
 

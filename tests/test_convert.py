@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import run_distributed
+from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from safetensors.torch import load_file, save_file
 from tiny_models import KINDS, VOCAB_SIZE, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -225,6 +226,39 @@ def _load_as_float32(checkpoint, hf_path):
 def test_a_bf16_checkpoint_fills_an_fp32_model(hf, checkpoints):
     for rank in run_distributed(_load_as_float32, 2, str(checkpoints / "llama_bf16"), str(hf / "llama_bf16")):
         assert set(rank) == {(torch.float32, True)}
+
+
+class _Experts(torch.nn.Module):
+    """Two experts' weights, named as Transformer Engine's grouped layer names them; `extra`: with its extra states."""
+
+    def __init__(self, extra):
+        super().__init__()
+        self.extra = extra
+        self.weight0, self.weight1 = (torch.nn.Parameter(torch.randn(3, 2)) for _ in range(2))
+
+    def sharded_state_dict(self, metadata=None):
+        state = {name: ShardedTensor.from_rank_offsets(name, weight) for name, weight in self.named_parameters()}
+        names = ("_extra_state", "_extra_state1") if self.extra else ()
+        return state | {name: ShardedObject(name, torch.zeros(0), (1,), (0,)) for name in names}
+
+    def get_extra_state(self):
+        return torch.zeros(0)
+
+    def set_extra_state(self, state):
+        raise AssertionError("no extra state is stored")
+
+
+def _exchange_experts(folder, hf_path):
+    initialize(ModelConfig())
+    for i, (written, read) in enumerate([(False, True), (True, False)]):
+        source, target = _Experts(written), _Experts(read)
+        convert.save_checkpoint_weights([source], f"{folder}/{i}", hf_path)
+        convert.load_checkpoint_weights([target], f"{folder}/{i}")
+        assert all(map(torch.equal, source.parameters(), target.parameters()))
+
+
+def test_experts_interchange_with_a_layer_that_numbers_its_extra_states(hf, tmp_path):
+    run_distributed(_exchange_experts, 1, str(tmp_path), str(hf / "llama_bf16"))
 
 
 def test_a_failing_verification_leaves_nothing_behind(hf, tmp_path):
