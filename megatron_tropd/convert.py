@@ -30,7 +30,7 @@ from megatron_tropd.megatron_compat import save_sharded
 from megatron_tropd.model import build_model, load_hf_config
 from megatron_tropd.parallel import ParallelGroups, on_rank_zero, process_groups
 from megatron_tropd.types import UserError
-from megatron_tropd.verify import logit_difference
+from megatron_tropd.verify import check_host_memory, logit_difference
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,8 @@ def convert_hf_to_mcore(
         expert_model_parallel_size: likewise.
 
     Raises:
-        UserError: the folder or the output cannot be used, or `verify` found a larger difference.
+        UserError: the folder or the output cannot be used, `verify` found a larger difference, or the host has too
+            little memory for it.
     """
     hf_path, output = Path(hf_path), Path(output)
     hf_config = load_hf_config(hf_path)
@@ -191,6 +192,8 @@ def convert_hf_to_mcore(
     temporary = output.with_name(f".{output.name}.tmp")
     with process_groups(layout) as groups:
         try:
+            if verify:
+                check_host_memory(hf_path, groups)
             chunks = build_model(hf_config, layout, groups, training=False)
             load_hf_weights(chunks, hf_config, hf_path, groups)
             on_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True))
@@ -207,7 +210,9 @@ def convert_hf_to_mcore(
 
 
 def _verify(checkpoint: Path, hf_path: Path, layout: ModelConfig, groups: ParallelGroups, bound: float) -> None:
-    chunks = build_model(load_hf_config(hf_path), replace(layout, dtype="float32"), groups, training=False)
+    layout = replace(layout, dtype="float32")
+    # Transformer Engine would multiply in TF32, see `logit_difference`.
+    chunks = build_model(load_hf_config(hf_path), layout, groups, training=False, use_transformer_engine=False)
     load_checkpoint_weights(chunks, checkpoint)
     difference = logit_difference(chunks, hf_path, groups)
     _report(groups, f"largest absolute logit difference to transformers (fp32): {difference:.3g}, bound {bound:g}")

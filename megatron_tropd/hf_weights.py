@@ -7,6 +7,7 @@ more than its own part of the model and one whole matrix.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -94,6 +95,10 @@ class SafetensorsFolder:
             raise UserError(f"{self.path} lacks the tensor {name}; is config.json of the same model as the weights?")
         tensor = self._file_of[name].get_slice(name)
         return tensor[rows] if len(tensor.get_shape()) == 1 else tensor[rows, columns]
+
+    def num_elements(self) -> int:
+        """Return the number of elements of all tensors."""
+        return sum(math.prod(self._file_of[name].get_slice(name).get_shape()) for name in self.names())
 
     def dtype(self) -> torch.dtype:
         """Return the dtype of the first tensor."""

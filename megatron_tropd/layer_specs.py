@@ -33,16 +33,19 @@ def uses_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def block_spec(config: TransformerConfig, pp_rank: int, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, pp_rank: int, vp_stage: int | None, use_transformer_engine: bool
+) -> TransformerBlockSubmodules:
     """Return the specs of the layers of one pipeline stage, or of one of its virtual stages.
 
     Args:
         config: of the model; moe_layer_freq says which layers are of experts.
         pp_rank: the stage.
         vp_stage: the virtual stage; None without interleaving.
+        use_transformer_engine: its layers; else Megatron's local ones.
     """
     place = {"vp_stage": vp_stage, "pp_rank": pp_rank}
-    if uses_transformer_engine():
+    if use_transformer_engine:
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, **place)
     if config.num_moe_experts is not None:
         mend_router_without_transformer_engine()

@@ -29,6 +29,7 @@ from megatron_tropd.types import UserError
 
 SUPPORTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral")
 _VOCAB_MULTIPLE = 128  # a shard of a multiple of it keeps matrix products aligned
+_LOCAL_LAYERS = {"apply_rope_fusion": False, "moe_grouped_gemm": False}  # both need Transformer Engine
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -146,6 +147,7 @@ def build_model(
     *,
     training: bool = True,
     role: str = "model",
+    use_transformer_engine: bool | None = None,
     **overrides: Any,
 ) -> list[GPTModel]:
     """Build this rank's model chunks on its device, weights unset.
@@ -156,6 +158,7 @@ def build_model(
         groups: process groups of that layout.
         training: train mode; else eval mode without gradients.
         role: for error messages.
+        use_transformer_engine: False: build Megatron's local layers, without fp8; default: what the machine has.
         overrides: fields of TransformerConfig that go first.
 
     Returns:
@@ -163,13 +166,17 @@ def build_model(
         config's vocabulary; its `vocab_size` is padded.
     """
     virtual_size = model.virtual_pipeline_model_parallel_size
+    if use_transformer_engine is None:
+        use_transformer_engine = uses_transformer_engine()
+    if not use_transformer_engine:
+        overrides = {**_LOCAL_LAYERS, **overrides}
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", module=r"megatron\.core"
         )  # about Apex, which is optional, and its own defaults
         config = transformer_config(hf_config, model, role, **overrides)
         stages = range(virtual_size) if virtual_size else [None]
-        chunks = [_build_chunk(hf_config, config, groups, stage) for stage in stages]
+        chunks = [_build_chunk(hf_config, config, groups, stage, use_transformer_engine) for stage in stages]
     for chunk in chunks:
         chunk.true_vocab_size = hf_config.vocab_size
         chunk.to(groups.device)
@@ -178,11 +185,17 @@ def build_model(
     return chunks
 
 
-def _build_chunk(hf_config: Any, config: TransformerConfig, groups: ParallelGroups, vp_stage: int | None) -> GPTModel:
+def _build_chunk(
+    hf_config: Any,
+    config: TransformerConfig,
+    groups: ParallelGroups,
+    vp_stage: int | None,
+    use_transformer_engine: bool,
+) -> GPTModel:
     virtual_size = config.virtual_pipeline_model_parallel_size or 1
     chunk = GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(config, groups.pp_rank, vp_stage),
+        transformer_layer_spec=block_spec(config, groups.pp_rank, vp_stage, use_transformer_engine),
         vocab_size=padded_vocab_size(hf_config.vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=hf_config.max_position_embeddings,
         pre_process=groups.is_first_stage and vp_stage in (None, 0),

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import KINDS, VOCAB_SIZE, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_tropd import convert
+from megatron_tropd import convert, host_memory, verify
+from megatron_tropd import model as model_module
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.errors import UserError
 from megatron_tropd.hf_weights import SafetensorsFolder, load_hf_weights, named_parameters, save_hf_weights
@@ -270,6 +271,52 @@ def test_a_failing_verification_leaves_nothing_behind(hf, tmp_path):
     (message,) = _convert(2, [job])
     assert "more than the bound of 0" in message
     assert not list(tmp_path.iterdir())
+
+
+def _verify_where_transformer_engine_is_importable(checkpoint, hf_path):
+    """Verify a checkpoint on a machine that says it has Transformer Engine: of its layers nothing could be built."""
+    model_module.uses_transformer_engine = lambda: True
+    layout = ModelConfig(hf_path=hf_path, dtype="bfloat16")
+    torch.set_float32_matmul_precision("high")  # what some containers make the default on CUDA
+    convert._verify(Path(checkpoint), Path(hf_path), layout, initialize(layout), 1e-4)
+    return torch.get_float32_matmul_precision()
+
+
+@pytest.mark.parametrize("name", ["qwen3_bf16", "mixtral_bf16"])
+def test_what_is_verified_is_of_local_layers(name, hf, checkpoints):
+    arguments = str(checkpoints / name), str(hf / name)
+    assert run_distributed(_verify_where_transformer_engine_is_importable, 1, *arguments) == ["high"]
+
+
+def _verify_on_a_host_of(memory, jobs):
+    verify.available_host_bytes = lambda: memory
+    return _run(jobs)
+
+
+def test_a_verification_that_the_host_has_no_memory_for_is_refused_first(hf, tmp_path):
+    folder = hf / "llama_tied_fp32"
+    needed = sum(t.numel() * 4 for t in _tensors(folder).values())
+    assert verify.transformers_bytes(folder) == needed
+    for world_size, models in ((1, 2), (2, 1.5)):  # transformers', and each rank's part of Megatron's
+        job = ("convert_hf_to_mcore", (folder, tmp_path / "out"), {"verify": True, **_layout(world_size, 1)})
+        for (message,) in run_distributed(_verify_on_a_host_of, world_size, int(needed * models) - 1, [job]):
+            assert "--verify needs 0.0 GB of host memory" in message
+            assert "or without --verify" in message
+        assert not list(tmp_path.iterdir())
+        ranks = run_distributed(_verify_on_a_host_of, world_size, int(needed * models), [job])
+        assert ranks == [[None]] * world_size
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_limits_of_a_container_bound_the_host_memory(tmp_path):
+    whole = host_memory.available_host_bytes(tmp_path)
+    assert whole > 1 << 20
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.stat").write_text("anon 600\ninactive_file 300\n")
+    assert host_memory.available_host_bytes(tmp_path) > 1 << 20
+    (tmp_path / "memory.max").write_text("1500\n")
+    assert host_memory.available_host_bytes(tmp_path) == 1500 - 1000 + 300
 
 
 def _changed_weights(hf, folder, change):
