@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from megatron_tropd.cli import _parser
 from megatron_tropd.config import Recipe
@@ -53,6 +54,23 @@ def test_top_level_is_as_agreed():
 def test_nothing_global_is_installed_but_the_package():
     distribution = importlib.metadata.distribution("megatron-tropd")
     assert (distribution.read_text("top_level.txt") or "").split() == ["megatron_tropd"]
+
+
+@pytest.mark.parametrize(
+    ("python", "last"),
+    [("3.10", "2.11.0"), ("3.11", "2.11.0"), ("3.12", "2.18.0")],  # megatron-core 0.17 and later need Python 3.12
+)
+@pytest.mark.parametrize("extra", ["gpu", "gpu-cu12", "gpu-cu13"])
+def test_extras_take_the_transformer_engine_that_their_megatron_declares(extra, python, last):
+    tomllib = pytest.importorskip("tomllib")
+    listed = tomllib.loads(_read("pyproject.toml"))["project"]["optional-dependencies"][extra]
+    requirements = [Requirement(text) for text in listed]
+    environment = {"python_version": python}
+    (engine,) = (r for r in requirements if r.name == "transformer-engine" and r.marker.evaluate(environment))
+    assert engine.specifier.contains(last)
+    assert engine.specifier.contains("2.12.0") == (python == "3.12")
+    assert not engine.specifier.contains("2.8.0")
+    assert engine.extras == {"pytorch", *({extra.replace("gpu", "core")} if extra != "gpu" else ())}
 
 
 def test_setup_lists_every_package():
