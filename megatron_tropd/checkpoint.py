@@ -32,6 +32,12 @@ from megatron_tropd.train_step import Student
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d+)$")
+_OPTIMIZER_FORMAT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    # Only the first data-parallel rank holds a whole model-parallel shard in host memory, see checkpoint_on_one_rank.
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+    "chained_optim_avoid_prefix": True,
+}
 
 
 @dataclass
@@ -135,11 +141,7 @@ def _remove_old(directory: Path, keep: int) -> None:
 
 
 def _optimizer_state(student: Student, is_loading: bool) -> dict[str, Any]:
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": student.groups.dp_cp,
-    }
+    metadata = {**_OPTIMIZER_FORMAT, "dp_cp_group": student.groups.dp_cp}
     chunks = {f"model{i}": m.sharded_state_dict(metadata=metadata) for i, m in enumerate(student.modules)}
     return {
         "optimizer": student.optimizer.sharded_state_dict(chunks, is_loading=is_loading, metadata=metadata),

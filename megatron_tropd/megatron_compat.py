@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import LocalNonpersistentObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -87,6 +89,62 @@ def separate_adam_steps(optimizer: Any) -> None:
         for state in distributed.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
+
+
+def checkpoint_on_one_rank(optimizer: Any, host_groups: Sequence[dist.ProcessGroup]) -> None:
+    """Let the first data-parallel rank alone save and load `fully_reshardable` checkpoints, for all of them.
+
+    Otherwise each of these ranks holds all of the parameters, exp_avg and exp_avg_sq of its model-parallel shard in
+    host memory: 12 bytes a parameter, times the ranks of a machine. Megatron-Core can save like this, through gloo
+    groups that it takes only without explicit process groups; it always loads everything on every rank.
+
+    Args:
+        optimizer: from get_megatron_optimizer.
+        host_groups: gloo groups, one of them with the ranks of each distributed optimizer.
+    """
+    by_ranks = {tuple(dist.get_process_group_ranks(group)): group for group in host_groups}
+    for distributed in _distributed_optimizers(optimizer):
+        group = by_ranks[tuple(dist.get_process_group_ranks(distributed.data_parallel_group))]
+        distributed.data_parallel_group_gloo = group
+        if group.size() > 1:
+            _load_on_one_rank(distributed, group)
+
+
+def _load_on_one_rank(distributed: DistributedOptimizer, group: dist.ProcessGroup) -> None:
+    sharded_state = distributed.sharded_param_state_fully_reshardable
+
+    def sharded_state_of_one_rank(model_state, is_loading=False, metadata=None):
+        state = None
+        if group.rank() == 0 or not is_loading:
+            state = sharded_state(model_state, is_loading, metadata)
+        # An entry of no file's, so that `load` is called on the other ranks, too.
+        return LocalNonpersistentObject(None) if state is None else state
+
+    def load(loaded: dict[int, dict[str, torch.Tensor]] | None) -> None:
+        names: list[Any] = [sorted(set(loaded[0]) - {"step"}) if loaded else None]
+        source = dist.get_process_group_ranks(group)[0]
+        dist.broadcast_object_list(names, src=source, group=group)
+        for index, (parameter, size, own) in enumerate(_parameters_in_order(distributed)):
+            tensors = {}
+            for name in names[0]:
+                whole = loaded[index][name].flatten() if loaded else torch.empty(size, dtype=torch.float32)
+                dist.broadcast(whole, src=source, group=group)
+                if own is not None:
+                    tensors[name] = whole[own.start : own.end]
+            if own is not None:
+                distributed._set_main_param_and_optimizer_states(parameter, tensors)
+
+    distributed.sharded_param_state_fully_reshardable = sharded_state_of_one_rank
+    distributed.load_parameter_state_from_fully_reshardable = torch.no_grad()(load)
+
+
+def _parameters_in_order(distributed: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, int, Any]]:
+    """Yield (parameter, its elements, this rank's range of them or None), as checkpoints number the parameters."""
+    for buffer, ranges in zip(distributed.buffers, distributed.gbuf_ranges, strict=True):
+        (buckets,) = ranges.values()  # one dtype a buffer
+        own = {parameter: places["param"] for b in buckets for parameter, places in b["param_map"].items()}
+        for parameter, (start, end, _) in buffer.param_index_map.items():
+            yield parameter, end - start, own.get(parameter)
 
 
 def _distributed_optimizers(optimizer: Any) -> list[Any]:

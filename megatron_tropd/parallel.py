@@ -43,6 +43,7 @@ class ParallelGroups:
     virtual_pipeline_size: int | None
     device: torch.device
     timeout: datetime.timedelta = datetime.timedelta(minutes=30)  # of every collective
+    host: tuple[dist.ProcessGroup, ...] = ()  # gloo's twins of dp_cp and of the experts' replicas; the student's only
 
     @property
     def tp(self) -> dist.ProcessGroup:
@@ -197,7 +198,11 @@ def initialize(
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
-    return ParallelGroups(collection, layout.virtual_pipeline_model_parallel_size, device, timeout)
+    host = (
+        parallel_state.get_data_parallel_group_gloo(with_context_parallel=True),
+        parallel_state.get_expert_data_parallel_group_gloo(),
+    )
+    return ParallelGroups(collection, layout.virtual_pipeline_model_parallel_size, device, timeout, host)
 
 
 @contextmanager

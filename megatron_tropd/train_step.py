@@ -22,7 +22,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_tropd.config import ObjectiveConfig, TrainingConfig
 from megatron_tropd.divergence import Divergence
 from megatron_tropd.end_of_text import EndOfText
-from megatron_tropd.megatron_compat import keep_adam_step_on_load, run_schedule, unwrap_model
+from megatron_tropd.megatron_compat import (
+    checkpoint_on_one_rank,
+    keep_adam_step_on_load,
+    run_schedule,
+    unwrap_model,
+)
 from megatron_tropd.micro_batches import Pairs, split_batch
 from megatron_tropd.objectives import Objective, TokenDetails
 from megatron_tropd.output_hook import OutputHook
@@ -125,6 +130,7 @@ def build_student(
         _optimizer_config(training, config), chunks, use_gloo_process_groups=False, pg_collection=groups.collection
     )
     keep_adam_step_on_load(optimizer)
+    checkpoint_on_one_rank(optimizer, groups.host)
     config.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss

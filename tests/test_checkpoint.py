@@ -5,16 +5,26 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from helpers import run_distributed
 from test_train import assert_same, overrides_of, records, train_rank
 from test_train import material as material  # a fixture
 from test_train import single as single  # a fixture
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from megatron_tropd.checkpoint import newest
+from megatron_tropd.checkpoint import TrainingState, layout_of, load, newest, save
+from megatron_tropd.config import ModelConfig, TrainingConfig
+from megatron_tropd.convert import load_model_weights
 from megatron_tropd.manifest import MANIFEST, find_damage, write_manifest
+from megatron_tropd.megatron_compat import allocate_optimizer_state
+from megatron_tropd.model import build_model, load_hf_config
+from megatron_tropd.parallel import initialize
 from megatron_tropd.recipe import load_recipe, save_recipe
+from megatron_tropd.train_step import build_student
 
 MOMENTS = {  # a file or folder of the second checkpoint; the kill comes with the first file operation once it is there
     "as_it_begins": ".step_000002.tmp",
@@ -84,3 +94,80 @@ def test_a_checkpoint_of_other_prompts_is_refused(material, tmp_path):
     other.write_text("".join(json.dumps({**line, "id": f"q{i}"}) + "\n" for i, line in enumerate(lines)))
     with pytest.raises(RuntimeError, match=r"data\.prompts has changed since the checkpoint"):
         run_distributed(train_rank, 1, overrides_of(material, tmp_path, f"data.prompts={other}"))
+
+
+def train_and_write_as_before(overrides: list[str]) -> dict:
+    """Train with checkpoints in the format of earlier versions: every data-parallel rank has the whole state."""
+    from megatron_tropd import checkpoint
+
+    checkpoint._OPTIMIZER_FORMAT.pop("distrib_optim_fully_reshardable_mem_efficient")
+    return train_rank(overrides)
+
+
+def test_a_checkpoint_that_every_rank_wrote_is_resumed_to_the_bit(material, tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    run_distributed(train_rank, 2, overrides_of(material, whole))
+    run_distributed(train_and_write_as_before, 2, overrides_of(material, halves, "training.exit_step=2"))
+    run_distributed(train_rank, 2, overrides_of(material, halves))
+    assert_same(records(halves), records(whole), tolerance=0.0)
+
+
+class Allocations(TorchDispatchMode):
+    """Remembers the elements of the largest floating-point tensor that an operation made, views of arguments left out.
+
+    Megatron's metadata goes round as bytes.
+    """
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        arguments = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+                continue
+            if tensor.untyped_storage().data_ptr() not in arguments:
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+def save_and_load_counting(model_path: str, directory: str, options: dict) -> tuple[list, list[int], bool]:
+    """Return buffers as (data-parallel rank, elements), the largest tensors made in saving and loading, and success."""
+    model = ModelConfig(hf_path=model_path, dtype="float32", **options)
+    groups = initialize(model)
+    modules = build_model(load_hf_config(model_path), model, groups)
+    load_model_weights(modules, model, groups)
+    student = build_student(modules, TrainingConfig(steps=4), groups, modules[0].true_vocab_size)
+    allocate_optimizer_state(student.optimizer)
+    states = [s for o in student.optimizer.chained_optimizers for s in o.optimizer.state.values()]
+    moments = [s[name] for s in states for name in ("exp_avg", "exp_avg_sq")]
+    for i, moment in enumerate(moments):
+        moment.copy_(torch.randn(moment.shape, generator=torch.Generator().manual_seed(i)) ** 2)
+    before = [moment.clone() for moment in moments]
+    recipe = Path(directory, f"recipe{groups.rank}.yaml")
+    recipe.write_text("")
+    with Allocations() as saved:
+        path = save(directory, student, TrainingState(1, {}, layout_of(groups)), model_path, recipe, keep=0)
+    for moment in moments:
+        moment.zero_()
+    with Allocations() as loaded:
+        load(path, student)
+    buffers = [b for chunk in student.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
+    sizes = [(b.data_parallel_group.rank(), b.numel_unpadded) for b in buffers]
+    return sizes, [saved.largest, loaded.largest], all(map(torch.equal, before, moments))
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "options"),
+    [("student", 2, {}), ("experts", 4, {"expert_model_parallel_size": 2})],
+    ids=["dp2", "experts_ep2"],
+)
+def test_one_data_parallel_rank_alone_holds_the_whole_optimizer_state(name, processes, options, material, tmp_path):
+    ranks = run_distributed(save_and_load_counting, processes, str(material / name), str(tmp_path), options)
+    assert all(same for *_, same in ranks)
+    for buffers, largest, _ in ranks:
+        whole = max((size for rank, size in buffers if rank == 0), default=0)
+        # Others make no more than their own share in saving, and one parameter in loading.
+        bound = max(1.01 * whole, 0.6 * max(size for _, size in buffers))  # padding comes on top of the whole
+        assert all(whole <= size <= bound for size in largest), (buffers, largest)
+    assert any(rank > 0 for buffers, *_ in ranks for rank, _ in buffers)
