@@ -170,6 +170,9 @@ class TrainingConfig:
     adam_eps: float = _key(1e-8, "Adam's epsilon", above=0)
     clip_grad: float = _key(1.0, "largest global gradient norm; 0: off", low=0)
     seed: int = _key(1234, "seed of sampling, gate and dropout")
+    deterministic: bool = _key(
+        False, "reproducible algorithms on GPUs: the same run on the same machines gives the same bits, more slowly"
+    )
     use_distributed_optimizer: bool = _key(True, "shard optimizer state over the data-parallel ranks")
     overlap_grad_reduce: bool = _key(False, "reduce gradients over the data-parallel ranks during the backward pass")
     overlap_param_gather: bool = _key(False, "gather updated parameters while the next forward pass begins")

@@ -117,7 +117,8 @@ def set_up(recipe: Recipe, groups: ParallelGroups, partition: Partition | None =
     guidance = _load_guidance(recipe, tokenizer, objective, prompts)
     _check_budget(recipe, prompts)
 
-    modules = build_model(hf_config, recipe.student, groups, role="student")
+    fixed = {"deterministic_mode": recipe.training.deterministic}
+    modules = build_model(hf_config, recipe.student, groups, role="student", **fixed)
     load_model_weights(modules, recipe.student, groups)
     student = build_student(modules, recipe.training, groups, tokenizer.vocab_size)
     end = student.end = files.end if files else EndOfText()
