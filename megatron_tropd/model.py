@@ -223,8 +223,8 @@ def _fp8_fields(model: ModelConfig, role: str) -> dict[str, Any]:
         return {}
     if not uses_transformer_engine():
         raise UserError(
-            f"{role}.fp8={model.fp8} needs a CUDA device and Transformer Engine (pip install -e '.[gpu]'); install it "
-            "or remove the key."
+            f"{role}.fp8={model.fp8} needs a CUDA device and Transformer Engine "
+            "(pip install --no-build-isolation -e '.[gpu]'); install it or remove the key."
         )
     # Copies of weights in 8 bits are kept from micro-batch to micro-batch, on the device: not of offloaded ones.
     return {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe, "disable_parameter_transpose_cache": model.offload}
