@@ -94,7 +94,7 @@ def _loop(run: Run, termination: TerminationFlag) -> dict[str, Any]:
     if run.state.step == 0:
         _evaluate(run, writer)
     for step in range(run.state.step, last_step):
-        clock = _Clock()
+        clock = _Clock(run.groups.device)
         prompts = run.shard(run.source.next(training.prompts_per_step))
         rollouts = run.engine.generate(prompts, run.guidance.prefixes(prompts, step), run.sampling(step))
         clock.lap("seconds_rollout")
@@ -125,16 +125,37 @@ def _loop(run: Run, termination: TerminationFlag) -> dict[str, Any]:
 
 
 class _Clock:
-    """Seconds since the last lap; waits for the device, so that a stage pays for its own work."""
+    """Seconds since the last lap, and on CUDA the most memory that tensors took in it.
 
-    def __init__(self):
+    Waits for the device, so that a stage pays for its own work.
+    """
+
+    def __init__(self, device: torch.device):
         self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self.peaks: dict[str, float] = {}  # GB (1e9 bytes) of this rank
+        self._counts_memory = device.type == "cuda"  # the CPU's allocator keeps no account
+        self._start()
 
     def lap(self, name: str) -> None:
         torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now
+        self.laps[name] = time.perf_counter() - self._last
+        if self._counts_memory:
+            self.peaks[name.replace("seconds_", "memory_") + "_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        self._start()
+
+    def _start(self) -> None:
+        if self._counts_memory:
+            torch.cuda.reset_peak_memory_stats()
+        self._last = time.perf_counter()
+
+
+def _largest_peaks(peaks: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Return the peaks of the fullest rank, in one small collective; a teacher's own ranks are not among them."""
+    if not peaks:
+        return {}
+    largest = torch.tensor(list(peaks.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return dict(zip(peaks, largest.tolist(), strict=True))
 
 
 def _is_due(steps_done: int, interval: int) -> bool:
@@ -144,10 +165,10 @@ def _is_due(steps_done: int, interval: int) -> bool:
 def _log(run: Run, writer: MetricsWriter, step: int, result: StepResult, rollouts: Rollouts, clock: _Clock) -> None:
     metrics = _rollout_metrics(run, rollouts)
     num_tokens = metrics.pop("num_sequence_tokens")
-    seconds = sum(clock.laps.values())
+    seconds, peaks = sum(clock.laps.values()), _largest_peaks(clock.peaks, run.groups.device)
     if not run.reports:
         return
-    metrics |= result.metrics | clock.laps
+    metrics |= result.metrics | clock.laps | peaks
     metrics |= {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
     metrics |= {"num_loss_tokens": result.num_loss_tokens, "tokens_per_second": num_tokens / seconds}
     metrics["prefix_fraction"] = run.guidance.fraction(step)

@@ -301,3 +301,42 @@ def test_teachers_of_another_vocabulary_and_the_student_itself_are_refused(mater
     options = overrides_of(material, tmp_path, f"teacher.hf_path={material / 'student'}")
     (message,) = run_distributed(refused_rank, 1, options)
     assert "same weights" in message
+
+
+def test_each_stage_of_a_step_has_its_own_memory_peak(monkeypatch):
+    """Between two laps the device's peak is read once and then forgotten; a CPU has no account, and no such metric."""
+    from megatron_tropd.train import _Clock
+
+    peaks, calls = iter([3e9, 7e9, 5e9]), []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: calls.append("read") or next(peaks))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("forget"))
+    clock = _Clock(torch.device("cuda"))
+    for name in TIMES[:3]:
+        clock.lap(name)
+    assert clock.peaks == {"memory_rollout_gb": 3.0, "memory_teacher_gb": 7.0, "memory_update_gb": 5.0}
+    assert calls == ["forget", *["wait", "read", "forget"] * 3]
+    assert set(clock.laps) == set(TIMES[:3])
+    on_cpu = _Clock(torch.device("cpu"))
+    on_cpu.lap("seconds_update")
+    assert list(on_cpu.laps) == ["seconds_update"]
+    assert on_cpu.peaks == {}
+
+
+def largest_peaks_rank() -> dict[str, float]:
+    import torch.distributed as dist
+
+    from megatron_tropd.train import _largest_peaks
+
+    dist.init_process_group("gloo")
+    mine = {
+        0: {"memory_rollout_gb": 3.0, "memory_update_gb": 1.0},
+        1: {"memory_rollout_gb": 2.0, "memory_update_gb": 4.0},
+    }
+    device = torch.device("cpu")
+    assert _largest_peaks({}, device) == {}
+    return _largest_peaks(mine[dist.get_rank()], device)
+
+
+def test_memory_peaks_are_those_of_the_fullest_rank():
+    assert run_distributed(largest_peaks_rank, 2) == [{"memory_rollout_gb": 3.0, "memory_update_gb": 4.0}] * 2

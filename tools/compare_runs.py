@@ -5,7 +5,7 @@
     python tools/compare_runs.py runs/before runs/after --assert-equal --keys loss grad_norm
     python tools/compare_runs.py runs/tp1 runs/tp2 --assert-equal --rtol 1e-5
 
-A run is its folder or its metrics.jsonl. What depends on the machine's speed is left out, unless named with --keys.
+A run is its folder or its metrics.jsonl. What depends on the machine is left out, unless named with --keys.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from megatron_tropd.errors import UserError
 from megatron_tropd.metrics import read_records
 
-_TIMINGS = ("seconds", "tokens_per_second")
+_OF_THE_MACHINE = ("seconds", "tokens_per_second", "memory")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", type=Path, help="run folder or metrics.jsonl")
     parser.add_argument("second", type=Path, help="run folder or metrics.jsonl")
-    parser.add_argument("--keys", nargs="+", help="metrics to compare (default: all but timings)")
+    parser.add_argument("--keys", nargs="+", help="metrics to compare (default: all but times and memory)")
     parser.add_argument("--assert-equal", action="store_true", help="exit with 1 unless steps and numbers are equal")
     parser.add_argument(
         "--rtol", type=float, default=0.0, help="relative difference that counts as equal (%(default)s)"
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
             k
             for record in (*first.values(), *second.values())
             for k in record
-            if k != "step" and not k.startswith(_TIMINGS)
+            if k != "step" and not k.startswith(_OF_THE_MACHINE)
         }
     )
     print(f"{'metric':<28}{'first':>14}{'second':>14}{'largest rel. difference':>26}  at step")
