@@ -1,0 +1,1 @@
+"""All figures that need a GPU, measured by one command; see run.sh."""
