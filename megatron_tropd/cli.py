@@ -185,6 +185,13 @@ def _not_negative(text: str) -> float:
     return value
 
 
+def _above_zero(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
 def _add_generate(subcommands: Any) -> None:
     parser = _command(
         subcommands,
@@ -257,12 +264,18 @@ def _add_plan(subcommands: Any) -> None:
         "estimate a GPU's memory by part and a step's seconds, and propose layouts that fit",
         "examples:\n"
         "  megatron-tropd plan llama_70b_to_8b teacher.hf_path=70B student.hf_path=8B --gpus 8 --gpu-memory 80\n\n"
-        "Reads the two models' config.json and nothing else. The exit status is 1 where the recipe's layout does not\n"
-        "fit. Responses are taken to reach rollout.max_new_tokens; times are those of H100s.",
+        "Reads the two models' config.json and nothing else. The exit status is 0 where the recipe's layout fits, 1\n"
+        "where it does not, 2 where the input is wrong. Responses are taken to reach rollout.max_new_tokens; times\n"
+        "are arithmetic for H100s unless --calibration says what yours can do.",
     )
     _add_recipe_arguments(parser)
     parser.add_argument("--gpus", type=_positive, default=8, help="number of GPUs (%(default)s)")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="memory of each (%(default)s)")
+    parser.add_argument(
+        "--gpu-memory", type=_above_zero, metavar="GB", help="memory of each (default: the calibration file's, or 80)"
+    )
+    parser.add_argument(
+        "--calibration", metavar="FILE", help="what `megatron-tropd doctor --calibrate FILE` measured on your GPUs"
+    )
     parser.add_argument(
         "--prompt-tokens", type=_positive, help="longest prompt (default: the recipe's data.max_prompt_tokens, or 512)"
     )

@@ -153,13 +153,18 @@ def plan(arguments: argparse.Namespace) -> int:
         check_layout(role, getattr(recipe, role))
     from megatron_tropd.convert import resolve_hf_path
     from megatron_tropd.model import load_hf_config
-    from megatron_tropd.plan_job import Accelerator, Job
+    from megatron_tropd.plan_accelerator import Accelerator
+    from megatron_tropd.plan_calibration import load_accelerator
+    from megatron_tropd.plan_job import Job
     from megatron_tropd.plan_text import describe
+
+    gpu = load_accelerator(arguments.calibration) if arguments.calibration else Accelerator()
+    if arguments.gpu_memory:
+        gpu = dataclasses.replace(gpu, memory_gb=arguments.gpu_memory)
 
     configs = [load_hf_config(resolve_hf_path(getattr(recipe, role), role)) for role in ("student", "teacher")]
     prompt = arguments.prompt_tokens or recipe.data.max_prompt_tokens or 512
-    job = Job(*configs, recipe, arguments.gpus, prompt)
-    text, fits = describe(job, Accelerator(memory_gb=arguments.gpu_memory))
+    text, fits = describe(Job(*configs, recipe, arguments.gpus, prompt, gpu=gpu))
     _print(text)
     return 0 if fits else 1
 

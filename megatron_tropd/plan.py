@@ -1,7 +1,6 @@
-"""Seconds of one step, and layouts of both models that fit a cluster; arithmetic and bandwidth, nothing is measured.
+"""Layouts of both models that fit a cluster, the fastest first.
 
-job = Job(student_config, teacher_config, recipe, gpus=8)
-step_seconds(job, Accelerator()), proposals(job, Accelerator())
+for job, needed, seconds in proposals(Job(student_config, teacher_config, recipe, gpus=8)): ...
 """
 
 from __future__ import annotations
@@ -16,47 +15,11 @@ from megatron_tropd.config import ModelConfig, Recipe
 from megatron_tropd.errors import UserError
 from megatron_tropd.experts import experts_of
 from megatron_tropd.layout import check_ranks, model_ranks
-from megatron_tropd.model import head_dim
 from megatron_tropd.model_checks import check_sizes
 from megatron_tropd.partition import has_dedicated_teacher
-from megatron_tropd.plan_job import Accelerator, Job
+from megatron_tropd.plan_job import Job
 from megatron_tropd.plan_memory import Memory, memory
-from megatron_tropd.plan_model import BYTES, active_parameters, expert_ranks, whole_parameters
-
-
-def step_seconds(job: Job, gpu: Accelerator) -> dict[str, float]:
-    """Estimate the seconds of a step's stages; responses are taken to reach their longest length."""
-    return {
-        "rollout": _rollout_seconds(job, gpu),
-        "teacher scores": _pass_seconds(job, "teacher", gpu, passes=1),
-        "update": _pass_seconds(job, "student", gpu, passes=4 if job.recipe.student.recompute == "full" else 3),
-    }
-
-
-def _pass_seconds(job: Job, role: str, gpu: Accelerator, passes: int) -> float:
-    """Return the time of forward passes (a backward pass is two) over the step's tokens, pipeline bubble included."""
-    hf, model = getattr(job, role), getattr(job.recipe, role)
-    total = job.rows * job.replicas("student") * job.sequence
-    attention = 2 * hf.num_hidden_layers * hf.num_attention_heads * head_dim(hf) * job.sequence  # causal: half of 4
-    flops = passes * total * (2 * active_parameters(hf) + attention)
-    micro_batches = max(1, total // job.replicas(role) // job.micro_batch_tokens)
-    vpp = model.virtual_pipeline_model_parallel_size or 1
-    bubble = (model.pipeline_model_parallel_size - 1) / (micro_batches * vpp)
-    return flops / (job.gpus_of(role) * gpu.flops) * (1 + bubble)
-
-
-def _rollout_seconds(job: Job, gpu: Accelerator) -> float:
-    """Return the time to decode: each token reads the weights and the cache; pipeline stages wait for one another."""
-    rollout, model, hf = job.recipe.rollout, job.recipe.student, job.student
-    batch = job.requests
-    waves = -(-job.rows // batch)
-    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    whole = whole_parameters(hf)  # a batch meets all experts; a rank reads its own
-    weights = BYTES[model.dtype] * (whole.shared / tp + whole.experts / expert_ranks(model) * pp)
-    length = job.prompt_tokens + rollout.max_new_tokens / 2
-    token = 2 * hf.num_key_value_heads * head_dim(hf) * hf.num_hidden_layers * BYTES[model.dtype] / tp
-    a_step = max((weights + batch * length * token) / gpu.bandwidth, 2 * active_parameters(hf) / tp * batch / gpu.flops)
-    return waves * rollout.max_new_tokens * a_step
+from megatron_tropd.plan_time import step_seconds
 
 
 def layouts(hf: Any, model: ModelConfig, gpus: int, node: int = 8, cp: int = 1) -> Iterator[ModelConfig]:
@@ -94,23 +57,24 @@ def _holds(model: ModelConfig, gpus: int) -> bool:
 
 def _layout_pairs(job: Job, cp: int) -> Iterator[tuple[ModelConfig, ModelConfig]]:
     """Yield layouts of both models: on all GPUs, or, apart, on two parts of which one has 2^i GPUs."""
+    node = job.gpu.node_gpus
     powers = [2**i for i in range(job.gpus.bit_length()) if 2**i < job.gpus]
     sizes = {*powers, *(job.gpus - power for power in powers)} if job.apart else {None}
     for own in sizes:
-        students = list(layouts(job.student, job.recipe.student, job.gpus - own if own else job.gpus, cp=cp))
-        for teacher in layouts(job.teacher, job.recipe.teacher, own or job.gpus, cp=cp):
+        students = list(layouts(job.student, job.recipe.student, job.gpus - own if own else job.gpus, node, cp))
+        for teacher in layouts(job.teacher, job.recipe.teacher, own or job.gpus, node, cp):
             teacher.replicas = own // model_ranks(teacher) if own else 1
             yield from ((student, teacher) for student in students)
 
 
-def proposals(job: Job, gpu: Accelerator, count: int = 5) -> list[tuple[Job, Memory, float]]:
-    """Return the fastest layouts that fit, with their memory and seconds a step; empty if none does.
+def proposals(job: Job, count: int = 5) -> list[tuple[Job, Memory, float]]:
+    """Return the fastest layouts that fit, with their memory and seconds per step; empty if none does.
 
     Where none fits as the recipe is, those that do with weights or optimizer in host memory, then also with context
     parallelism.
     """
     for recipe, cp in itertools.chain(*(_with_less_on_device(job.recipe, cp) for cp in (1, 2, 4, 8))):
-        found = _fitting(replace(job, recipe=recipe), gpu, cp)
+        found = _fitting(replace(job, recipe=recipe), cp)
         if found:
             return sorted(found, key=lambda proposal: proposal[2])[:count]
     return []
@@ -125,7 +89,7 @@ def _with_less_on_device(recipe: Recipe, cp: int) -> Iterator[tuple[Recipe, int]
     yield from ((other, cp) for i, other in enumerate(recipes) if other not in recipes[:i])
 
 
-def _fitting(job: Job, gpu: Accelerator, cp: int) -> list[tuple[Job, Memory, float]]:
+def _fitting(job: Job, cp: int) -> list[tuple[Job, Memory, float]]:
     fitting = []
     for student, teacher in _layout_pairs(job, cp):
         for recompute in dict.fromkeys((job.recipe.student.recompute, "selective", "full")):
@@ -134,7 +98,7 @@ def _fitting(job: Job, gpu: Accelerator, cp: int) -> list[tuple[Job, Memory, flo
             if recipe.training.prompts_per_step % other.replicas("student"):
                 continue
             needed = memory(other)
-            if needed.peak <= gpu.room_gb * 1e9:
-                fitting.append((other, needed, sum(step_seconds(other, gpu).values())))
+            if needed.peak <= job.gpu.room_gb * 1e9:
+                fitting.append((other, needed, sum(step_seconds(other).values())))
                 break
     return fitting

@@ -5,28 +5,14 @@ job = Job(student_config, teacher_config, recipe, gpus=8)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_tropd.config import Recipe
 from megatron_tropd.layout import model_ranks
 from megatron_tropd.objectives import METHODS, Method
 from megatron_tropd.partition import has_dedicated_teacher, student_size, teacher_size
-
-
-@dataclass(frozen=True)
-class Accelerator:
-    """What a GPU can do; the defaults are an H100's, at the shares that Megatron reaches in practice."""
-
-    memory_gb: float = 80.0
-    reserve_gb: float = 4.0  # CUDA context, NCCL, fragmentation
-    flops: float = 989e12 * 0.4  # dense bf16, reached in large matrix products of training
-    bandwidth: float = 3.35e12 * 0.7  # bytes a second, reached while decoding
-
-    @property
-    def room_gb(self) -> float:
-        """What a plan may fill."""
-        return self.memory_gb - self.reserve_gb
+from megatron_tropd.plan_accelerator import Accelerator
 
 
 @dataclass(frozen=True)
@@ -39,6 +25,7 @@ class Job:
     gpus: int
     prompt_tokens: int = 512
     fused: bool = True  # False: Megatron's local layers and torch's optimizer, as on a CPU
+    gpu: Accelerator = field(default_factory=Accelerator)
 
     @property
     def sequence(self) -> int:
@@ -65,6 +52,17 @@ class Job:
         """Tokens of a micro-batch, padding included, before context parallelism splits them."""
         training = self.recipe.training
         return training.max_tokens_per_micro_batch or training.micro_batch_size * self.sequence
+
+    @property
+    def graphed(self) -> bool:
+        """Whether decode steps are replayed from CUDA graphs."""
+        rollout = self.recipe.rollout
+        return self.fused and rollout.cuda_graphs == "auto" and rollout.engine != "static"
+
+    @property
+    def captured_sizes(self) -> int:
+        """How many batch sizes are captured: multiples of 8 up to all requests, or as many as there may be."""
+        return min(self.gpu.captured_sizes, -(-self.requests // 8)) if self.graphed else 0
 
     @property
     def requests(self) -> int:

@@ -1,7 +1,8 @@
 """Memory of one GPU by part, from two Hugging Face configs and a layout; nothing is loaded.
 
 What is resident is exact (weights, gradients, optimizer, KV cache); activations follow what Megatron's layers keep for
-the backward pass, or hold at their fullest without one. The pipeline stage with the most memory counts.
+the backward pass, or hold at their fullest without one; plan_runtime.py counts what is there beside tensors. The
+pipeline stage with the most memory counts.
 
     memory(Job(student_config, teacher_config, recipe, gpus=8)).peak
 """
@@ -15,17 +16,19 @@ from megatron_tropd.config import ModelConfig, Recipe
 from megatron_tropd.kernels.linear import LOGITS_ELEMENTS
 from megatron_tropd.kv_cache import CPU_BLOCK_TOKENS, CUDA_BLOCK_TOKENS, cache_bytes, rounded_requests
 from megatron_tropd.megatron_engine_compat import MAX_PREFILL_TOKENS
-from megatron_tropd.model import head_dim, padded_vocab_size
+from megatron_tropd.model import padded_vocab_size
 from megatron_tropd.plan_job import Job
 from megatron_tropd.plan_model import (
     BYTES,
     expert_ranks,
     forward_activations,
     layer_activations,
+    layer_cache_bytes,
     mlp_width,
     stage_kinds,
     stage_parameters,
 )
+from megatron_tropd.plan_runtime import runtime_parts
 from megatron_tropd.sampling import ELEMENTS_AT_ONCE
 
 # Megatron's inference context holds seven 64-bit numbers for each token that one step may process.
@@ -49,7 +52,7 @@ class Memory:
     parts: dict[str, float] = field(default_factory=dict)
 
     _PHASES = {
-        "rollout": ("KV cache", "rollout activations", "sampled logits"),
+        "rollout": ("KV cache", "rollout activations", "sampled logits", "CUDA graphs"),
         "teacher scores": ("batch and scores", "teacher activations", "teacher logits"),
         "update": ("batch and scores", "activations", "logits"),
         "optimizer step": ("batch and scores", "optimizer's temporaries"),
@@ -62,6 +65,9 @@ class Memory:
         "teacher weights": ("teacher scores",),
         "teacher's output layer": (),
         "attention scratch": (),
+        "CUDA context": (),
+        "workspaces": (),
+        "NCCL": (),
     }
 
     @property
@@ -104,6 +110,11 @@ def stage_memory(job: Job, gpu: str, stages: dict[str, int]) -> Memory:
         found.parts |= _student_parts(job, stages["student"])
     if "teacher" in stages:
         found.parts |= _teacher_parts(job, stages["teacher"])
+    found.parts |= runtime_parts(job, tuple(stages))
+    if "student" in stages and job.recipe.rollout.kv_cache_gb == "auto":
+        layers = stage_kinds(job.student, job.recipe.student)[stages["student"]].total()
+        free = job.gpu.room_gb * 1e9 - found.phases["rollout"]
+        found.parts["KV cache"] = max(_cache(job, layers, 1), min(free, _cache(job, layers)))
     return found
 
 
@@ -225,10 +236,40 @@ def _vocabulary(hf: Any, model: ModelConfig) -> int:
 
 
 def _kv_cache(job: Job, layers: int) -> float:
-    rollout, model = job.recipe.rollout, job.recipe.student
-    if rollout.kv_cache_gb:
-        return rollout.kv_cache_gb * 2**30
-    token = 2 * job.student.num_key_value_heads // model.tensor_model_parallel_size * head_dim(job.student)
+    """Return the bytes of the cache; of one that takes what is free, none yet: it depends on all other parts."""
+    asked = job.recipe.rollout.kv_cache_gb
+    if asked == "auto":
+        return 0.0
+    return asked * 2**30 if asked else _cache(job, layers)
+
+
+def _cache(job: Job, layers: int, sequences: int | None = None) -> int:
+    """Return the bytes that whole sequences take in `layers` layers: so many, or all that the engine has room for."""
+    model = job.recipe.student
     block = CUDA_BLOCK_TOKENS if job.fused else CPU_BLOCK_TOKENS
-    requests = rounded_requests(job.requests, model.tensor_model_parallel_size)
-    return cache_bytes(requests, job.sequence, block, token * layers * BYTES[model.dtype])
+    sequences = sequences or rounded_requests(job.requests, model.tensor_model_parallel_size)
+    return cache_bytes(sequences, job.sequence, block, layer_cache_bytes(job.student, model) * layers)
+
+
+def sequences_at_once(job: Job) -> int:
+    """Return how many whole sequences the student's cache holds, of those that a replica writes at the same time.
+
+    Where the cache is the smaller, the engine lets the others wait.
+    """
+    if job.recipe.rollout.kv_cache_gb is None:
+        return job.requests
+    fewest = job.requests
+    for stage, kinds in enumerate(stage_kinds(job.student, job.recipe.student)):
+        layers = kinds.total()
+        held = stage_memory(job, "", _place(job, stage)).parts["KV cache"]
+        one, two = _cache(job, layers, 1), _cache(job, layers, 2)
+        fewest = min(fewest, 1 + int((held - one) // (two - one)))
+    return max(1, fewest)
+
+
+def _place(job: Job, stage: int) -> dict[str, int]:
+    """Return the stages, by role, of a GPU that holds a stage of the student."""
+    if job.apart:
+        return {"student": stage}
+    own, other = (getattr(job.recipe, role).pipeline_model_parallel_size for role in ("student", "teacher"))
+    return {"student": stage, "teacher": stage * other // own}

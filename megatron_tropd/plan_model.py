@@ -112,6 +112,11 @@ def mlp_width(hf: Any, sparse: bool) -> int:
     return experts.per_token * experts.ffn if sparse else hf.intermediate_size
 
 
+def layer_cache_bytes(hf: Any, model: ModelConfig) -> int:
+    """Return the bytes of one token's keys and values in one layer, on one rank."""
+    return 2 * hf.num_key_value_heads // model.tensor_model_parallel_size * head_dim(hf) * BYTES[model.dtype]
+
+
 def layer_activations(hf: Any, model: ModelConfig, sequence: int, fused_attention: bool, sparse: bool = False) -> float:
     """Return the bytes a token that one layer keeps for the backward pass on one rank.
 

@@ -1,6 +1,6 @@
 """A plan in words: tables of memory and time of a recipe's layout, and of the layouts that would do better.
 
-text, fits = describe(job, Accelerator(memory_gb=80))
+text, fits = describe(job)
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from megatron_tropd.config import ModelConfig
 from megatron_tropd.errors import UserError
 from megatron_tropd.layout import check_ranks
 from megatron_tropd.model_checks import check_sizes
-from megatron_tropd.plan import proposals, step_seconds
-from megatron_tropd.plan_job import Accelerator, Job
+from megatron_tropd.plan import proposals
+from megatron_tropd.plan_host import host_memory
+from megatron_tropd.plan_job import Job
 from megatron_tropd.plan_memory import Memory, memories
+from megatron_tropd.plan_runtime import nccl_connections
+from megatron_tropd.plan_time import decode, step_seconds, work
 
 
-def describe(job: Job, gpu: Accelerator) -> tuple[str, bool]:
+def describe(job: Job) -> tuple[str, bool]:
     """Return the plan's text, and whether the recipe's own layout is possible and fits."""
-    problem = _problem(job)
+    problem, gpu = _problem(job), job.gpu
     fits = False
     if problem:
         lines = [problem]
@@ -27,9 +30,8 @@ def describe(job: Job, gpu: Accelerator) -> tuple[str, bool]:
         lines = [line for found in needed for line in _memory_lines(found)]
         lines.append(f"peak {peak / 1e9:.1f} GB of {gpu.room_gb:.0f} ({gpu.memory_gb:.0f} less {gpu.reserve_gb:.0f})")
         lines[-1] += ": fits" if fits else ": DOES NOT FIT"
-        seconds = step_seconds(job, gpu)
-        lines += ["", "seconds a step, estimated: " + ", ".join(f"{name} {s:.3g}" for name, s in seconds.items())]
-    return "\n".join([*lines, "", *_proposal_lines(job, gpu)]), fits
+        lines += [*_beside_lines(job), "", *_time_lines(job)]
+    return "\n".join([*lines, "", *_proposal_lines(job)]), fits
 
 
 def _problem(job: Job) -> str | None:
@@ -56,6 +58,42 @@ def _memory_lines(needed: Memory) -> list[str]:
     ]
 
 
+def _beside_lines(job: Job) -> list[str]:
+    """Return what NCCL's memory stands for, and the host's memory."""
+    roles = ("student",) if job.apart else ("student", "teacher")
+    groups, peers = nccl_connections(job, roles)
+    host = host_memory(job)
+    return [
+        f"NCCL: {groups} process groups of {job.gpu.communicator_gb:.2f} GB and {peers} peers of {job.gpu.peer_gb:.2f}",
+        f"GB of a node's host memory: offloaded {host['offloaded'] / 1e9:.1f}, while a checkpoint is saved or loaded "
+        f"{host['checkpoint'] / 1e9:.1f}",
+    ]
+
+
+def _time_lines(job: Job) -> list[str]:
+    """Return the seconds of a step by stage, and what the largest parts consist of."""
+    stages, step = step_seconds(job), decode(job)
+    lines = [f"seconds per step, estimated: {sum(stages.values()):.3g}"]
+    lines[0] += " = " + " + ".join(f"{name} {s:.3g}" for name, s in stages.items())
+    how = "graphs" if step.graphed else "eager, beside the reading"
+    parts = {"weights and cache": step.reading, f"launches ({how})": step.launches}
+    parts |= {"engine": step.engine, "collectives": step.collectives}
+    lines.append(f"a decode step of {step.batch} responses takes {1e3 * step.seconds:.1f} ms: {_milliseconds(parts)}")
+    for role, name in (("teacher", "teacher scores"), ("student", "update")):
+        passes = work(job, role)
+        parts = {"computing": passes.computing, "launches beside it": passes.launches}
+        parts |= {"collectives": passes.collectives}
+        lines.append(
+            f"{name}: {passes.micro_batches} micro-batches of {_milliseconds(parts)}; "
+            f"waiting for pipeline stages {100 * passes.bubble:.0f} %"
+        )
+    return lines
+
+
+def _milliseconds(parts: dict[str, float]) -> str:
+    return ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in parts.items())
+
+
 def _layout(model: ModelConfig) -> str:
     text = f"TP={model.tensor_model_parallel_size} PP={model.pipeline_model_parallel_size}"
     if model.virtual_pipeline_model_parallel_size:
@@ -77,10 +115,11 @@ def _conditions(job: Job, other: Job) -> str:
     return f" with {' and '.join(changed)}" if changed else ""
 
 
-def _proposal_lines(job: Job, gpu: Accelerator) -> list[str]:
-    found = proposals(job, gpu)
+def _proposal_lines(job: Job) -> list[str]:
+    found = proposals(job)
     if not found:
-        return [f"no layout fits {job.gpus} GPUs of {gpu.memory_gb:.0f} GB: take more, or shorter or fewer responses"]
+        size = f"{job.gpu.memory_gb:.0f} GB"
+        return [f"no layout fits {job.gpus} GPUs of {size}: take more, or shorter or fewer responses"]
     lines = [f"layouts that fit{_conditions(job, found[0][0])}, the fastest first:"]
     lines.append(f"  {'student':<18} {'teacher':<18} {'recompute':<10} {'peak GB':>8} {'s / step':>9}")
     for other, needed, seconds in found:

@@ -1,0 +1,89 @@
+"""The calibration file: JSON of what was measured on a GPU, read and written; measures nothing itself.
+
+gpu = load_accelerator("h100.json")  # written by `megatron-tropd doctor --calibrate h100.json`
+measured = ("flops", "bandwidth")
+save_accelerator("h100.json", gpu, name="NVIDIA H100", date="2026-11-26", versions={}, measured=measured)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron_tropd.errors import UserError
+from megatron_tropd.plan_accelerator import Accelerator
+
+_NUMBERS = ("memory_gb", "context_gb", "flops", "bandwidth", "layer_seconds_eager", "layer_seconds_graphed")
+_BY_RANKS = ("all_reduce_seconds", "all_reduce_bandwidth")
+_ABOUT = ("name", "date", "versions")
+
+
+def save_accelerator(
+    path: str | Path,
+    gpu: Accelerator,
+    *,
+    name: str,
+    date: str,
+    versions: dict[str, str],
+    measured: tuple[str, ...] = (),
+) -> None:
+    """Write a calibration file.
+
+    Args:
+        path: the file, replaced where it exists.
+        gpu: what was measured.
+        name: the GPU's, as its driver says it.
+        date: of the measurement.
+        versions: of the software that it ran on, by name.
+        measured: fields of `gpu` to write, the others keep their defaults when the file is read; default: all that a
+            file may hold.
+    """
+    content: dict[str, Any] = {"name": name, "date": date, "versions": versions}
+    for key in (*_NUMBERS, *_BY_RANKS):
+        if not measured or key in measured:
+            value = getattr(gpu, key)
+            content[key] = {str(ranks): v for ranks, v in sorted(value.items())} if key in _BY_RANKS else value
+    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def load_accelerator(path: str | Path) -> Accelerator:
+    """Read a calibration file; keys that it lacks keep their defaults.
+
+    Raises:
+        UserError: the file cannot be read, or a key or a value is none that it may hold.
+    """
+    remedy = f"write it with `megatron-tropd doctor --calibrate {path}`"
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"calibration file {path} cannot be read as JSON ({error}); {remedy}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"calibration file {path} holds a {type(content).__name__}, expected an object; {remedy}.")
+    known = (*_ABOUT, *_NUMBERS, *_BY_RANKS)
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        if key not in known:
+            raise UserError(f"calibration file {path}: unknown key {key!r}, expected {', '.join(known)}; {remedy}.")
+        if key in _NUMBERS:
+            values[key] = _positive(path, key, value)
+        elif key in _BY_RANKS:
+            values[key] = _by_ranks(path, key, value)
+    return Accelerator(**values)
+
+
+def _by_ranks(path: str | Path, key: str, value: Any) -> dict[int, float]:
+    if not isinstance(value, dict):
+        raise UserError(f'calibration file {path}: {key}={value!r}, expected numbers by ranks, such as {{"8": 1.0}}.')
+    wrong = [ranks for ranks in value if not (ranks.isdecimal() and int(ranks) > 1)]
+    if wrong:
+        raise UserError(f"calibration file {path}: {key} names {wrong[0]!r} ranks, expected a whole number above 1.")
+    found = {int(ranks): _positive(path, f"{key}.{ranks}", number) for ranks, number in value.items()}
+    return found or getattr(Accelerator(), key)
+
+
+def _positive(path: str | Path, key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise UserError(f"calibration file {path}: {key}={value!r}, expected a number above 0.")
+    return float(value)
