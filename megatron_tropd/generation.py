@@ -18,8 +18,10 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_tropd import preflight
 from megatron_tropd.config import ModelConfig, Recipe, RolloutConfig
 from megatron_tropd.convert import load_model_weights, resolve_hf_path
+from megatron_tropd.environment import gather
 from megatron_tropd.errors import UserError
 from megatron_tropd.metrics import read_records
 from megatron_tropd.model import build_model, load_hf_config
@@ -62,6 +64,7 @@ class OpenModel:
 def open_model(recipe: Recipe, role: str) -> Iterator[OpenModel]:
     """Start the process groups of `recipe.student` or `recipe.teacher` and read its configuration and tokenizer."""
     config: ModelConfig = getattr(recipe, role)
+    preflight.check(recipe, gather(), (role,))
     with process_groups(config, recipe.training.seed, timeout_minutes=recipe.training.timeout_minutes) as groups:
         hf_path = resolve_hf_path(config, role)
         tokenizer = load_tokenizer(recipe.tokenizer.path or hf_path, recipe.tokenizer.chat_template)

@@ -25,6 +25,7 @@ from megatron_tropd.layer_specs import block_spec, uses_transformer_engine
 from megatron_tropd.layout import expert_tensor_parallel_size
 from megatron_tropd.model_checks import UNEVEN_STAGES, check_sizes
 from megatron_tropd.parallel import ParallelGroups
+from megatron_tropd.preflight import fp8_problem
 from megatron_tropd.types import UserError
 
 SUPPORTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral")
@@ -219,13 +220,11 @@ def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
 
 def _fp8_fields(model: ModelConfig, role: str) -> dict[str, Any]:
     """Recipes that scale by the tensors at hand: `delayed` ones would carry a history from pass to pass."""
+    problem = fp8_problem(role, model, uses_transformer_engine())
+    if problem:
+        raise UserError(problem)
     if model.fp8 is None:
         return {}
-    if not uses_transformer_engine():
-        raise UserError(
-            f"{role}.fp8={model.fp8} needs a CUDA device and Transformer Engine "
-            "(pip install --no-build-isolation -e '.[gpu]'); install it or remove the key."
-        )
     # Copies of weights in 8 bits are kept from micro-batch to micro-batch, on the device: not of offloaded ones.
     return {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe, "disable_parameter_transpose_cache": model.offload}
 

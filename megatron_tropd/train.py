@@ -16,10 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_tropd import checkpoint
+from megatron_tropd import checkpoint, preflight
 from megatron_tropd.batching import pack
 from megatron_tropd.config import Recipe
 from megatron_tropd.determinism import make_deterministic
+from megatron_tropd.environment import gather
 from megatron_tropd.evaluation import evaluate
 from megatron_tropd.metrics import MetricsWriter
 from megatron_tropd.parallel import on_rank_zero, process_groups
@@ -46,6 +47,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     After an exception of any kind each of several processes should end: see `parallel.process_groups`.
     """
+    preflight.check(recipe, gather())
     if recipe.training.deterministic:
         make_deterministic()
     partition = split_processes(recipe)
