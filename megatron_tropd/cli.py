@@ -1,4 +1,4 @@
-"""The command line `megatron-tropd`: train | generate | evaluate | convert | plan | report.
+"""The command line `megatron-tropd`: doctor | train | generate | evaluate | convert | plan | report.
 
 Under torchrun every rank runs it (`torchrun --nproc-per-node 2 -m megatron_tropd train tiny`); without torchrun it is
 one process. A UserError is printed once and ends every rank with status 2; what a rank alone runs into ends that rank
@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_doctor(subcommands)
     _add_train(subcommands)
     _add_generate(subcommands)
     _add_evaluate(subcommands)
@@ -128,6 +129,28 @@ def _command(subcommands: Any, name: str, run: Any, summary: str, epilog: str = 
 def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="[RECIPE] key=value", help=f"{_RECIPE_HELP}; {_OVERRIDES_HELP}")
     parser.set_defaults(recipe=None)
+
+
+def _add_doctor(subcommands: Any) -> None:
+    parser = _command(
+        subcommands,
+        "doctor",
+        commands.doctor,
+        "check what is installed, and that all a recipe needs works on these devices",
+        "examples:\n"
+        "  megatron-tropd doctor\n"
+        "  megatron-tropd doctor tiny\n"
+        "  torchrun --nproc-per-node 8 -m megatron_tropd doctor llama_70b_to_8b --json doctor.json\n\n"
+        "Run it first on a new machine or cluster, as you will run the training. It reads no model: small random ones\n"
+        "take the recipe's dtype, objective and layout, the layout clipped to the processes at hand. One line per\n"
+        "check: ok, slow, missing (not installed) or wrong, and what to do about it. The exit status is 1 where\n"
+        "something that the recipe needs is missing or wrong, 2 where the recipe itself is.",
+    )
+    _add_recipe_arguments(parser)
+    parser.add_argument("--json", metavar="FILE", help="write all checks with what they measured")
+    parser.add_argument(
+        "--calibrate", metavar="FILE", help="measure what the devices reach and write it; `plan` computes with it"
+    )
 
 
 def _add_train(subcommands: Any) -> None:

@@ -169,6 +169,16 @@ def plan(arguments: argparse.Namespace) -> int:
     return 0 if fits else 1
 
 
+def doctor(arguments: argparse.Namespace) -> int:
+    """Check versions, devices and everything that a recipe needs; return the exit status."""
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    for role in ("student", "teacher"):
+        check_layout(role, getattr(recipe, role))
+    from megatron_tropd.doctor import run_doctor
+
+    return run_doctor(recipe, arguments.recipe, arguments.json, arguments.calibrate)
+
+
 def report(arguments: argparse.Namespace) -> None:
     """Write the HTML report of runs."""
     from megatron_tropd.report import write_report
