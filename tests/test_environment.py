@@ -14,11 +14,14 @@ from megatron_tropd.environment import REQUIREMENTS, Environment, Package, gathe
 # Run in a process of its own: what imports depends on what was imported before.
 HIDE = """
 import sys
-class Hidden:
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {names}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Hidden())
+        return None if name.split(".")[0] in {names} else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = map(Hiding, sys.meta_path)
 """
 SHOW = """
 import json
