@@ -158,7 +158,7 @@ def _check_devices(
 
 def _layout_detail(recipe: Recipe, model: Any, environment: Environment) -> str:
     from megatron_tropd.doctor_model import describe_layout
-    from megatron_tropd.parallel import model_ranks
+    from megatron_tropd.layout import model_ranks
 
     layout, asked = describe_layout(model), describe_layout(recipe.student)
     if layout == asked:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from megatron_tropd.config import ModelConfig
+from megatron_tropd.layout import divisors
 from megatron_tropd.model import build_model
-from megatron_tropd.parallel import ParallelGroups, divisors
+from megatron_tropd.parallel import ParallelGroups
 from megatron_tropd.tokenizer import Tokenizer
 from megatron_tropd.types import Prompt
 
