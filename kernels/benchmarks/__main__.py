@@ -2,6 +2,7 @@
 
     python -m megatron_tropd.kernels.benchmarks                                    # CPU: 1,024 tokens x 32,768
     python -m megatron_tropd.kernels.benchmarks --device cuda --tokens 2048 8192 32768 --vocab 32768 128256 151936
+    python -m megatron_tropd.kernels.benchmarks --compile-only                     # registers and loads, without a GPU
 
 Baselines that are not installed are named with the reason; `pip install nvidia-modelopt trl liger-kernel` brings them.
 """
@@ -9,9 +10,11 @@ Baselines that are not installed are named with the reason; `pip install nvidia-
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import importlib.metadata
 import itertools
+import json
 import platform
 import sys
 import warnings
@@ -28,12 +31,16 @@ COLUMNS += ("moved / floor", "of copy")
 
 
 def main() -> None:
-    """Measure and print one Markdown table a dtype."""
+    """Measure and print one Markdown table per dtype, or compile and print what the kernels need."""
     args = arguments()
+    if args.compile_only:
+        sys.exit(print_compiled(args))
     warnings.filterwarnings("ignore")  # of the peers, about what they would rather have installed
     device = torch.device(args.device)
     bandwidth = copy_bandwidth(device)
-    print(f"{description(device, bandwidth)}\n")
+    about = description(_hardware(device), f"copy bandwidth {bandwidth / 1e9:.1f} GB/s")
+    print(f"{about}\n")
+    records: list[dict] = []
     for dtype in args.dtype:
         print(f"{dtype}, k = {args.k}, hidden size {args.hidden}\n")
         print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
@@ -41,26 +48,75 @@ def main() -> None:
         for vocab, tokens in itertools.product(args.vocab, args.tokens):
             material = Material(tokens, vocab, args.k, args.hidden, DTYPES[dtype], device)
             for case in all_cases(material, args.only):
-                seconds = run(case, device, args.repeats, bandwidth)
-                times.setdefault(case.operation, {})[tokens, vocab] = seconds
+                rows = run(case, device, args.repeats, bandwidth)
+                records += ({"dtype": dtype, **row} for row in rows)
+                write_json(args.json, about, records)  # after each, so that an interrupted run leaves what it measured
+                milliseconds = next(row["ms"] for row in rows if row["implementation"] == "ours")
+                times.setdefault(case.operation, {})[tokens, vocab] = milliseconds or float("nan")
+                del case  # its logits, before those of the next are made
         print_exponents(times)
 
 
-def run(case: Case, device: torch.device, repeats: int, bandwidth: float) -> float:
-    """Measure a case's contestants, print their rows, and return our seconds."""
+def print_compiled(args: argparse.Namespace) -> int:
+    """Compile every Triton kernel, print the table, and return 1 if one does not compile or has no example."""
+    from megatron_tropd.kernels.benchmarks import compilation
+
+    results = compilation.compile_all(args.architectures, args.brief)
+    about = description("compiled without a GPU")
+    print(f"{about}\n")
+    print("\n".join(compilation.table(results)))
+    write_json(args.json, about, [dataclasses.asdict(result) for result in results])
+    problems = [f"{r.module}.{r.kernel}({r.arguments}), {r.example}: {r.error}" for r in results if r.error]
+    problems += [f"{name}: no example_launches launches it" for name in compilation.without_example(results)]
+    print("\n".join(problems), file=sys.stderr)
+    return 1 if problems else 0
+
+
+def write_json(file: str | None, about: str, rows: list[dict]) -> None:
+    """Write command, hardware, versions and date, and the rows; numbers that were not measured are null."""
+    if file:
+        with open(file, "w", encoding="utf-8") as target:
+            json.dump({"about": about, "rows": rows}, target, indent=1)
+
+
+def run(case: Case, device: torch.device, repeats: int, bandwidth: float) -> list[dict]:
+    """Measure a case's contestants, print their rows, and return them."""
     results: dict[str, Measurement | str] = {}
     for contestant in tqdm(case.contestants, desc=f"{case.operation} {case.tokens} x {case.vocab}", leave=False):
         if contestant.call is None:
             results[contestant.name] = ""
             continue
         try:
-            results[contestant.name] = measure(contestant.call, device, repeats, contestant.plain)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            results[contestant.name] = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
-    naive = results["PyTorch"]
+            # On CUDA ours are Triton kernels, which a count of operators does not see.
+            counted = contestant.plain and not (device.type == "cuda" and contestant.name.startswith("ours"))
+            results[contestant.name] = measure(contestant.call, device, repeats, counted)
+        except Exception as error:  # one contestant's failure must not end the others' run
+            first = (str(error).splitlines() or [""])[0]
+            results[contestant.name] = f"{type(error).__name__}: {first[:60]}"
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what a failed or greedy contestant leaves must not starve the next
+    naive = results["PyTorch"] if isinstance(results["PyTorch"], Measurement) else None
     for name, result in results.items():
-        print(row(case, name, result, naive if isinstance(naive, Measurement) else None, bandwidth), flush=True)
-    return results["ours"].seconds if isinstance(results["ours"], Measurement) else float("nan")
+        print(row(case, name, result, naive, bandwidth), flush=True)
+    return [record(case, name, result, naive, bandwidth) for name, result in results.items()]
+
+
+def record(case: Case, name: str, result: Measurement | str, naive: Measurement | None, bandwidth: float) -> dict:
+    """Return a row for other programs: the table's numbers, null where there is none, and the reason."""
+    measured = result if isinstance(result, Measurement) else None
+    return {
+        "operation": case.operation,
+        "tokens": case.tokens,
+        "vocabulary": case.vocab,
+        "implementation": name,
+        "ms": measured and 1e3 * measured.seconds,
+        "time_over_pytorch": measured and naive and measured.seconds / naive.seconds,
+        "extra_mib": measured and measured.extra_bytes / 2**20,
+        "extra_over_pytorch": measured and naive and measured.extra_bytes / naive.extra_bytes,
+        "moved_over_floor": measured and measured.moved_bytes and measured.moved_bytes / case.floor_bytes,
+        "share_of_copy_bandwidth": measured and case.floor_bytes / measured.seconds / bandwidth,
+        "error": result if isinstance(result, str) else None,
+    }
 
 
 def row(case: Case, name: str, result: Measurement | str, naive: Measurement | None, bandwidth: float) -> str:
@@ -88,9 +144,8 @@ def print_exponents(times: dict[str, dict[tuple[int, int], float]]) -> None:
     print("\n")
 
 
-def description(device: torch.device, bandwidth: float) -> str:
-    """Return command, hardware, versions and date."""
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
+def description(*facts: str) -> str:
+    """Return command, `facts`, versions and date."""
     versions = []
     for package in ("torch", "triton", "megatron-core", "nvidia-modelopt", "trl", "liger-kernel"):
         try:
@@ -99,9 +154,13 @@ def description(device: torch.device, bandwidth: float) -> str:
             versions.append(f"{package} –")
     command = f"`python -m megatron_tropd.kernels.benchmarks {' '.join(sys.argv[1:])}`"
     return (
-        f"{command}\n\n{hardware}; copy bandwidth {bandwidth / 1e9:.1f} GB/s; Python {platform.python_version()}, "
+        f"{command}\n\n{'; '.join(facts)}; Python {platform.python_version()}, "
         f"{', '.join(versions)}; {datetime.date.today()}"
     )
+
+
+def _hardware(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
 
 
 def _cpu() -> str:
@@ -124,6 +183,10 @@ def arguments() -> argparse.Namespace:
     add("--k", type=int, default=64, help="of the top-k; log-probs are read at 1 + k ids (default: %(default)s)")
     add("--hidden", type=int, default=512, help="hidden size of the fused linear operations (default: %(default)s)")
     add("--repeats", type=int, default=5, help="timed calls, of which the median counts (default: %(default)s)")
+    add("--json", metavar="FILE", help="also write the rows there, for other programs")
+    add("--compile-only", action="store_true", help="only compile the Triton kernels; needs no GPU")
+    add("--architectures", nargs="+", type=int, default=[80, 90, 100], help="to compile for (default: %(default)s)")
+    add("--brief", action="store_true", help="compile half of the combinations of dtype, mask and padding")
     add("--only", nargs="+", default=[], help="names of operations, e.g. log-probs 'forward KL' (default: all)")
     return parser.parse_args()
 

@@ -1,5 +1,6 @@
 """The benchmark of the kernels: it measures what it says, and prints a row for every contestant."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,6 +9,8 @@ import sys
 import pytest
 import torch
 
+from megatron_tropd.kernels.benchmarks.__main__ import run
+from megatron_tropd.kernels.benchmarks.cases import Case, Contestant
 from megatron_tropd.kernels.benchmarks.measure import exponent, measure
 
 
@@ -25,10 +28,26 @@ def test_exponent_of_a_known_law():
     assert exponent([1, 2, 4], [1.0, 4.0, 16.0]) == pytest.approx(2.0)
 
 
-def test_every_contestant_has_a_row():
+def test_a_contestant_that_fails_is_named_and_ends_nothing(capsys):
+    def fails():
+        raise AssertionError("of its own kind")
+
+    contestants = [Contestant("broken", fails), Contestant("PyTorch", lambda: torch.ones(1 << 18) + 1)]
+    contestants.append(Contestant("ours", lambda: torch.ones(1 << 18).add_(1)))
+    rows = run(Case("sum", 1, 1 << 18, 1 << 20, contestants), torch.device("cpu"), 1, 1e9)
+    assert [row["implementation"] for row in rows] == ["broken", "PyTorch", "ours"]
+    assert rows[0]["error"] == "AssertionError: of its own kind"
+    assert rows[0]["ms"] is None
+    assert rows[2]["ms"] > 0
+    assert rows[2]["extra_over_pytorch"] == pytest.approx(0.5, rel=0.01)
+    assert "AssertionError: of its own kind" in capsys.readouterr().out
+
+
+def test_every_contestant_has_a_row(tmp_path):
     command = [sys.executable, "-m", "megatron_tropd.kernels.benchmarks"]
     sizes = ["--tokens", "16", "32", "--vocab", "128", "--k", "4", "--hidden", "8", "--repeats", "1"]
     options = ["--dtype", "fp32", "--only", "log-probs", "jsd", "top-k forward KL", "fused linear JSD"]
+    options += ["--json", str(tmp_path / "rows.json")]
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}  # compiling takes longer than all the rest
     done = subprocess.run(
         [*command, *sizes, *options], capture_output=True, text=True, timeout=280, check=False, env=environment
@@ -41,4 +60,13 @@ def test_every_contestant_has_a_row():
     assert all(float(row[3]) > 0 and float(row[4]) > 0 for row in ours)
     for baseline in ("PyTorch", "torch.compile", "Megatron-Core", "Model-Optimizer", "TRL", "Liger-Kernel"):
         assert any(baseline in row[2] for row in rows), f"{baseline} is missing"
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert "torch" in written["about"]
+    assert [row["implementation"] for row in written["rows"]] == [row[2].strip() for row in rows]
+    for in_file, in_table in zip(written["rows"], rows, strict=True):
+        assert in_file["dtype"] == "fp32"
+        assert f"{in_file['tokens']:,} × {in_file['vocabulary']:,}" == in_table[1].strip()
+        if in_file["ms"] is not None:
+            assert f"{in_file['ms']:.1f}" == in_table[3].strip()
+            assert f"{in_file['share_of_copy_bandwidth']:.0%}" == in_table[8].strip()
     assert re.search(r"log-probs: time ~ tokens\^-?\d", done.stdout)
