@@ -78,8 +78,9 @@ def backward(loss: torch.Tensor, leaves: list[torch.Tensor], upstream: torch.Ten
     torch.autograd.grad(loss, leaves, torch.ones_like(loss) if upstream is None else upstream)
 
 
-def compiled(function: Callable) -> Callable | None:
+def compiled(function: Callable) -> Callable:
     """torch.compile the naive forward; autograd compiles its backward."""
+    torch.compiler.reset()  # else it gives up, silently, after it has compiled one function for eight sizes
     return torch.compile(function, dynamic=False)
 
 
@@ -115,9 +116,12 @@ def megatron_cross_entropy(m: Material, logits: torch.Tensor) -> Contestant:
     name = "Megatron-Core cross-entropy (1 id)"
     if importlib.util.find_spec("megatron") is None:
         return Contestant(f"{name}: not installed", None)
-    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+    try:
+        from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
-    start_megatron(m.device)
+        start_megatron(m.device)
+    except Exception as error:
+        return Contestant(f"{name}: {_reason(error)}", None)
 
     def call():
         # It overwrites its input on the way, so it gets a copy, as in training it gets a layer's fresh product.
@@ -130,6 +134,8 @@ def start_megatron(device: torch.device) -> None:
     """Make Megatron's groups of one process, which its cross-entropy asks for."""
     from megatron.core import parallel_state
 
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, rank=0, world_size=1, store=torch.distributed.HashStore())
@@ -191,10 +197,18 @@ def _model_optimizer_loss(class_name: str, **options):
     """Return the loss object, or why there is none."""
     try:
         from modelopt.torch.distill.plugins import megatron as plugin
+
+        config = SimpleNamespace(tensor_model_parallel_size=1, sequence_parallel=False, context_parallel_size=1)
+        return getattr(plugin, class_name)(config, **options)
     except Exception as error:
+        return _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    """Say in a few words why a peer cannot run: most raise something of their own where a part is missing."""
+    if isinstance(error, ImportError):
         return f"not importable ({type(error).__name__})"
-    config = SimpleNamespace(tensor_model_parallel_size=1, sequence_parallel=False, context_parallel_size=1)
-    return getattr(plugin, class_name)(config, **options)
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:60]}"
 
 
 def trl(student, teacher, kind) -> Contestant:
@@ -203,7 +217,7 @@ def trl(student, teacher, kind) -> Contestant:
     try:
         from trl.experimental.gkd.gkd_trainer import GKDTrainer
     except Exception as error:
-        return Contestant(f"{name}: not importable ({type(error).__name__})", None)
+        return Contestant(f"{name}: {_reason(error)}", None)
     beta = {"forward_kl": 0, "reverse_kl": 1, "jsd": 0.5}[kind]
 
     def call():
@@ -311,13 +325,13 @@ def liger(m: Material, hidden, weight, teacher_hidden, teacher_weight) -> Contes
     try:
         from liger_kernel.transformers import LigerFusedLinearJSD
     except Exception as error:
-        return Contestant(f"{name}: not importable ({type(error).__name__})", None)
+        return Contestant(f"{name}: {_reason(error)}", None)
     module = LigerFusedLinearJSD()
 
     def call():
         backward(module(hidden, weight, teacher_hidden, teacher_weight, None), [hidden, weight])
 
-    return Contestant(name, call)
+    return Contestant(name, call, plain=False)
 
 
 def all_cases(m: Material, wanted: list[str]) -> Iterator[Case]:

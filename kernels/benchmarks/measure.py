@@ -21,8 +21,12 @@ class Measurement:
 
 
 def measure(call: Callable[[], object], device: torch.device, repeats: int, count_traffic: bool) -> Measurement:
-    """Run `call` once to warm up, then `repeats` times for the clock, once for memory and once for traffic."""
-    call()
+    """Run `call` to warm up, then `repeats` times for the clock, once for memory and once for traffic.
+
+    The first call compiles; on CUDA two more let the clocks rise and the allocator settle.
+    """
+    for _ in range(3 if device.type == "cuda" else 1):
+        call()
     seconds = statistics.median(_timed(call, device) for _ in range(repeats))
     extra = _peak_on_cuda(call, device) if device.type == "cuda" else peak_on_cpu(call)
     return Measurement(seconds, extra, _traffic(call) if count_traffic else None)
