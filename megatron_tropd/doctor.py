@@ -118,7 +118,8 @@ def _stops(agreement: Agreement, report: Report, failed: list[Check]) -> bool:
     def refused() -> Check:
         if not failed:
             return Check(title, "ok", "is there")
-        return Check(title, "wrong", failed[0].detail, "the checks after it were not made")
+        what = failed[0].detail if agreement.rank else "see above"  # what rank 0 lacks is printed already
+        return Check(title, "wrong", what, "the checks after it were not made")
 
     check = report.add(agreement.run(title, refused))
     return check.fails

@@ -31,7 +31,7 @@ def _python(environment: Environment) -> Check:
 
 def _package(rule: Requirement, recipe: Recipe, environment: Environment) -> Check:
     package = environment.package(rule.name)
-    needed = rule.required or rule.name in _needs(recipe)
+    needed = rule.required or rule.name in _needs(recipe, environment)
     what = f"for {rule.user}"
     if package.version is None:
         install = remedy(rule.name, environment) if needed or environment.has_cuda else ""  # of no use on a CPU
@@ -47,12 +47,14 @@ def _package(rule: Requirement, recipe: Recipe, environment: Environment) -> Che
     return Check(rule.name, "ok", package.version, needed=needed)
 
 
-def _needs(recipe: Recipe) -> set[str]:
+def _needs(recipe: Recipe, environment: Environment) -> set[str]:
     """Return the optional packages without which the recipe is refused."""
     needs = {"Transformer Engine"} if recipe.student.fp8 or recipe.teacher.fp8 else set()
     if recipe.objective.kernel == "triton":
         needs.add("Triton")
-    return needs | ({"flash-attn"} if recipe.rollout.attention == "flash" else set())
+    if recipe.rollout.attention == "flash" and not environment.fits("flash-attn 3"):
+        needs.add("flash-attn")
+    return needs
 
 
 def _cuda(environment: Environment) -> Check:

@@ -51,8 +51,8 @@ def fp8_problem(role: str, model: ModelConfig, uses_transformer_engine: bool) ->
     if model.fp8 is None or uses_transformer_engine:
         return None
     return (
-        f"{role}.fp8={model.fp8} needs a CUDA device and Transformer Engine (pip install --no-build-isolation "
-        "'transformer-engine[pytorch]'; `megatron-tropd doctor` says which version); install it or remove the key."
+        f"{role}.fp8={model.fp8} needs a CUDA device and Transformer Engine (pip install --no-build-isolation -e "
+        "'.[gpu]'); install it or remove the key."
     )
 
 

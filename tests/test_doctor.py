@@ -18,6 +18,8 @@ from test_environment import HIDE
 from megatron_tropd import kernels
 from megatron_tropd.doctor_kernels import CASES
 from megatron_tropd.doctor_report import Check, from_exception, merge, verdict
+from megatron_tropd.doctor_software import software_checks
+from megatron_tropd.environment import Environment, Gpu, Package, gather
 from megatron_tropd.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -268,6 +270,19 @@ def test_a_calibration_measures_everything_that_is_there(tmp_path):
     if not torch.cuda.is_available():
         assert measured["name"] == "CPU"
         assert measured["memory_gb"] is measured["context_gb"] is measured["layer_seconds_graphed"] is None
+
+
+def test_hoppers_flash_attn_does_in_the_place_of_flash_attn():
+    recipe = load_recipe("tiny", ["rollout.attention=flash"])
+    names = ("torch", "megatron-core", "transformers")
+    installed = {name: gather().package(name) for name in names}
+    for third, fails in ((None, True), ("3.0.0", False)):
+        packages = {**installed, "flash-attn 3": Package(third)}
+        environment = Environment("3.12.1", packages, gpus=(Gpu("H100", 80.0, (9, 0)),), has_cuda=True, nccl="2.27")
+        checks = {check.name: check for check in software_checks(recipe, environment)}
+        assert checks["flash-attn"].fails == fails
+        assert ("flash-attn 3" in checks) == (not fails)
+        assert "flash-attn>=2.7.3" in checks["flash-attn"].remedy
 
 
 def test_the_worst_of_the_ranks_counts_and_is_named():
