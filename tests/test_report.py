@@ -93,11 +93,13 @@ def _tool(name, *arguments):
 
 
 def test_compare_runs(tmp_path):
-    one, same = _write_run(tmp_path / "one", seconds_rollout=1.0), _write_run(tmp_path / "same", seconds_rollout=9.0)
+    one, same = (
+        _write_run(tmp_path / name, seconds_rollout=x, memory_rollout_gb=x) for name, x in (("one", 1.0), ("same", 9.0))
+    )
     near, short = _write_run(tmp_path / "near", 1.0 + 1e-6), _write_run(tmp_path / "short", steps=3)
     equal = _tool("compare_runs.py", one, same, "--assert-equal")
     assert equal.returncode == 0, equal.stderr
-    assert "seconds_rollout" not in equal.stdout
+    assert not [name for name in ("seconds_rollout", "memory_rollout_gb") if name in equal.stdout]
     different = _tool("compare_runs.py", one, near / "metrics.jsonl", "--assert-equal")
     assert different.returncode == 1
     assert "loss differs by 1e-06" in different.stderr
