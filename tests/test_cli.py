@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import PATIENCE
 
 from megatron_tropd.cli import main
 from megatron_tropd.recipe import load_recipe
@@ -15,10 +16,10 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 PATHS = ["student.hf_path=student", "teacher.hf_path=teacher", "data.prompts=prompts.jsonl"]
 
 
-def _call(*arguments, launcher=(sys.executable,), timeout=120, **environment):
+def _call(*arguments, launcher=(sys.executable,), **environment):
     command = [*launcher, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def _last_line(capsys):

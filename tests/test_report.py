@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import PATIENCE
 from matplotlib import image
 
 from megatron_tropd.errors import UserError
@@ -89,7 +90,7 @@ def test_plot_accuracy(tmp_path):
 
 def _tool(name, *arguments):
     command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_compare_runs(tmp_path):

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from helpers import PATIENCE
 
 from megatron_tropd.kernels.benchmarks.__main__ import run
 from megatron_tropd.kernels.benchmarks.cases import Case, Contestant
@@ -50,7 +51,7 @@ def test_every_contestant_has_a_row(tmp_path):
     options += ["--json", str(tmp_path / "rows.json")]
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}  # compiling takes longer than all the rest
     done = subprocess.run(
-        [*command, *sizes, *options], capture_output=True, text=True, timeout=280, check=False, env=environment
+        [*command, *sizes, *options], capture_output=True, text=True, timeout=PATIENCE, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")][1:]
