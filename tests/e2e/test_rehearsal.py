@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from helpers import PATIENCE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_tropd.recipe import load_recipe
@@ -59,7 +60,7 @@ def _finish(form, run):
     process, log = _start(form, run)
     place = log.tell()
     try:
-        status = process.wait(timeout=280)
+        status = process.wait(timeout=PATIENCE)
     finally:
         _kill(process)
     log.seek(place)
@@ -83,7 +84,7 @@ def _kill(process):
     process.wait()
 
 
-def _wait_for(file, process, seconds=200):
+def _wait_for(file, process, seconds=PATIENCE):
     start = time.monotonic()
     while not file.exists():
         assert process.poll() is None, "ended before it was killed"
@@ -140,7 +141,9 @@ def test_missing_inputs_are_named_before_anything_runs(tmp_path, interpreter):
     environment = _environment(tmp_path / "run", **given)
     for name in ("STUDENT", "PROBLEMS"):
         environment.pop(name, None)
-    done = subprocess.run([interpreter, SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [interpreter, SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 2, done.stderr
     assert re.search(r"TEACHER=\S*nowhere is no .* download meta-llama/Llama-3.1-70B-Instruct", done.stderr)
     assert "STUDENT= " in done.stderr
@@ -161,6 +164,7 @@ def test_from_bash_and_once_more(tmp_path):
     assert {f: f.stat().st_mtime_ns for f in kept} == before
 
 
+@pytest.mark.full
 def test_from_torchrun_killed_and_continued(tmp_path):
     """torchrun hands the file to Python; what it leaves when killed is completed under torchrun --no-python."""
     run = tmp_path / "run"

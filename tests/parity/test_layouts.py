@@ -4,97 +4,12 @@ import json
 
 import pytest
 from helpers import run_distributed
+from layouts import EXPERT_LAYOUTS, LAYOUTS, OPTIONS, PP, WHOLE_LAYOUTS, in_tiers
 from test_train import TIMES, records, train_rank, weights_of
 from tiny_models import write_model
 
 TOLERANCE = 1e-5
-TP, PP, VPP = (f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "virtual_pipeline"))
-SP, CP = "sequence_parallel", "context_parallel_size"
-EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
-
-APART = {"ranks": "dedicated"}
-
-# Settings of training by what a layout's name contains.
-OPTIONS = {
-    "overlap": "training.overlap_grad_reduce=true",
-    "gather": "training.overlap_param_gather=true",
-    "packed": "training.max_tokens_per_micro_batch=96",
-    "jsd": "objective.name=jsd",
-}
-
-# name -> (processes, student's layout, teacher's layout or None for the same)
-LAYOUTS = {
-    "tp2": (2, {TP: 2}, None),
-    "tp2_sp": (2, {TP: 2, SP: True}, None),
-    "pp2": (2, {PP: 2}, None),
-    "tp2_pp2_sp": (4, {TP: 2, PP: 2, SP: True}, None),
-    "pp2_first_stage_of_1": (2, {PP: 2, "num_layers_in_first_pipeline_stage": 1}, None),
-    "pp3_counting_embedding_and_loss": (
-        3,
-        {PP: 3, "account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True},
-        {PP: 3, "num_layers_in_last_pipeline_stage": 2},
-    ),
-    "pp2_interleaved": (2, {PP: 2, VPP: 2}, None),
-    "tp2_pp2_sp_interleaved": (4, {TP: 2, PP: 2, SP: True, VPP: 2}, None),
-    "cp2": (2, {CP: 2}, None),
-    "cp4": (4, {CP: 4}, None),
-    "tp2_cp2_sp": (4, {TP: 2, CP: 2, SP: True}, None),
-    "pp2_cp2": (4, {PP: 2, CP: 2}, None),
-    "cp2_dp2": (4, {CP: 2}, None),
-    "tp2_recompute_selective": (2, {TP: 2, "recompute": "selective"}, None),
-    "dp2_teacher_tp2_offloaded": (2, {}, {TP: 2, "offload": True}),
-    "dp2_overlap_gather": (2, {}, None),
-    "pp2_dp2_overlap_gather": (4, {PP: 2}, None),
-    "pp2_dp2_interleaved_overlap": (4, {PP: 2, VPP: 2}, None),
-    "dp2": (2, {}, None),
-    "tp2_dp2": (4, {TP: 2}, None),
-    "packed": (1, {}, None),
-    "tp2_sp_packed": (2, {TP: 2, SP: True}, None),
-    "cp2_packed": (2, {CP: 2}, None),
-    "dp2_packed": (2, {}, None),
-    "pp2_interleaved_packed": (2, {PP: 2, VPP: 2}, None),
-    "pp2_recompute_full_packed": (2, {PP: 2, "recompute": "full"}, None),
-    "dp2_teacher_tp2_packed": (2, {}, {TP: 2}),
-    "cp2_tp2_teacher_pp2_cp2_packed": (4, {TP: 2, CP: 2}, {PP: 2, CP: 2}),
-    "tp2_teacher_pp2": (2, {TP: 2}, {PP: 2}),
-    "tp2_teacher_dp2": (2, {TP: 2}, {}),
-    "pp2_teacher_tp2_sp": (2, {PP: 2}, {TP: 2, SP: True}),
-    "dp2_teacher_tp2": (2, {}, {TP: 2}),
-    "pp2_teacher_interleaved": (2, {PP: 2}, {PP: 2, VPP: 4}),
-    "pp2_interleaved_teacher_tp2": (2, {PP: 2, VPP: 2}, {TP: 2}),
-    "tp2_pp2_teacher_tp4": (4, {TP: 2, PP: 2}, {TP: 4}),
-    "cp2_teacher_tp2": (2, {CP: 2}, {TP: 2}),
-    "dp4_teacher_tp2_cp2": (4, {}, {TP: 2, CP: 2}),
-    "tp4_teacher_pp4": (4, {TP: 4}, {PP: 4}),
-    "dp4_teacher_tp2_pp2": (4, {}, {TP: 2, PP: 2, SP: True}),
-    "pp2_dp2_teacher_tp2_dp2": (4, {PP: 2}, {TP: 2}),
-    "teacher_apart": (2, {}, {**APART}),
-    "tp2_sp_teacher_tp2_apart": (4, {TP: 2, SP: True}, {**APART, TP: 2}),
-    "dp2_teacher_pp2_apart": (4, {}, {**APART, PP: 2}),
-    "pp2_teacher_dp2_apart_packed": (4, {PP: 2}, {**APART, "replicas": 2}),
-    "cp2_teacher_tp2_sp_apart": (4, {CP: 2}, {**APART, TP: 2, SP: True}),
-}
-
-# The same of an objective over the whole vocabulary, for which the teacher's hidden states travel.
-WHOLE_LAYOUTS = {
-    "jsd_pp2_interleaved_teacher_tp2_sp": (2, {PP: 2, VPP: 2}, {TP: 2, SP: True}),
-    "jsd_dp2_teacher_tp2_offloaded_packed": (2, {}, {TP: 2, "offload": True}),
-    "jsd_tp2_cp2_sp_teacher_pp2_dp2": (4, {TP: 2, CP: 2, SP: True}, {PP: 2}),
-    "jsd_tp2_pp2_sp_recompute": (4, {TP: 2, PP: 2, SP: True, "recompute": "full"}, None),
-    "jsd_tp2_teacher_dp2_apart": (4, {TP: 2}, {**APART, "replicas": 2}),
-}
-
-
-# The same of models with experts; a teacher's layout of {} is a replica a process.
-EXPERT_LAYOUTS = {
-    "ep2": (2, {EP: 2}, None),
-    "ep4_teacher_tp2": (4, {EP: 4}, {TP: 2}),
-    "tp2_ep2_sp": (4, {TP: 2, EP: 2, SP: True}, None),
-    "tp2_ep2_sp_experts_whole": (2, {TP: 2, EP: 2, SP: True, ETP: 1}, {EP: 2}),
-    "pp2_ep2_interleaved_packed": (4, {PP: 2, VPP: 2, EP: 2}, {EP: 2, "offload": True}),
-    "cp2_ep2_overlap": (4, {CP: 2, EP: 2, "recompute": "full"}, {PP: 2, EP: 2}),
-    "ep2_teacher_ep2_apart": (4, {EP: 2}, {**APART, EP: 2, "replicas": 2}),
-}
+HELD_OUT = 5  # no multiple of replicas or micro-batches: some get rows that only fill up
 
 
 def write_material(folder, student, teacher):
@@ -108,6 +23,8 @@ def write_material(folder, student, teacher):
         for i in range(12):
             prompt = {"id": f"p{i}", "messages": [{"role": "user", "content": f"add {i} and {3 * i}"}]}
             file.write(json.dumps({**prompt, "teacher_response": f"it is {4 * i} {'!' * i}"}) + "\n")
+    lines = (folder / "prompts.jsonl").read_text().splitlines(keepends=True)
+    (folder / "held_out.jsonl").write_text("".join(lines[:HELD_OUT]))
     return folder
 
 
@@ -125,18 +42,20 @@ def expert_material(tmp_path_factory):
 
 def overrides_of(material, run, student, teacher):
     layouts = {"student": student, "teacher": student if teacher is None else teacher}
+    has_pipeline = PP in student or PP in layouts["teacher"]
+    rows = 1 if has_pipeline else 2  # a pipeline needs several micro-batches
     return [
         *(f"{role}.hf_path={material / role}" for role in layouts),
         *(f"{role}.dtype=float32" for role in layouts),
         *(f"{role}.{key}={str(value).lower()}" for role, sizes in layouts.items() for key, value in sizes.items()),
         *(f"data.prompts={material / 'prompts.jsonl'}", f"logging.dir={run}", "logging.tensorboard=false"),
         *("rollout.max_new_tokens=12", "rollout.samples_per_prompt=2", "objective.topk=8", "guidance.beta=0.1"),
-        *("training.steps=3", "training.prompts_per_step=4", "training.micro_batch_size=1", "training.lr=1e-2"),
+        *("training.steps=3", "training.prompts_per_step=4", f"training.micro_batch_size={rows}", "training.lr=1e-2"),
         # A large eps keeps rounding errors of tiny gradients from being blown up to whole updates.
         *("training.adam_eps=1e-2", "checkpoint.save_interval=0", "logging.samples=8"),
         *(option for name, option in OPTIONS.items() if name in run.name),
         *(["guidance.schedule=none"] if "jsd" in run.name else []),
-        *("evaluation.interval=3", f"evaluation.held_out={material / 'prompts.jsonl'}"),
+        *("evaluation.interval=3", f"evaluation.held_out={material / 'held_out.jsonl'}"),
     ]
 
 
@@ -187,17 +106,17 @@ def largest_difference(ours, theirs):
     return worst
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", in_tiers(LAYOUTS))
 def test_every_layout_trains_what_one_process_trains(name, material, single, table, tmp_path):
     compare(name, LAYOUTS[name], material, single, table, tmp_path / name)
 
 
-@pytest.mark.parametrize("name", WHOLE_LAYOUTS)
+@pytest.mark.parametrize("name", in_tiers(WHOLE_LAYOUTS))
 def test_every_layout_trains_the_same_divergence(name, material, whole_single, table, tmp_path):
     compare(name, WHOLE_LAYOUTS[name], material, whole_single, table, tmp_path / name)
 
 
-@pytest.mark.parametrize("name", EXPERT_LAYOUTS)
+@pytest.mark.parametrize("name", in_tiers(EXPERT_LAYOUTS))
 def test_every_layout_of_experts_trains_what_one_process_trains(name, expert_material, expert_single, table, tmp_path):
     compare(name, EXPERT_LAYOUTS[name], expert_material, expert_single, table, tmp_path / name)
 
