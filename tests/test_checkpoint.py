@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from megatron_tropd.manifest import MANIFEST, find_damage, write_manifest
 from megatron_tropd.megatron_compat import allocate_optimizer_state
 from megatron_tropd.model import build_model, load_hf_config
 from megatron_tropd.parallel import initialize
-from megatron_tropd.recipe import load_recipe, save_recipe
 from megatron_tropd.train_step import build_student
 
 MOMENTS = {  # a file or folder of the second checkpoint; the kill comes with the first file operation once it is there
@@ -33,34 +31,26 @@ MOMENTS = {  # a file or folder of the second checkpoint; the kill comes with th
     "before_it_gets_its_name": f".step_000002.tmp/{MANIFEST}",
 }
 
-# Kills itself, whatever else the machine does meanwhile: the argument is the moment, the others are the command's.
-VICTIM = """
-import os, runpy, signal, sys
-moment = sys.argv.pop(1)
-def kill_at_the_moment(event, arguments):
-    if event in ("open", "os.mkdir", "os.rename") and os.path.exists(moment):
-        os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(kill_at_the_moment)
-runpy.run_module("megatron_tropd", run_name="__main__")
-"""
 
+def train_until_killed(overrides: list[str], moment: Path) -> None:
+    """Train on a rank that kills itself at the moment, whatever else the machine does meanwhile."""
 
-def train_and_kill(overrides: list[str], moment, recipe_file) -> None:
-    save_recipe(load_recipe(None, overrides), recipe_file)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    command = [sys.executable, "-c", VICTIM, str(moment), "train", str(recipe_file)]
-    result = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
-    assert result.returncode == -signal.SIGKILL, result.stderr.decode()[-2000:]
-    assert moment.exists()
+    def kill_at_the_moment(event: str, arguments: tuple) -> None:
+        if event in ("open", "os.mkdir", "os.rename") and os.path.exists(moment):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(kill_at_the_moment)
+    train_rank(overrides)
 
 
 @pytest.mark.parametrize("name", MOMENTS)
 def test_after_a_kill_during_a_checkpoint_the_one_before_is_used(name, material, single, tmp_path):
     options = ["checkpoint.save_interval=1", "checkpoint.keep=0"]
     checkpoints = tmp_path / "checkpoints"
-    train_and_kill(overrides_of(material, tmp_path, *options), checkpoints / MOMENTS[name], tmp_path / "killed.yaml")
+    moment = checkpoints / MOMENTS[name]
+    with pytest.raises(RuntimeError, match=f"rank 0 died with exit code -{signal.SIGKILL:d}"):
+        run_distributed(train_until_killed, 1, overrides_of(material, tmp_path, *options), moment)
+    assert moment.exists()
     found = newest(checkpoints)
     assert found is not None
     assert find_damage(found) is None

@@ -114,14 +114,17 @@ def test_there_and_back_is_bit_identical_though_the_layout_changes(hf, checkpoin
 
 
 def test_experts_are_converted_under_expert_parallelism(hf, tmp_path):
-    shared = {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2}
-    for name in ("mixtral_fp32", "qwen3_moe_bf16"):
-        there = ("convert_hf_to_mcore", (hf / name, tmp_path / name), {"verify": True, **shared})
-        assert _convert(4, [there]) == [None]
-        back = ("convert_mcore_to_hf", (tmp_path / name, tmp_path / f"{name}_whole"), _layout(1, 1))
-        assert _convert(1, [back]) == [None]
-        back = ("convert_mcore_to_hf", (tmp_path / name, tmp_path / f"{name}_ep4"), {"expert_model_parallel_size": 4})
-        assert _convert(4, [back]) == [None]
+    shared, names = (
+        {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2},
+        ("mixtral_fp32", "qwen3_moe_bf16"),
+    )
+    there = [("convert_hf_to_mcore", (hf / n, tmp_path / n), {"verify": True, **shared}) for n in names]
+    ep4 = {"expert_model_parallel_size": 4}
+    back = [("convert_mcore_to_hf", (tmp_path / n, tmp_path / f"{n}_ep4"), ep4) for n in names]
+    assert _convert(4, there + back) == [None] * 4
+    back = [("convert_mcore_to_hf", (tmp_path / n, tmp_path / f"{n}_whole"), _layout(1, 1)) for n in names]
+    assert _convert(1, back) == [None] * 2
+    for name in names:
         _assert_identical(hf / name, tmp_path / f"{name}_whole")
         _assert_identical(hf / name, tmp_path / f"{name}_ep4")
 

@@ -1,24 +1,21 @@
 """The whole loop on small random models: the same losses under every layout, exact resume, checkpoints, bad input."""
 
+import datetime
+import importlib
 import json
+import logging
 import os
 import shutil
 import signal
-import threading
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_distributed
+from helpers import PATIENCE, open_store, run_distributed
 from tiny_models import write_model
 
-LAYOUTS = {  # name -> (processes, overrides)
-    "tp2": (2, ["tensor_model_parallel_size=2"]),
-    "pp2": (2, ["pipeline_model_parallel_size=2"]),
-    "tp2_sequence_parallel": (2, ["tensor_model_parallel_size=2", "sequence_parallel=true"]),
-    "tp2_pp2": (4, ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=2", "sequence_parallel=true"]),
-    "dp2": (2, []),
-}
+ROLES = ("student", "teacher")
+TP2, PP2 = ([f"{role}.{kind}_model_parallel_size=2" for role in ROLES] for kind in ("tensor", "pipeline"))
 APART = ["teacher.ranks=dedicated"]
 TIMES = ("seconds_rollout", "seconds_teacher", "seconds_update", "tokens_per_second")
 
@@ -60,10 +57,6 @@ def train_rank(overrides: list[str]) -> dict:
     return train(load_recipe(None, overrides))
 
 
-def both(layout: list[str]) -> list[str]:
-    return [f"{role}.{key}" for role in ("student", "teacher") for key in layout]
-
-
 def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -98,13 +91,6 @@ def test_a_single_process_reports_every_promised_number(single):
     assert [r["prefix_fraction"] for r in single] == pytest.approx([1.0, 0.8535534, 0.5, 0.1464466])
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_trains_the_same_losses_as_one_process(name, material, single, tmp_path):
-    processes, layout = LAYOUTS[name]
-    run_distributed(train_rank, processes, overrides_of(material, tmp_path, *both(layout)))
-    assert_same(records(tmp_path), single, tolerance=2e-4)
-
-
 @pytest.mark.parametrize("options", [["training.use_distributed_optimizer=false"], ["training.micro_batch_size=4"]])
 def test_optimizer_sharding_and_micro_batch_size_do_not_change_the_losses(options, material, single, tmp_path):
     run_distributed(train_rank, 1, overrides_of(material, tmp_path, *options))
@@ -112,7 +98,7 @@ def test_optimizer_sharding_and_micro_batch_size_do_not_change_the_losses(option
 
 
 def test_bfloat16_with_fp32_main_weights_trains_close_to_float32(material, single, tmp_path):
-    options = ["student.dtype=bfloat16", "teacher.dtype=bfloat16", *both(LAYOUTS["tp2"][1])]
+    options = ["student.dtype=bfloat16", "teacher.dtype=bfloat16", *TP2]
     run_distributed(train_rank, 2, overrides_of(material, tmp_path, *options))
     ours = records(tmp_path)
     assert ours[0]["loss_guidance"] == pytest.approx(single[0]["loss_guidance"], rel=0.05)
@@ -128,50 +114,52 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+# name -> (processes, options). tests/parity compares layouts with one process; here a resumed run is compared with an
+# uninterrupted one of the same layout.
+RESUMED = {
+    "single": (1, []),
+    "tp2": (2, TP2),
+    "pp2_plain_optimizer": (2, ["training.use_distributed_optimizer=false", *PP2]),
+    "pp2_teacher_apart": (3, ["student.pipeline_model_parallel_size=2", *APART]),
+    "dp2_bfloat16_overlap": (
+        2,
+        ["student.dtype=bfloat16", "training.overlap_grad_reduce=true", "training.overlap_param_gather=true"],
+    ),
+    "bfloat16_optimizer_offloaded": (1, ["student.dtype=bfloat16", "training.offload_optimizer=true"]),
+    "experts_ep2": (2, ["student.hf_path={material}/experts", "student.expert_model_parallel_size=2"]),
+    "pp2_interleaved_teacher_dp2": (
+        2,
+        ["student.pipeline_model_parallel_size=2", "student.virtual_pipeline_model_parallel_size=2"],
+    ),
+    "cp2_teacher_tp2": (2, ["student.context_parallel_size=2", "teacher.tensor_model_parallel_size=2"]),
+}
+RESUMED_ALWAYS = ("single", "tp2", "pp2_plain_optimizer", "pp2_teacher_apart")
+
+
 @pytest.mark.parametrize(
-    ("processes", "options"),
-    [
-        (1, []),
-        (2, both(LAYOUTS["tp2"][1])),
-        (2, ["training.use_distributed_optimizer=false", *both(LAYOUTS["pp2"][1])]),
-        (2, ["student.dtype=bfloat16", "training.overlap_grad_reduce=true", "training.overlap_param_gather=true"]),
-        (1, ["student.dtype=bfloat16", "training.offload_optimizer=true"]),
-        (2, ["student.hf_path={material}/experts", "student.expert_model_parallel_size=2"]),
-        (2, ["student.pipeline_model_parallel_size=2", "student.virtual_pipeline_model_parallel_size=2"]),
-        (2, ["student.context_parallel_size=2", "teacher.tensor_model_parallel_size=2"]),
-        (3, ["student.pipeline_model_parallel_size=2", *APART]),
-    ],
-    ids=[
-        "single",
-        "tp2",
-        "pp2_plain_optimizer",
-        "dp2_bfloat16_overlap",
-        "bfloat16_optimizer_offloaded",
-        "experts_ep2",
-        "pp2_interleaved_teacher_dp2",
-        "cp2_teacher_tp2",
-        "pp2_teacher_apart",
-    ],
+    "name", [pytest.param(n, marks=() if n in RESUMED_ALWAYS else pytest.mark.full) for n in RESUMED]
 )
-def test_three_steps_and_three_more_equal_six_to_the_bit(processes, options, material, tmp_path):
+def test_two_steps_and_two_more_equal_four_to_the_bit(name, material, tmp_path):
+    processes, options = RESUMED[name]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     options = [option.replace("{material}", str(material)) for option in options]
-    schedule = ["training.steps=6", "training.lr_schedule=cosine", "training.lr_warmup_steps=2", *options]
+    schedule = ["training.lr_schedule=cosine", "training.lr_warmup_steps=1", *options]
     run_distributed(train_rank, processes, overrides_of(material, whole, *schedule))
-    run_distributed(train_rank, processes, overrides_of(material, halves, *schedule, "training.exit_step=3"))
-    assert (halves / "checkpoints" / "step_000003").is_dir()
+    run_distributed(train_rank, processes, overrides_of(material, halves, *schedule, "training.exit_step=2"))
+    assert (halves / "checkpoints" / "step_000002").is_dir()
     run_distributed(train_rank, processes, overrides_of(material, halves, *schedule))
     assert_same(records(halves), records(whole), tolerance=0.0)
     for part in ("model", "optimizer"):
-        ours, theirs = (weights_of(run / "checkpoints" / "step_000006" / part) for run in (halves, whole))
+        ours, theirs = (weights_of(run / "checkpoints" / "step_000004" / part) for run in (halves, whole))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert len(ours) > 10
+    assert len({record["learning_rate"] for record in records(whole)}) > 2  # the schedule continues, too
 
 
 def test_a_run_resumes_under_another_layout(material, single, tmp_path):
-    run_distributed(train_rank, 2, overrides_of(material, tmp_path, "training.exit_step=2", *both(LAYOUTS["pp2"][1])))
-    run_distributed(train_rank, 2, overrides_of(material, tmp_path, *both(LAYOUTS["tp2"][1])))
+    run_distributed(train_rank, 2, overrides_of(material, tmp_path, "training.exit_step=2", *PP2))
+    run_distributed(train_rank, 2, overrides_of(material, tmp_path, *TP2))
     assert_same(records(tmp_path), single, tolerance=5e-4)
 
 
@@ -198,33 +186,39 @@ def test_only_the_newest_checkpoints_are_kept(material, tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000003", "step_000004"]
 
 
-def train_until_terminated(overrides: list[str]) -> dict:
-    """SIGTERM comes as soon as the second step is on record."""
+def train_until_terminated(overrides: list[str], pids: Path) -> dict:
+    """SIGTERM comes right after the second step: to the student's first rank, and to a teacher's own."""
+    rank = os.environ["RANK"]
+    (pids / rank).write_text(str(os.getpid()))
 
-    def send() -> None:
-        metrics = Path(next(o for o in overrides if o.startswith("logging.dir=")).split("=")[1]) / "metrics.jsonl"
-        while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
-            threading.Event().wait(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+    class Terminate(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.msg.startswith("saved"):
+                for pid in (pids / name for name in ("2", "0") if (pids / name).exists()):
+                    os.kill(int(pid.read_text()), signal.SIGTERM)
 
-    if os.environ["RANK"] in ("0", "2"):  # the student's first rank, and a teacher's own
-        threading.Thread(target=send, daemon=True).start()
+    if rank == "0":  # in the thread that trains, which does not go on meanwhile
+        logger = logging.getLogger("megatron_tropd.train")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(Terminate())
     return train_rank(overrides)
 
 
 @pytest.mark.parametrize(
     ("processes", "layout"),
-    [(2, both(LAYOUTS["tp2"][1])), (3, ["student.tensor_model_parallel_size=2", *APART])],
+    [(2, TP2), (3, ["student.tensor_model_parallel_size=2", *APART])],
     ids=["tp2", "tp2_teacher_apart"],
 )
 def test_sigterm_saves_and_the_run_continues_exactly(processes, layout, material, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    options = ["training.steps=8", *layout]
+    whole, cut, pids = (tmp_path / name for name in ("whole", "cut", "pids"))
+    pids.mkdir()
+    options = ["training.steps=5", *layout]
     run_distributed(train_rank, processes, overrides_of(material, whole, *options))
-    summaries = run_distributed(train_until_terminated, processes, overrides_of(material, cut, *options))
-    (steps,) = {summary["steps"] for summary in summaries}
-    assert 2 <= steps < 8
+    options += ["checkpoint.save_interval=2"]
+    summaries = run_distributed(train_until_terminated, processes, overrides_of(material, cut, *options), pids)
+    assert {summary["steps"] for summary in summaries} == {3}  # no step at which it saves anyway
     assert not summaries[0]["finished"]
+    assert (cut / "checkpoints" / "step_000003").is_dir()
     run_distributed(train_rank, processes, overrides_of(material, cut, *options))
     assert_same(records(cut), records(whole), tolerance=0.0)
 
@@ -246,7 +240,7 @@ def test_evaluations_samples_and_held_out_divergence_are_written(material, tmp_p
     options = [
         f"evaluation.problems={material / 'prompts.jsonl'}",
         f"evaluation.held_out={material / 'prompts.jsonl'}",
-        *("evaluation.interval=2", "logging.samples=2", *both(LAYOUTS["pp2"][1])),
+        *("evaluation.interval=2", "logging.samples=2", *PP2),
     ]
     summary = run_distributed(train_rank, 2, overrides_of(material, tmp_path, *options))[0]
     assert [e["step"] for e in summary["evaluations"]] == [0, 2, 4]
@@ -284,13 +278,46 @@ def refused_rank(overrides: list[str]) -> str:
     return str(error.value)
 
 
+def each_refused_rank(runs: dict[str, list[str]], ports: list[int]) -> dict[str, str]:
+    """Return the messages by the name of the run; each run has a store of its own, as under a launcher."""
+    from megatron_tropd.parallel import shutdown
+
+    importlib.import_module("megatron_tropd.train").shutdown = lambda: None  # not before all ranks have been refused
+    messages = {}
+    for (name, overrides), port in zip(runs.items(), ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        messages[name] = refused_rank(overrides)
+        store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
+        if store.add("refused", 1) == int(os.environ["WORLD_SIZE"]):
+            store.set("all are", "")
+        store.wait(["all are"], datetime.timedelta(seconds=PATIENCE))
+        shutdown()
+    return messages
+
+
+@pytest.fixture(scope="module")
+def bad_input(material, tmp_path_factory):
+    """Every rank's message and the run's folder by the options that are refused."""
+    root, messages = tmp_path_factory.mktemp("bad"), {}
+    folders = {options: root / str(i) for i, options in enumerate(BAD_INPUT)}
+    for processes in (2, 3):
+        runs = {
+            options: overrides_of(material, folder, *options.replace("{material}", str(material)).split())
+            for options, folder in folders.items()
+            if processes == (3 if "size=3" in options else 2)
+        }
+        stores = [open_store() for _ in runs]
+        ranks = run_distributed(each_refused_rank, processes, runs, [store.port for store in stores])
+        messages |= {options: [rank[options] for rank in ranks] for options in runs}
+    return {options: (messages[options], folders[options]) for options in BAD_INPUT}
+
+
 @pytest.mark.parametrize("options", BAD_INPUT, ids=lambda o: o.split()[-1])
-def test_bad_input_is_refused_before_training_on_every_rank(options, material, tmp_path):
-    processes = 3 if "size=3" in options else 2
-    overrides = overrides_of(material, tmp_path, *options.replace("{material}", str(material)).split())
-    messages = run_distributed(refused_rank, processes, overrides)
+def test_bad_input_is_refused_before_training_on_every_rank(options, bad_input):
+    messages, folder = bad_input[options]
+    assert len(messages) > 1
     assert all(BAD_INPUT[options] in message for message in messages)
-    assert not (tmp_path / "metrics.jsonl").exists()
+    assert not (folder / "metrics.jsonl").exists()
 
 
 def test_teachers_of_another_vocabulary_and_the_student_itself_are_refused(material, tmp_path):
