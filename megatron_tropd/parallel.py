@@ -173,14 +173,7 @@ def initialize(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
-        backend = backend or ("nccl" if has_cuda else "gloo")
-        if partition:
-            own = {"store": partition.store, "rank": partition.rank, "world_size": partition.size}
-            dist.init_process_group(backend, timeout=timeout, **own)
-        elif "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
+        _start_distributed(backend or ("nccl" if has_cuda else "gloo"), partition, timeout)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -203,6 +196,17 @@ def initialize(
         parallel_state.get_expert_data_parallel_group_gloo(),
     )
     return ParallelGroups(collection, layout.virtual_pipeline_model_parallel_size, device, timeout, host)
+
+
+def _start_distributed(backend: str, partition: Partition | None, timeout: datetime.timedelta) -> None:
+    """Make the default process group: of this part of the job, of torchrun's processes, or of this one alone."""
+    if partition:
+        own = {"store": partition.store, "rank": partition.rank, "world_size": partition.size}
+        dist.init_process_group(backend, timeout=timeout, **own)
+    elif "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
 
 
 @contextmanager
