@@ -99,10 +99,22 @@ def _recut(m: Material, implementation: str) -> list[torch.Tensor]:
     return [torch.cat(parts, 1)[:, m.rank * width : (m.rank + 1) * width].to(m.device)]
 
 
+def _paged_attention(m: Material, implementation: str) -> list[torch.Tensor]:
+    """Attend from one token per request to cached ones, in blocks whose order is shuffled, as rollouts do."""
+    lengths = [1, 700, 0, 64, 300, 511]  # one row is padding
+    blocks = torch.randperm(len(lengths) * 3, generator=torch.Generator().manual_seed(3)).to(m.device)
+    keys, values = (m.draw(len(blocks), 256, 2, 64, seed=seed) for seed in (1, 2))  # [blocks, tokens, heads, width]
+    table = blocks.view(len(lengths), 3).int()
+    cached = torch.tensor(lengths, dtype=torch.int32, device=m.device)
+    q = m.draw(len(lengths), 8, 64, seed=4)
+    return [kernels.paged_decode_attention(q, keys, values, cached, table, implementation=implementation)]
+
+
 CASES: dict[str, Callable[[Material, str], list[torch.Tensor]]] = {
     "full_divergence": _full_divergence,
     "fused_linear_full_divergence": _fused_divergence,
     "fused_linear_logprobs": _fused_logprobs,
+    "paged_decode_attention": _paged_attention,
     "recut_shards": _recut,
     "vocab_parallel_logprobs": _logprobs,
     "vocab_parallel_topk": _topk,
@@ -132,7 +144,8 @@ def kernel_check(
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - started
     expected = CASES[name](material, "reference")
-    rounds = dtype if name.startswith("fused_linear") else None  # logits, to the dtype; the others compute in fp32
+    # Logits, or the result, rounded to the dtype; the others compute and answer in fp32.
+    rounds = dtype if name.startswith(("fused_linear", "paged")) else None
     error = max(_excess(a, b, rounds) for a, b in zip(ours, expected, strict=True))
     numbers = {"error_over_tolerance": error, "seconds": seconds}
     if not error <= 1:
