@@ -194,21 +194,14 @@ def _complete(engine: DynamicInferenceEngine, sampler: Any, groups: Any) -> None
 
 
 def _free(engine: DynamicInferenceEngine) -> None:
-    """Release the key/value cache.
+    """Release the key/value cache and all other tensors of a rollout.
 
-    Engine and controller refer to one another, context and block allocator too: without this the cache would live until
-    Python's cyclic collector runs, which does not know how much of the device's memory waits for it.
+    Engine and controller refer to one another, context and block allocator too: without this they would live until
+    Python's cyclic collector runs, which does not know how much of the device's memory waits for it. Nothing uses them
+    any more, so what they hold is taken from them whole.
     """
-    controller, context = engine.controller, engine.context
-    controller.set_stop_word_finished_ids_callback(None)
-    controller.sampler = None
-    for holder in (context, controller, getattr(context, "gpu_view", None)):
-        _drop_tensors(holder)
-
-
-def _drop_tensors(holder: Any) -> None:
-    for name in [name for name, value in vars(holder or object).items() if isinstance(value, torch.Tensor)]:
-        setattr(holder, name, None)
+    for part in (engine.controller, engine.context, engine):
+        vars(part).clear()
 
 
 def _is_needed(engine: DynamicInferenceEngine, groups: Any) -> bool:
