@@ -14,7 +14,7 @@ from megatron_tropd.plan_memory import stage_memory
 from megatron_tropd.recipe import load_recipe
 
 # Counts of which the least is taken: gloo's threads free their copies late on a busy machine, which adds to a peak.
-MEASURED_STEPS = 6
+UPDATES = 6
 PROMPT, RESPONSE = 21, 11  # tokens: every sequence is as long as the plan takes it to be
 TP, PP, CP = (f"{size}_parallel_size=2" for size in ("tensor_model", "pipeline_model", "context"))
 
@@ -56,7 +56,7 @@ def resident() -> int:
 
 
 def peaks_rank(recipe) -> dict[str, int]:
-    """Return the most bytes of each phase of a step, after a first one, when everything has its state."""
+    """Run two steps; return the most bytes of each phase of the second, when everything has its state."""
     from megatron_tropd.batching import pack
     from megatron_tropd.parallel import initialize
     from megatron_tropd.run import set_up
@@ -65,7 +65,7 @@ def peaks_rank(recipe) -> dict[str, int]:
     run, found = set_up(recipe, initialize(recipe.student)), {}
     sizes = (recipe.training.micro_batch_size, None)
     multiples = {"pad_multiple": run.pad_multiple, "row_multiple": run.row_multiple, "pad_id": run.tokenizer.pad_id}
-    for step in range(1 + MEASURED_STEPS):
+    for step in range(2):
         prompts = run.shard(run.source.next(recipe.training.prompts_per_step))
         written = (prompts, run.guidance.prefixes(prompts, step), run.sampling(step))
         call = measured if step else plainly
@@ -73,9 +73,10 @@ def peaks_rank(recipe) -> dict[str, int]:
         batch = pack(rollouts, **multiples)
         scores = call(found, "teacher scores", run.teacher.score, batch, *sizes)
         work = (batch, scores, run.objective, recipe.objective, step, *sizes)
-        call(found, "update", train_step, run.student, *work)
+        for _ in range(UPDATES if step else 1):
+            call(found, "update", train_step, run.student, *work)
         scores = work = None
-        assert batch.tokens.size(1) == PROMPT + RESPONSE
+    assert batch.tokens.size(1) == PROMPT + RESPONSE
     return found
 
 
