@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_tropd.kernels.compile_examples import Example
+
 _TOKENS = 64  # per iteration
 _LEAST_ROWS = 16  # of a tensor-core product
 _LEAST_PART = 256  # tokens: below that, more parts only add to the merging
@@ -178,13 +180,27 @@ def attend(
     Raises:
         ValueError: blocks whose tokens the kernel cannot read in groups of 16.
     """
-    (requests, heads, width), (page, kv_heads) = q.shape, k_cache.shape[1:3]
+    page, kv_heads = k_cache.shape[1:3]
     if page % 16:
         raise ValueError(f"the Triton kernel needs cache blocks of a multiple of 16 tokens, not {page}; use chunked")
+    parts = part_count(q.size(0) * kv_heads, block_table.size(1) * page, _multiprocessors(q.device))
+    return _attend_in_parts(q, k_cache, v_cache, lengths, block_table, scale, window, parts)
+
+
+def _attend_in_parts(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    scale: float,
+    window: int,
+    parts: int,
+) -> torch.Tensor:
+    (requests, heads, width), (page, kv_heads) = q.shape, k_cache.shape[1:3]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if requests == 0:
         return out
-    parts = part_count(requests * kv_heads, block_table.size(1) * page, _multiprocessors(q.device))
     part_out, part_stats = (
         out.new_empty((requests, heads, parts, n), dtype=torch.float32) if parts > 1 else out for n in (width, 2)
     )
@@ -213,10 +229,22 @@ def attend(
         page=page,
         tokens=math.gcd(page, _TOKENS),
         single=parts == 1,
-        upcast=not q.is_cuda,  # the interpreter's products know no bf16
+        upcast=q.device.type == "cpu",  # the interpreter's products know no bf16
     )
     if parts > 1:
         _merge_kernel[(requests * heads,)](
             part_out, part_stats, out, parts, triton.next_power_of_2(parts), width, width_block
         )
     return out
+
+
+NARROW_LOADS = {"_merge_kernel": "a program reads a few parts of one head"}
+
+
+def example_launches(example: Example) -> None:
+    """Launch both kernels; see compile_examples.py."""
+    q = example.per_row(32, 128, dtype=example.dtype)
+    cache = torch.empty(64, 256, 8, 128, dtype=example.dtype, device="meta")
+    lengths, table = example.per_row(dtype=torch.int32), example.per_row(32, dtype=torch.int32)
+    for parts in (1, 4):
+        _attend_in_parts(q, cache, cache, lengths, table, 128**-0.5, -1, parts)
