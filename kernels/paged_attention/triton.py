@@ -16,7 +16,7 @@ import triton.language as tl
 
 from megatron_tropd.kernels.compile_examples import Example
 
-_TOKENS = 64  # per iteration
+_TOKENS = {2: 64, 4: 32}  # per iteration, by bytes per number: more fp32 ones spill registers on sm_80
 _LEAST_ROWS = 16  # of a tensor-core product
 _LEAST_PART = 256  # tokens: below that, more parts only add to the merging
 _LOG2_E = 1.4426950408889634
@@ -227,7 +227,7 @@ def _attend_in_parts(
         width=width,
         width_block=width_block,
         page=page,
-        tokens=math.gcd(page, _TOKENS),
+        tokens=math.gcd(page, _TOKENS[q.element_size()]),
         single=parts == 1,
         upcast=q.device.type == "cpu",  # the interpreter's products know no bf16
     )
