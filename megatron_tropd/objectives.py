@@ -133,7 +133,7 @@ class Objective:
     def ids(self, batch: TrainingBatch, scores: TeacherScores | None) -> torch.Tensor:
         """Return the ids [b, s, 1 + k] at which the student is read: the sampled token, then the teacher's top-k."""
         labels = batch.labels.unsqueeze(-1)
-        return labels if scores is None or not self.topk else torch.cat([labels, scores.topk_ids], dim=-1)
+        return labels if scores is None or not self.topk else torch.cat([labels, scores.topk_ids.long()], dim=-1)
 
     def loss(
         self,

@@ -46,12 +46,12 @@ class ScoreFormat:
         return torch.cat(columns, dim=-1)
 
     def unpack(self, packed: torch.Tensor) -> TeacherScores:
-        """Undo `pack`; log-probs and hidden states are views."""
+        """Undo `pack`; all are views, so that a whole batch's scores lie in memory once."""
         ids, numbers, hidden = packed.split([self.topk, 1 + self.topk + self.with_entropy, self._hidden_words], dim=-1)
         numbers = numbers.view(torch.float32)
         return TeacherScores(
             logprobs=numbers[..., 0],
-            topk_ids=ids.long(),
+            topk_ids=ids,
             topk_logprobs=numbers[..., 1 : 1 + self.topk],
             entropy=numbers[..., -1] if self.with_entropy else None,
             hidden=hidden.view(self.hidden_dtype)[..., : self.hidden_size] if self.hidden_size else None,

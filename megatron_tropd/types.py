@@ -114,7 +114,7 @@ class TeacherScores:
     """
 
     logprobs: torch.Tensor  # [b, s] fp32, log π_T(labels)
-    topk_ids: torch.Tensor  # [b, s, k] int64 global ids, most probable first
+    topk_ids: torch.Tensor  # [b, s, k] global ids, most probable first; int32 for a whole batch, to save memory
     topk_logprobs: torch.Tensor  # [b, s, k] fp32, normalised over the whole true vocabulary
     entropy: torch.Tensor | None = None  # [b, s] fp32, nats
     hidden: torch.Tensor | None = None  # [b, s, h_teacher], only for full-vocabulary objectives

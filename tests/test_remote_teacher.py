@@ -38,6 +38,7 @@ def remote_rank(folder, teacher, packed):
     with remote.weights():
         scores = remote.score(make_batch(), 2, packed)
         hidden, weight = remote.hidden_states(make_batch(), 2), remote.output_weight(WIDTH)
+    scores.topk_ids = scores.topk_ids.clone()  # torch.save takes no views of one storage in two dtypes
     partition.order("stop", summary={"steps": 3})
     return scores, hidden, weight
 

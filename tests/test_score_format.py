@@ -14,7 +14,7 @@ def test_what_was_packed_is_unpacked(topk, with_entropy, size, dtype):
     shape = (2, 3)
     scores = TeacherScores(
         logprobs=torch.randn(shape),
-        topk_ids=torch.randint(1 << 30, (*shape, topk)),
+        topk_ids=torch.randint(1 << 30, (*shape, topk), dtype=torch.int32),
         topk_logprobs=torch.randn(*shape, topk),
         entropy=torch.rand(shape) if with_entropy else None,
         hidden=torch.randn(3, 2, size).to(dtype).transpose(0, 1) if size else None,
@@ -30,6 +30,8 @@ def test_what_was_packed_is_unpacked(topk, with_entropy, size, dtype):
         else:
             assert torch.equal(getattr(found, name), expected), name
             assert getattr(found, name).dtype == expected.dtype
+    storages = {t.untyped_storage().data_ptr() for t in vars(found).values() if t is not None and t.numel()}
+    assert storages == {packed.untyped_storage().data_ptr()}  # nothing is copied
 
 
 def test_hidden_states_of_a_70b_teacher_take_two_bytes_a_number():
