@@ -61,7 +61,12 @@ class ModelConfig:
         "with fp8, one scale a tensor or a block of it; mxfp8 is Blackwell's",
         ("tensorwise", "blockwise", "mxfp8"),
     )
-    recompute: str | None = _key(None, "activation recomputation", ("selective", "full"))
+    recompute: str | None = _key(
+        None,
+        "activation recomputation in the backward pass: selective: MLPs and MoE experts (without Transformer Engine, "
+        "whose attention stores no probabilities: the attention); full: whole layers",
+        ("selective", "full"),
+    )
     offload: bool = _key(False, "teacher only: keep its weights in host memory between its passes")
     ranks: str = _key(
         "shared",
@@ -156,8 +161,12 @@ class TrainingConfig:
     exit_step: int | None = _key(None, "save and stop after this step, though the schedules go on to `steps`", low=1)
     prompts_per_step: int = _key(128, "prompts of a step, over all data-parallel ranks", low=1)
     micro_batch_size: int = _key(1, "sequences a forward pass", low=1)
-    max_tokens_per_micro_batch: int | None = _key(
-        None, "pack sequences into forward passes of so many tokens, instead of micro_batch_size padded ones", low=1
+    max_tokens_per_micro_batch: int | str | None = _key(
+        "auto",
+        "pack sequences up to this many tokens per micro-batch; null: pad micro_batch_size sequences instead; auto: "
+        "pack on CUDA, into the tokens of micro_batch_size longest sequences",
+        words=("auto",),
+        low=1,
     )
     optimizer: str = _key("adam", "Megatron optimizer (adam is AdamW)", ("adam", "sgd"))
     lr: float = _key(5e-6, "peak learning rate", low=0)

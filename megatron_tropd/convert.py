@@ -28,7 +28,8 @@ from megatron_tropd.hf_weights import SafetensorsFolder, load_hf_weights, save_h
 from megatron_tropd.manifest import MANIFEST, find_damage, write_manifest
 from megatron_tropd.megatron_compat import save_sharded
 from megatron_tropd.model import build_model, load_hf_config
-from megatron_tropd.parallel import ParallelGroups, on_rank_zero, process_groups
+from megatron_tropd.parallel import ParallelGroups, on_rank_zero
+from megatron_tropd.process_groups import process_groups
 from megatron_tropd.types import UserError
 from megatron_tropd.verify import check_host_memory, logit_difference
 

@@ -25,7 +25,8 @@ from megatron_tropd.environment import gather
 from megatron_tropd.errors import UserError
 from megatron_tropd.metrics import read_records
 from megatron_tropd.model import build_model, load_hf_config
-from megatron_tropd.parallel import ParallelGroups, process_groups
+from megatron_tropd.parallel import ParallelGroups
+from megatron_tropd.process_groups import process_groups
 from megatron_tropd.rollout import RolloutEngine
 from megatron_tropd.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.types import Prompt, Rollouts, Sampling
@@ -56,6 +57,9 @@ class OpenModel:
         """Build the model, read its weights and return an engine over it; collective over all ranks."""
         chunks = build_model(self.hf_config, self.config, self.groups, training=False, role=self.role)
         load_model_weights(chunks, self.config, self.groups)
+        # The engine's pipeline sends over NCCL's group of all ranks, which all must open together: later a replica
+        # without prompts would stay away.
+        dist.barrier()
         context = self.hf_config.max_position_embeddings
         return RolloutEngine(chunks, self.tokenizer, self.groups, self.rollout, max_sequence_length=context)
 

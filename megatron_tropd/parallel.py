@@ -3,9 +3,9 @@
 Works under torchrun (NCCL on CUDA, gloo on CPU) and in a single process without it. The student's groups are
 Megatron's global ones; a teacher of another layout has a collection of its own over the same ranks.
 
-    with process_groups(recipe.student, seed=recipe.training.seed) as groups:
-        model = build_model(hf_config, recipe.student, groups)
-        teacher_groups = build_groups(recipe.teacher, groups)   # the same object where the layouts are the same
+    groups = initialize(recipe.student, seed=recipe.training.seed)
+    model = build_model(hf_config, recipe.student, groups)
+    teacher_groups = build_groups(recipe.teacher, groups)       # the same object where the layouts are the same
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from __future__ import annotations
 import datetime
 import os
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -207,28 +206,6 @@ def _start_distributed(backend: str, partition: Partition | None, timeout: datet
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
-
-
-@contextmanager
-def process_groups(
-    layout: ModelConfig, seed: int = 1234, partition: Partition | None = None, timeout_minutes: int = 30
-) -> Iterator[ParallelGroups]:
-    """Start process groups as `initialize` does; at the end destroy them, unless an exception ends the context.
-
-    To destroy NCCL's groups is to wait for the other ranks, which may be waiting in a collective for the one that
-    failed. That one must leave its process, as the command line does at once, so that the launcher ends the others.
-    Groups that were there before stay.
-    """
-    is_first = not dist.is_initialized()
-    try:
-        yield initialize(layout, seed, partition=partition, timeout_minutes=timeout_minutes)
-    except BaseException:
-        is_alone = partition is None and dist.is_initialized() and dist.get_world_size() == 1
-        if is_first and is_alone:
-            shutdown()
-        raise
-    if is_first:
-        shutdown()
 
 
 def build_groups(layout: ModelConfig, groups: ParallelGroups, role: str = "teacher") -> ParallelGroups:

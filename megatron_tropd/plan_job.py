@@ -11,6 +11,7 @@ from typing import Any
 from megatron_tropd.config import Recipe
 from megatron_tropd.layout import model_ranks
 from megatron_tropd.objectives import METHODS, Method
+from megatron_tropd.packing import micro_batch_budget
 from megatron_tropd.partition import has_dedicated_teacher, student_size, teacher_size
 from megatron_tropd.plan_accelerator import Accelerator
 
@@ -50,8 +51,8 @@ class Job:
     @property
     def micro_batch_tokens(self) -> int:
         """Tokens of a micro-batch, padding included, before context parallelism splits them."""
-        training = self.recipe.training
-        return training.max_tokens_per_micro_batch or training.micro_batch_size * self.sequence
+        budget = micro_batch_budget(self.recipe, self.prompt_tokens, on_cuda=self.fused)
+        return budget or self.recipe.training.micro_batch_size * self.sequence
 
     @property
     def graphed(self) -> bool:

@@ -68,11 +68,17 @@ def describe() -> str:
         if key.split(".")[0] != section:
             section = key.split(".")[0]
             lines += ["", f"{section}:"]
-        choices = field.metadata["choices"]
-        kind = " | ".join(choices) if choices else str(field.type)
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        lines.append(f"  {key} = {'null' if default is None else default}  ({kind})\n      {field.metadata['help']}")
+        lines.append(f"  {key} = {'null' if default is None else default}  ({_kind(field)})\n      {field.metadata['help']}")
     return "\n".join(lines[1:])
+
+
+def _kind(field: dataclasses.Field) -> str:
+    """Return what a key takes: its choices, or its types, with the words that a numeric key knows."""
+    if field.metadata["choices"]:
+        return " | ".join(field.metadata["choices"])
+    kind = field.type.replace("None", "null")
+    return kind.replace("str", " | ".join(field.metadata["words"])) if field.metadata["words"] else kind
 
 
 def shipped_recipes() -> list[str]:
@@ -171,11 +177,8 @@ def _set(tree: Any, key: str, value: Any, source: str) -> None:
     try:
         OmegaConf.update(tree, key, value)
     except OmegaConfBaseException as error:
-        kinds = field.type.replace("None", "null")
-        if field.metadata["words"]:
-            kinds = kinds.replace("str", " | ".join(field.metadata["words"]))
         raise UserError(
-            f"{key}={value!r} ({source}): expected {kinds} ({field.metadata['help']}); "
+            f"{key}={value!r} ({source}): expected {_kind(field)} ({field.metadata['help']}); "
             f"{str(error).splitlines()[0].rstrip('.')}."
         ) from error
 

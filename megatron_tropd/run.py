@@ -22,6 +22,7 @@ from megatron_tropd.guidance import Guidance
 from megatron_tropd.held_out import HeldOut, load_held_out
 from megatron_tropd.model import build_model
 from megatron_tropd.objectives import Objective, build_objective
+from megatron_tropd.packing import micro_batch_budget
 from megatron_tropd.parallel import ParallelGroups, build_groups, on_rank_zero
 from megatron_tropd.partition import Partition
 from megatron_tropd.prompts import PromptSource, load_prompts
@@ -56,6 +57,7 @@ class Run:
     engine: RolloutEngine
     state: checkpoint.TrainingState
     hf_path: Path
+    max_tokens: int | None  # of a packed micro-batch; None: padded rows
 
     @property
     def reports(self) -> bool:
@@ -115,7 +117,8 @@ def set_up(recipe: Recipe, groups: ParallelGroups, partition: Partition | None =
     problems = _load_problems(recipe, tokenizer, context)
     held_out_prompts = _load_held_out(recipe, tokenizer, max_prompt)
     guidance = _load_guidance(recipe, tokenizer, objective, prompts)
-    _check_budget(recipe, prompts)
+    longest_prompt = max(len(prompt.tokens) for prompt in prompts)
+    _check_budget(recipe, longest_prompt)
 
     fixed = {"deterministic_mode": recipe.training.deterministic}
     modules = build_model(hf_config, recipe.student, groups, role="student", **fixed)
@@ -148,6 +151,7 @@ def set_up(recipe: Recipe, groups: ParallelGroups, partition: Partition | None =
         engine,
         state,
         hf_path,
+        micro_batch_budget(recipe, longest_prompt, groups.device.type == "cuda"),
     )
 
 
@@ -170,13 +174,13 @@ def _check_batch(recipe: Recipe, groups: ParallelGroups) -> None:
         )
 
 
-def _check_budget(recipe: Recipe, prompts: list[Prompt]) -> None:
-    budget, longest = recipe.training.max_tokens_per_micro_batch, max(len(prompt.tokens) for prompt in prompts)
-    if budget is not None and budget < longest + recipe.rollout.max_new_tokens:
+def _check_budget(recipe: Recipe, longest: int) -> None:
+    budget = recipe.training.max_tokens_per_micro_batch
+    if isinstance(budget, int) and budget < longest + recipe.rollout.max_new_tokens:
         raise UserError(
             f"training.max_tokens_per_micro_batch={budget} cannot hold {longest} prompt tokens (the longest of "
             f"{recipe.data.prompts}) and rollout.max_new_tokens={recipe.rollout.max_new_tokens}; use at least "
-            f"{longest + recipe.rollout.max_new_tokens}"
+            f"{longest + recipe.rollout.max_new_tokens}, or auto"
         )
 
 

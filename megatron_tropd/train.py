@@ -23,8 +23,9 @@ from megatron_tropd.determinism import make_deterministic
 from megatron_tropd.environment import gather
 from megatron_tropd.evaluation import evaluate
 from megatron_tropd.metrics import MetricsWriter
-from megatron_tropd.parallel import on_rank_zero, process_groups
+from megatron_tropd.parallel import on_rank_zero
 from megatron_tropd.partition import Partition, split_processes
+from megatron_tropd.process_groups import process_groups
 from megatron_tropd.remote_teacher import serve
 from megatron_tropd.run import Run, checkpoint_folder, set_up
 from megatron_tropd.run_teacher import build_served_teacher
@@ -45,7 +46,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     Raises:
         UserError: the recipe, a model, a tokenizer or a prompt file is wrong; nothing was trained.
 
-    After an exception of any kind each of several processes should end: see `parallel.process_groups`.
+    After an exception of any kind each of several processes should end: see process_groups.py.
     """
     preflight.check(recipe, gather())
     if recipe.training.deterministic:
@@ -107,7 +108,7 @@ def _loop(run: Run, termination: TerminationFlag) -> dict[str, Any]:
             pad_id=run.tokenizer.pad_id,
             device=run.groups.device,
         )
-        sizes = (training.micro_batch_size, training.max_tokens_per_micro_batch)
+        sizes = (training.micro_batch_size, run.max_tokens)
         scores = run.teacher.score(batch, *sizes) if run.teacher else None
         clock.lap("seconds_teacher")
         result = train_step(run.student, batch, scores, run.objective, run.recipe.objective, step, *sizes)

@@ -93,6 +93,10 @@ def test_unknown_keys_name_the_nearest_and_the_file(tmp_path):
         ("rollout.stop=x", "expected list[str]"),
         ("teacher.hf_path=${student.nothing}", "mend the ${section.key}"),
         ("training.lr=[1", "not valid YAML"),
+        ("training.max_tokens_per_micro_batch=0", "expected at least 1"),
+        ("training.max_tokens_per_micro_batch=-5", "expected at least 1"),
+        ("training.max_tokens_per_micro_batch=outo", "one of auto, int, null (did you mean auto?)"),
+        ("training.timeout_minutes=0", "expected at least 1"),
     ],
 )
 def test_wrong_values(override, message):
@@ -158,6 +162,11 @@ def test_every_key_is_described():
         for field in dataclasses.fields(config):
             assert f"{section}.{field.name} = " in text
             assert field.metadata["help"] in text
+
+
+def test_a_key_of_words_and_numbers_names_both():
+    assert "training.max_tokens_per_micro_batch = auto  (auto | int | null)" in describe()
+    assert "student.recompute = null  (selective | full)" in describe()
 
 
 def test_package_exports():

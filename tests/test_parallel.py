@@ -29,7 +29,8 @@ def test_every_group_of_both_models_has_the_recipes_timeout():
 
 def lives_rank(error: Exception | None, has_groups: bool) -> bool:
     """Whether torch's default group is there after the context."""
-    from megatron_tropd.parallel import initialize, process_groups
+    from megatron_tropd.parallel import initialize
+    from megatron_tropd.process_groups import process_groups
 
     if has_groups:
         initialize(ModelConfig())
