@@ -56,6 +56,23 @@ def mend_router_without_transformer_engine() -> None:
         moe_utils.te_general_gemm = None
 
 
+def recompute_in_training_only(model: torch.nn.Module) -> None:
+    """Let MLPs and experts be recomputed after forward passes in train mode alone.
+
+    Megatron-Core (0.16 to 0.19) also sends a rollout's forward passes through the checkpoint of a recomputed MLP, which
+    copies the states of random generators at every token and cannot be captured in a CUDA graph.
+    """
+    names = ("recompute_mlp", "moe_layer_recompute")
+    switches = [(module, name) for module in model.modules() for name in names if getattr(module, name, False)]
+
+    def switch(module: torch.nn.Module, _: Any) -> None:
+        for owner, name in switches:
+            setattr(owner, name, module.training)
+
+    if switches:
+        model.register_forward_pre_hook(switch)
+
+
 def is_of_experts(layer_submodules: Any) -> bool:
     """Whether a layer's spec builds experts: 0.18 and later name the class in a partial function, before in a spec."""
     mlp = layer_submodules.mlp

@@ -9,6 +9,7 @@ every parameter.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import warnings
@@ -18,11 +19,13 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import is_te_min_version
 
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.experts import experts_of
 from megatron_tropd.layer_specs import block_spec, uses_transformer_engine
 from megatron_tropd.layout import expert_tensor_parallel_size
+from megatron_tropd.megatron_compat import recompute_in_training_only
 from megatron_tropd.model_checks import UNEVEN_STAGES, check_sizes
 from megatron_tropd.parallel import ParallelGroups
 from megatron_tropd.preflight import fp8_problem
@@ -126,6 +129,7 @@ def transformer_config(hf_config: Any, model: ModelConfig, role: str = "model", 
         # Interleaved, two stages exchange activations and gradients at once: batched together they would be mixed up.
         "overlap_p2p_comm": model.virtual_pipeline_model_parallel_size is not None,
         "batch_p2p_comm": model.virtual_pipeline_model_parallel_size is None,
+        "batch_p2p_sync": False,  # it would stop the device at every exchange, for the sake of old versions of torch
         **{key: getattr(model, key) for key in UNEVEN_STAGES},
         "context_parallel_size": model.context_parallel_size,
         "sequence_parallel": model.sequence_parallel,
@@ -136,7 +140,7 @@ def transformer_config(hf_config: Any, model: ModelConfig, role: str = "model", 
         **_fp8_fields(model, role),
         **_expert_fields(hf_config, model),
         **_device_fields(),
-        **_recompute_fields(model.recompute),
+        **recompute_fields(model.recompute, uses_transformer_engine()),
     }
     return TransformerConfig(**{**fields, **overrides})
 
@@ -175,7 +179,8 @@ def build_model(
         warnings.filterwarnings(
             "ignore", module=r"megatron\.core"
         )  # about Apex, which is optional, and its own defaults
-        config = transformer_config(hf_config, model, role, **overrides)
+        fusion = {"gradient_accumulation_fusion": training and _fuses_gradient_accumulation()}
+        config = transformer_config(hf_config, model, role, **{**fusion, **overrides})
         stages = range(virtual_size) if virtual_size else [None]
         chunks = [_build_chunk(hf_config, config, groups, stage, use_transformer_engine) for stage in stages]
     for chunk in chunks:
@@ -183,6 +188,7 @@ def build_model(
         chunk.to(groups.device)
         chunk.train(training)
         chunk.requires_grad_(training)
+        recompute_in_training_only(chunk)
     return chunks
 
 
@@ -245,6 +251,7 @@ def _expert_fields(hf_config: Any, model: ModelConfig) -> dict[str, Any]:
         "moe_aux_loss_coeff": 0.0,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": uses_transformer_engine(),
+        "moe_permute_fusion": uses_transformer_engine() and is_te_min_version("2.1.0"),
         "expert_model_parallel_size": model.expert_model_parallel_size,
         "expert_tensor_parallel_size": expert_tensor_parallel_size(model),
     }
@@ -256,16 +263,28 @@ def _device_fields() -> dict[str, Any]:
         "use_cpu_initialization": not has_cuda,
         "bias_activation_fusion": has_cuda,
         "apply_rope_fusion": uses_transformer_engine(),
-        "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
     }
 
 
-def _recompute_fields(recompute: str | None) -> dict[str, Any]:
+def _fuses_gradient_accumulation() -> bool:
+    """Whether matrix products can add weights' gradients to the fp32 ones themselves: Apex has the kernel for it."""
+    return torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def recompute_fields(recompute: str | None, fused: bool) -> dict[str, Any]:
+    """Return the fields of TransformerConfig for activation recomputation.
+
+    Args:
+        recompute: None, "selective" or "full".
+        fused: layers are Transformer Engine's, whose attention stores no probabilities: MLPs and experts store the
+            most. Megatron's local attention stores more than anything else.
+    """
     if recompute is None:
         return {}
     if recompute == "selective":
-        return {"recompute_granularity": "selective"}
+        modules = ["mlp", "moe"] if fused else ["core_attn"]
+        return {"recompute_granularity": "selective", "recompute_modules": modules}
     return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 

@@ -123,8 +123,8 @@ def layer_activations(hf: Any, model: ModelConfig, sequence: int, fused_attentio
     With Transformer Engine: each norm's input and output, q, k, v and the attention's output, both halves of the gated
     product and their result. Megatron's local layers keep fp32 copies in the norms, five tensors in the MLP, and the
     attention's probabilities besides. Experts, evenly chosen, keep one tensor more of the MLP's width, and the tokens
-    sent to them. Selective recomputation drops what lies inside the attention; full recomputation keeps a layer's
-    input alone.
+    sent to them. Selective recomputation keeps of an MLP or of experts their input alone, with Megatron's local layers
+    instead all but what lies inside the attention; full recomputation keeps a layer's input alone.
     """
     tp, size, h = model.tensor_model_parallel_size, BYTES[model.dtype], hf.hidden_size
     shard = _token_shards(model)
@@ -138,7 +138,10 @@ def layer_activations(hf: Any, model: ModelConfig, sequence: int, fused_attentio
         kept = (4 if fused_attention else 6) * size * mlp_width(hf, True) + experts.per_token * sent
         mlp = (kept + 16 * experts.per_token + 5 * experts.count) / shard
     if fused_attention:
-        return size * (4 * h / shard + (heads + 2 * groups) * hd + heads * hd) + mlp + 4 * heads
+        streams = 4
+        if model.recompute == "selective":
+            mlp, streams = 0.0, 4 if sparse else 3  # the norm before a dense MLP is part of it, and recomputed with it
+        return size * (streams * h / shard + (heads + 2 * groups) * hd + heads * hd) + mlp + 4 * heads
     norms = 24 * h / shard if size == 4 else (16 + 2 * size) * h / shard
     probabilities = heads * sequence * (4 if size == 4 else 4 + size)
     inside = (2 * heads + 3 * groups) * hd * size if model.recompute == "selective" else 3 * heads * hd * size

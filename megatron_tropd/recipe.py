@@ -69,7 +69,8 @@ def describe() -> str:
             section = key.split(".")[0]
             lines += ["", f"{section}:"]
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        lines.append(f"  {key} = {'null' if default is None else default}  ({_kind(field)})\n      {field.metadata['help']}")
+        default = "null" if default is None else default
+        lines.append(f"  {key} = {default}  ({_kind(field)})\n      {field.metadata['help']}")
     return "\n".join(lines[1:])
 
 

@@ -12,7 +12,14 @@ from transformers import AutoConfig
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.errors import UserError
 from megatron_tropd.hf_weights import load_hf_weights
-from megatron_tropd.model import build_model, head_dim, load_hf_config, padded_vocab_size, transformer_config
+from megatron_tropd.model import (
+    build_model,
+    head_dim,
+    load_hf_config,
+    padded_vocab_size,
+    recompute_fields,
+    transformer_config,
+)
 from megatron_tropd.parallel import initialize
 from megatron_tropd.verify import full_logits
 
@@ -128,6 +135,48 @@ def test_the_translated_config_carries_layout_and_architecture(folders):
     assert (config.recompute_granularity, config.recompute_num_layers) == ("full", 1)
     assert config.layernorm_epsilon == 0.5
     assert transformer_config(load_hf_config(folders["qwen2"]), ModelConfig()).add_qkv_bias
+
+
+def recompute_rank(folder):
+    """Gradients with and without recomputed MLPs; forward passes of an MLP and checkpoints, in training and outside."""
+    from megatron.core import tensor_parallel
+
+    original, checkpoints = tensor_parallel.checkpoint, []
+    tensor_parallel.checkpoint = lambda *arguments: checkpoints.append(1) or original(*arguments)
+    model = ModelConfig(hf_path=folder, dtype="float32")
+    groups, hf_config = initialize(model), load_hf_config(folder)
+    positions, found = torch.arange(TOKENS.size(1)).expand_as(TOKENS), []
+    for fields in ({}, recompute_fields("selective", fused=True)):
+        (chunk,) = build_model(hf_config, model, groups, **fields)
+        load_hf_weights([chunk], hf_config, folder, groups)
+        passes, counts = [], []
+        chunk.decoder.layers[1].mlp.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        for training in (True, False, True):
+            passes.clear()
+            checkpoints.clear()
+            chunk.train(training)
+            with torch.set_grad_enabled(training):
+                output = chunk(TOKENS, positions, None)
+            if training:
+                chunk.zero_grad()
+                output.square().mean().backward()
+            counts.append((len(passes), len(checkpoints)))
+        found.append((counts, [p.grad for p in chunk.parameters()]))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3_moe"])
+def test_mlps_and_experts_are_recomputed_in_training_only(kind, folders):
+    ((kept, expected), (counts, gradients)) = run_distributed(recompute_rank, 1, folders[kind])[0]
+    assert kept == [(1, 0)] * 3
+    assert counts == [(2, 4), (1, 0), (2, 4)]
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(expected, gradients, strict=True))
+
+
+def test_what_is_recomputed_is_what_stores_most():
+    assert recompute_fields("selective", fused=True)["recompute_modules"] == ["mlp", "moe"]
+    assert recompute_fields("selective", fused=False)["recompute_modules"] == ["core_attn"]
+    assert recompute_fields(None, fused=True) == {}
 
 
 @pytest.mark.parametrize(

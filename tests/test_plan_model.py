@@ -62,7 +62,7 @@ def test_layers_are_dealt_to_stages_as_megatron_deals_them():
     assert stage_layers(10, layout(pp=3, **both)) == [3, 4, 3]
 
 
-def saved_bytes_rank(path, model, length):
+def saved_bytes_rank(path, model, length, **overrides):
     """Bytes that the model's layers keep for the backward pass: of four layers less of two."""
     from megatron_tropd import parallel
     from megatron_tropd.model import build_model
@@ -71,7 +71,7 @@ def saved_bytes_rank(path, model, length):
     for layers in (2, 4):
         config = copy.deepcopy(load_hf_config(path))
         config.num_hidden_layers = layers
-        (chunk,) = build_model(config, model, groups)
+        (chunk,) = build_model(config, model, groups, **overrides)
         for parameter in chunk.parameters():
             torch.nn.init.normal_(parameter, std=0.1)  # a router of memory's leftovers would choose one expert for all
         own = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
@@ -110,3 +110,21 @@ def test_activations_of_experts_are_what_autograd_keeps(model, dtype, folder):
     # Some experts are chosen more often than others: the mean over all ranks is that of an even choice.
     found = run_distributed(saved_bytes_rank, ranks, folder / "mixtral", model, length)
     assert sum(found) / ranks == pytest.approx(expected, rel=0.1)
+
+
+def without_mlps_rank(path, model, length):
+    from megatron_tropd.model import recompute_fields
+
+    return saved_bytes_rank(path, model, length, **recompute_fields("selective", fused=True))
+
+
+def test_a_recomputed_mlp_keeps_its_input_alone(folder):
+    """Of local layers, whose norms are never part of the MLP: what stays is what layers without an MLP keep."""
+    length, hf_config, model = 64, load_hf_config(folder / "llama"), layout(dtype="bfloat16")
+    (kept,) = run_distributed(without_mlps_rank, 1, folder / "llama", model, length)
+    narrow = copy.deepcopy(hf_config)
+    narrow.intermediate_size = 0
+    assert kept == pytest.approx(2 * 2 * length * layer_activations(narrow, model, length, False), rel=0.1)
+    # Of fused layers the norm before goes, too.
+    selective = layer_activations(hf_config, replace(model, recompute="selective"), length, True)
+    assert selective == layer_activations(narrow, model, length, True) - 2 * hf_config.hidden_size
