@@ -27,6 +27,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source examples/setup_env.sh
+[[ ${REHEARSAL:-0} == 1 ]] && DEVICE=cpu || DEVICE=cuda
+source examples/setup_device.sh
 
 REHEARSAL=${REHEARSAL:-0}
 if [[ $REHEARSAL == 1 ]]; then
@@ -38,13 +40,11 @@ if [[ $REHEARSAL == 1 ]]; then
   set -- training.steps=2 training.prompts_per_step=4 rollout.samples_per_prompt=2 rollout.max_new_tokens=16 \
     evaluation.samples=2 guidance.start=0.2 "$@"
   export TORCHDYNAMO_DISABLE=1 # compilation is not worth its seconds here
-  export CUDA_VISIBLE_DEVICES="" # on the CPU, where there are GPUs, too
 fi
 RUN=${RUN:-runs/llama_70b_to_8b}
 RECIPE=${RECIPE:-llama_70b_to_8b}
 IS_FIRST=$([[ ${RANK:-${NODE_RANK:-${SLURM_NODEID:-0}}} == 0 ]] && echo 1 || echo 0) # one process speaks for all
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # as Megatron wants it for tensor parallelism
 
 say() { [[ $IS_FIRST == 0 ]] || echo "$@"; }
 

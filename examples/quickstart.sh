@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# The main job, small, on a CPU: convert a teacher and a student, distil with TrOPD under torchrun, evaluate, export.
+# The main job, small: convert a teacher and a student, distil with TrOPD under torchrun, evaluate, export.
 #
 #   bash examples/quickstart.sh                 # two gloo processes, tensor_model_parallel_size=2
 #   TP=1 PP=2 bash examples/quickstart.sh       # another layout; TEACHER_TP, TEACHER_PP for one of the teacher's own
 #   TEACHER_RANKS=dedicated TEACHER_TP=1 bash examples/quickstart.sh   # the teacher on processes of its own
+#   DEVICE=cuda TP=1 bash examples/quickstart.sh  # on a GPU, in bfloat16; as many GPUs as the layout has processes
 #   SEED=7 bash examples/quickstart.sh          # another seed
 #   RUN=runs/other bash examples/quickstart.sh  # another folder
 #   bash examples/quickstart.sh training.steps=20 objective.gate=soft   # any recipe key
 #
-# Sets up its own .venv unless a virtual environment with the package is active. Starts anew in $RUN each time.
+# Runs on the CPU unless DEVICE=cuda. Sets up its own .venv unless a virtual environment with the package is active. Starts anew in $RUN each time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source examples/setup_env.sh
+source examples/setup_device.sh
 
 RUN=${RUN:-runs/quickstart}
 SEED=${SEED:-1234}
@@ -25,7 +27,9 @@ PROCESSES=$((TP * PP))
 LAYOUT=(
   student.tensor_model_parallel_size="$TP" student.pipeline_model_parallel_size="$PP"
   teacher.tensor_model_parallel_size="$TEACHER_TP" teacher.pipeline_model_parallel_size="$TEACHER_PP"
+  "${DTYPE[@]}"
 )
+require_gpus "$PROCESSES"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one thread a process: two processes share two cores
 STARTED=$(date +%s)
 rm -rf "$RUN"

