@@ -75,11 +75,12 @@ def describe() -> str:
 
 
 def _kind(field: dataclasses.Field) -> str:
-    """Return what a key takes: its choices, or its types, with the words that a numeric key knows."""
+    """Return what a key takes: its choices, or its types, after the words that a numeric key knows."""
     if field.metadata["choices"]:
         return " | ".join(field.metadata["choices"])
-    kind = field.type.replace("None", "null")
-    return kind.replace("str", " | ".join(field.metadata["words"])) if field.metadata["words"] else kind
+    types = field.type.replace("None", "null").split(" | ")
+    words = field.metadata["words"]
+    return " | ".join([*words, *(name for name in types if not words or name != "str")])
 
 
 def shipped_recipes() -> list[str]:
@@ -221,11 +222,10 @@ def _check_values(recipe: Recipe, sources: dict[str, str]) -> None:
         if value is None or value in rule["words"]:
             continue
         expected = None
-        if rule["choices"] and value not in rule["choices"]:
-            near = _nearest(str(value), list(rule["choices"]))
-            expected = "one of " + ", ".join(rule["choices"]) + (f" (did you mean {near}?)" if near else "")
-        elif rule["words"] and isinstance(value, str):
-            expected = f"a number or {' or '.join(rule['words'])}"
+        known = rule["choices"] or rule["words"]
+        if known and isinstance(value, str) and value not in known:
+            near = _nearest(value, list(known))
+            expected = f"one of {_kind(field).replace(' | ', ', ')}" + (f" (did you mean {near}?)" if near else "")
         elif rule["low"] is not None and not value >= rule["low"]:
             expected = f"at least {rule['low']}"
         elif rule["above"] is not None and not value > rule["above"]:

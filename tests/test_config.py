@@ -184,7 +184,7 @@ def test_a_numeric_key_may_take_a_word(text, value):
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("lots", "a number or auto"), ("0", "more than 0"), ("true", "float | auto")]
+    ("text", "expected"), [("lots", "one of auto, float, null"), ("0", "more than 0"), ("true", "auto | float | null")]
 )
 def test_a_numeric_key_takes_no_other_word(text, expected):
     assert f"expected {expected}" in _refused(f"rollout.kv_cache_gb={text}")
