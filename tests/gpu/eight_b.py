@@ -55,11 +55,15 @@ def recipe_keys(stage: Stage, pair: Path, run: Path) -> list[str]:
 
 
 def plan(keys: list[str], longest_prompt: int) -> dict[str, Any]:
-    """Return what `plan` predicts of one GPU: GB by phase and by part, of what PyTorch's allocator hands out."""
+    """Return what `plan` predicts of one GPU: GB by phase and by part, of what PyTorch's allocator hands out; seconds.
+
+    The seconds are those of responses of the greatest length, on an H100.
+    """
     from megatron_tropd.layer_specs import uses_transformer_engine
     from megatron_tropd.model import load_hf_config
     from megatron_tropd.plan_job import Job
     from megatron_tropd.plan_memory import memory
+    from megatron_tropd.plan_time import step_seconds
     from megatron_tropd.recipe import load_recipe
 
     recipe = load_recipe(None, keys)
@@ -69,7 +73,8 @@ def plan(keys: list[str], longest_prompt: int) -> dict[str, Any]:
     beside = sum(planned.parts.get(part, 0.0) for part in BESIDE_ALLOCATOR)
     phases = {phase: (size - beside) / 1e9 for phase, size in planned.phases.items()}
     phases["update"] = max(phases["update"], phases.pop("optimizer step"))
-    return {"memory_gb": phases, "parts_gb": {part: size / 1e9 for part, size in planned.parts.items()}}
+    parts = {part: size / 1e9 for part, size in planned.parts.items()}
+    return {"memory_gb": phases, "parts_gb": parts, "seconds": step_seconds(job)}
 
 
 def _is_cost(key: str) -> bool:
@@ -88,8 +93,16 @@ def tabulate(stage: Stage, planned: dict[str, Any], records: list[dict[str, Any]
         measured, expected = (None if None in peaks else max(peaks)), planned["memory_gb"][phase]
         ratio = measured / expected if measured else None
         usual = statistics.median(seconds[1:])
-        rows.append([phase, seconds[0], usual, measured, expected, ratio])
-    columns = ["phase", "first step, s", "median step, s", "memory, GB", "planned GB", "measured / planned"]
+        rows.append([phase, seconds[0], usual, planned["seconds"][phase], measured, expected, ratio])
+    columns = [
+        "phase",
+        "first step, s",
+        "median step, s",
+        "planned s",
+        "memory, GB",
+        "planned GB",
+        "measured / planned",
+    ]
     stage.table(f"TrOPD steps of one process in {stage.dtype}", columns, rows)
     lengths = statistics.mean(record["response_length"] for record in records)
     rate = statistics.median(record["tokens_per_second"] for record in records[1:])
