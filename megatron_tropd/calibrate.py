@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.config import ModelConfig, RolloutConfig
-from megatron_tropd.doctor_devices import all_reduce_seconds, ring_bandwidth
+from megatron_tropd.doctor_devices import all_reduce_seconds
 from megatron_tropd.doctor_files import write_json
 from megatron_tropd.doctor_model import CONTEXT, NumberTokenizer, hf_config, random_model, random_prompts
 from megatron_tropd.doctor_report import Check
 from megatron_tropd.environment import Environment
 from megatron_tropd.kernels.benchmarks.measure import copy_bandwidth
 from megatron_tropd.parallel import ParallelGroups, initialize
+from megatron_tropd.plan_accelerator import TRAINING_SHARE
 from megatron_tropd.rollout import RolloutEngine
 from megatron_tropd.types import Sampling
 
@@ -38,7 +39,7 @@ def calibrate(path: str, environment: Environment, versions: dict[str, str]) -> 
 
     Args:
         path: of the JSON file: seconds, bytes and floating-point operations per second, GB of memory; numbers that
-            cannot be had here are null; those of links are by number of ranks.
+            cannot be had here are null; those of links are by number of ranks, of the message's bytes.
         environment: this process's.
         versions: by name, to be written along.
     """
@@ -50,7 +51,7 @@ def calibrate(path: str, environment: Environment, versions: dict[str, str]) -> 
         "date": datetime.date.today().isoformat(),
         "versions": versions,
         **_memory(environment, device),
-        "flops": _product_flops(device),
+        "flops": _product_flops(device) * TRAINING_SHARE,
         "bandwidth": copy_bandwidth(device),
         **_layers(groups),
         "all_reduce_seconds": {str(ranks): small for ranks, (small, _) in links.items()},
@@ -59,10 +60,9 @@ def calibrate(path: str, environment: Environment, versions: dict[str, str]) -> 
     if groups.rank == 0:
         write_json(path, content)
     eager, graphed = content["layer_seconds_eager"], content["layer_seconds_graphed"]
-    detail = (
-        f"{content['flops'] / 1e12:.3g} TFLOP/s, copies {content['bandwidth'] / 1e9:.3g} GB/s, a decode step's layer "
-        f"{1e6 * eager:.0f} us" + ("" if graphed is None else f" ({1e6 * graphed:.0f} us in CUDA graphs)")
-    )
+    layer = "" if eager is None else f", a decode step's layer {1e6 * eager:.0f} us"
+    layer += "" if graphed is None else f" ({1e6 * graphed:.0f} us in CUDA graphs)"
+    detail = f"{content['flops'] / 1e12:.3g} TFLOP/s in training, copies {content['bandwidth'] / 1e9:.3g} GB/s{layer}"
     return Check("calibration", "ok", f"{detail}; written to {path}")
 
 
@@ -106,7 +106,7 @@ def _links(device: torch.device) -> dict[int, tuple[float, float]]:
         small = all_reduce_seconds(group, device, 8192, 20)
         size = _LARGE_BYTES[device.type]
         large = all_reduce_seconds(group, device, size, 5)
-        found[ranks] = (small, ring_bandwidth(size, large, ranks))
+        found[ranks] = (small, size / large)
     return found
 
 
@@ -120,9 +120,10 @@ def _layers(groups: ParallelGroups) -> dict[str, float | None]:
     return {"layer_seconds_eager": eager, "layer_seconds_graphed": graphed}
 
 
-def _layer_seconds(groups: ParallelGroups, options: dict[str, str]) -> float:
+def _layer_seconds(groups: ParallelGroups, options: dict[str, str]) -> float | None:
+    """Return a layer's seconds; None where the machine was too restless for the deeper model to take longer."""
     shallow, deep = (_step_seconds(groups, layers, options) for layers in _DEPTHS)
-    return max(0.0, deep - shallow) / (_DEPTHS[1] - _DEPTHS[0])
+    return (deep - shallow) / (_DEPTHS[1] - _DEPTHS[0]) if deep > shallow else None
 
 
 def _step_seconds(groups: ParallelGroups, layers: int, options: dict[str, str]) -> float:

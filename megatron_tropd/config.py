@@ -117,7 +117,7 @@ class RolloutConfig:
     max_batch_size: int = _key(256, "responses generated at the same time on one data-parallel rank", low=1)
     kv_cache_gb: float | str | None = _key(
         "auto",
-        "GiB of the paged KV cache per GPU; auto: what max_batch_size whole responses need, or what is free if less",
+        "GiB of the paged KV cache per GPU; null: what max_batch_size whole responses need; auto: at most what is free",
         words=("auto",),
         above=0,
     )

@@ -17,28 +17,28 @@ from typing import Any
 
 import torch
 
+from megatron_tropd.kernels.implementations import triton_runs_on
+from megatron_tropd.kv_cache import layout_obstacle
+
 # Steps of a size that run eagerly first: they fill caches (rotary embeddings, cuBLAS, NCCL) and compile Triton kernels,
 # and a size that hardly occurs is not worth a capture.
 _EAGER_STEPS = 3
 
 
-def graph_obstacle(config: Any, groups: Any, choice: str) -> str | None:
+def graph_obstacle(config: Any, groups: Any, choice: str, attention: str) -> str | None:
     """Return why decode steps of a model are not captured in CUDA graphs, None if they are.
 
     Args:
         config: the model's TransformerConfig.
         groups: its parallel.ParallelGroups.
         choice: `rollout.cuda_graphs`, auto or off.
+        attention: flash or plain, as megatron_attention_compat chose.
     """
-    if choice == "off":
-        return "rollout.cuda_graphs=off"
     if groups.device.type != "cuda":
         return "there is no CUDA device"
-    if groups.pp_size > 1:
-        return "pipeline stages exchange hidden states through the host; prefer tensor parallelism for rollouts"
-    if config.num_moe_experts is not None:
-        return "the experts' token dispatcher reads counts on the host"
-    return None
+    if attention == "plain" and not triton_runs_on(groups.device):
+        return "without Triton the attention over the paged cache reads lengths on the host"
+    return layout_obstacle(choice, groups.pp_size, config.num_moe_experts is not None)
 
 
 @dataclass
@@ -46,7 +46,6 @@ class _Graph:
     graph: torch.cuda.CUDAGraph
     tokens: torch.Tensor  # [1, n] int64, read by the graph
     position_ids: torch.Tensor  # [1, n] int64, read by the graph
-    logits: torch.Tensor  # [1, n, V], written by the graph
 
 
 class GraphedDecoding(torch.nn.Module):
@@ -62,6 +61,7 @@ class GraphedDecoding(torch.nn.Module):
         self._graphs: dict[int, _Graph] = {}
         self._steps: dict[int, int] = {}  # eager ones, by padded batch size
         self._pool: Any = None
+        self._logits: torch.Tensor | None = None  # [1, most requests, V], which all graphs write
 
     @property
     def decoder(self) -> torch.nn.Module:
@@ -86,7 +86,7 @@ class GraphedDecoding(torch.nn.Module):
         captured.tokens.copy_(tokens)
         captured.position_ids.copy_(position_ids)
         captured.graph.replay()
-        return captured.logits[:, : self._active]
+        return self._logits[:, : self._active]
 
     @property
     def _active(self) -> int:
@@ -104,12 +104,15 @@ class GraphedDecoding(torch.nn.Module):
     def _capture(self, tokens: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> _Graph:
         tokens, position_ids = tokens.clone(), position_ids.clone()
         graph = torch.cuda.CUDAGraph()
-        # Logits are read before the next step begins, so all graphs may share their memory.
+        # Graphs run one after the other, and their results are read in between: all share one memory.
         self._pool = self._pool or torch.cuda.graph_pool_handle()
+        if self._logits is None:
+            shape = (1, self._context.max_requests, self.vocab_size)
+            self._logits = torch.empty(shape, dtype=self.config.params_dtype, device=tokens.device)
         # Other threads (NCCL's watchdog) go on calling CUDA meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = self._decode(tokens, position_ids, *args, **kwargs)
-        return _Graph(graph, tokens, position_ids, logits)
+            self._logits[:, : tokens.size(1)].copy_(self._decode(tokens, position_ids, *args, **kwargs))
+        return _Graph(graph, tokens, position_ids)
 
     def release(self) -> None:
         """Free the graphs and their memory."""
@@ -117,4 +120,4 @@ class GraphedDecoding(torch.nn.Module):
             captured.graph.reset()
         self._graphs.clear()
         self._steps.clear()
-        self._pool = None
+        self._pool = self._logits = None

@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 from megatron_tropd.doctor_report import Check, from_exception, merge
 
-LIMIT_SECONDS = 300.0  # of one check
+LIMIT_SECONDS = 900.0  # of one check: a large job's first connections and cold compilation take minutes
 _GRACE_SECONDS = 15.0  # for the ranks behind one that stumbled
-_LEAVE_SECONDS = 3.0  # rank 0 prints first
+_LEAVE_SECONDS = 30.0  # until which the others stay for rank 0 to print
 _PATIENCE = datetime.timedelta(minutes=30)
 
 
@@ -106,7 +106,9 @@ class Agreement:
     def _give_up(self, store: dist.Store, number: int, name: str) -> None:
         """End this process; on rank 0, first say why. The main thread is stuck."""
         if self.rank > 0:
-            time.sleep(_LEAVE_SECONDS)
+            # A rank that left earlier would break the connection in which rank 0 waits, and hide what went wrong.
+            with contextlib.suppress(RuntimeError):
+                store.wait([f"{number}/abandoned"], datetime.timedelta(seconds=_LEAVE_SECONDS))
             os._exit(1)
         try:
             waiting = [rank for rank in range(self.world_size) if not store.check([f"{number}/{rank}"])]
@@ -119,6 +121,8 @@ class Agreement:
             remedy = "set NCCL_DEBUG=INFO (on a CPU TORCH_DISTRIBUTED_DEBUG=DETAIL) and run again"
             self._abandon(Check(name, "wrong", detail, remedy, raised=True))
         finally:
+            with contextlib.suppress(RuntimeError):
+                store.set(f"{number}/abandoned", "1")
             os._exit(1)
 
 

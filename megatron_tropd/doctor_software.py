@@ -19,7 +19,7 @@ def software_checks(recipe: Recipe, environment: Environment) -> list[Check]:
         checks.append(_package(rule, recipe, environment))
         if rule.name == "torch":
             checks += [_cuda(environment), _nccl(environment)]
-    return checks + [Check("recipe", "wrong", problem) for problem in problems(recipe, environment)]
+    return checks + [Check("recipe", "wrong", problem) for problem in problems(recipe, environment, clips=True)]
 
 
 def _python(environment: Environment) -> Check:

@@ -1,4 +1,4 @@
-"""Bytes of the paged key/value cache, without torch: the engine that allocates it and the plan ask the same function.
+"""The paged key/value cache and its decode steps, without torch: the engine and the plan ask the same functions.
 
 cache_bytes(rounded_requests(50, tp_size=8), longest=8608, block=CUDA_BLOCK_TOKENS, token_bytes=16384)
 """
@@ -28,3 +28,25 @@ def cache_bytes(sequences: int, longest: int, block: int, token_bytes: int) -> i
     """
     blocks = sequences * -(-longest // block) + 2  # one block is Megatron's dummy, one guards the rounding
     return blocks * block * token_bytes
+
+
+def layout_obstacle(choice: str, pp_size: int, has_experts: bool) -> str | None:
+    """Return why a model in such a layout decodes without CUDA graphs, None if nothing of it speaks against them.
+
+    Args:
+        choice: `rollout.cuda_graphs`, auto or off.
+        pp_size: pipeline stages.
+        has_experts: whether some of its layers are MoE layers.
+    """
+    if choice == "off":
+        return "rollout.cuda_graphs=off"
+    if pp_size > 1:
+        return "pipeline stages exchange hidden states through the host; prefer tensor parallelism for rollouts"
+    if has_experts:
+        return "the experts' token dispatcher reads counts on the host"
+    return None
+
+
+def decode_sizes(requests: int) -> int:
+    """Return to how many batch sizes decode steps are padded on CUDA: multiples of Megatron's 64, and all requests."""
+    return -(-requests // 64)

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from typing import Any
 
 import torch
 from megatron.core.transformer import attention
@@ -34,22 +35,31 @@ def flash_attn_problem() -> str | None:
     return None
 
 
-def choose_attention(choice: str, dtype: torch.dtype, device: torch.device) -> str:
-    """Return `flash` or `plain` for `rollout.attention` = `choice` and a model's dtype.
+def choose_attention(choice: str, config: Any, device: torch.device) -> str:
+    """Return `flash` or `plain` for `rollout.attention` = `choice` and a model's TransformerConfig.
 
     Raises:
         UserError: flash-attn was asked for and cannot do it.
     """
     if device.type != "cuda":
         return "plain"
-    problem = flash_attn_problem()
-    if dtype == torch.float32:
-        problem = "flash-attn computes in bfloat16 and float16 alone, and the student's dtype is float32"
+    problem = flash_attn_problem() or _flash_attn_misfit(config, torch.cuda.get_device_capability(device))
     if choice == "flash" and problem:
         raise UserError(
             f"rollout.attention=flash: {problem}; use rollout.attention=auto, which then takes torch's own."
         )
     return "plain" if choice == "plain" or problem else "flash"
+
+
+def _flash_attn_misfit(config: Any, capability: tuple[int, int]) -> str | None:
+    """Return why flash-attn cannot serve a model on GPUs of a compute capability, None if it can."""
+    if config.params_dtype == torch.float32:
+        return "flash-attn computes in bfloat16 and float16 alone, and the model's dtype is float32"
+    if config.kv_channels > 256:
+        return f"flash-attn knows heads of up to 256 numbers, and the model's have {config.kv_channels}"
+    if capability < (8, 0):
+        return f"flash-attn needs compute capability 8.0, and the GPU has {capability[0]}.{capability[1]}"
+    return None
 
 
 @contextmanager

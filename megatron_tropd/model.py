@@ -33,7 +33,8 @@ from megatron_tropd.types import UserError
 
 SUPPORTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral")
 _VOCAB_MULTIPLE = 128  # a shard of a multiple of it keeps matrix products aligned
-_LOCAL_LAYERS = {"apply_rope_fusion": False, "moe_grouped_gemm": False}  # both need Transformer Engine
+# What needs Transformer Engine.
+_LOCAL_LAYERS = {"apply_rope_fusion": False, "moe_grouped_gemm": False, "moe_permute_fusion": False}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -251,10 +252,16 @@ def _expert_fields(hf_config: Any, model: ModelConfig) -> dict[str, Any]:
         "moe_aux_loss_coeff": 0.0,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": uses_transformer_engine(),
-        "moe_permute_fusion": uses_transformer_engine() and is_te_min_version("2.1.0"),
+        "moe_permute_fusion": _fuses_permutation(),
         "expert_model_parallel_size": model.expert_model_parallel_size,
         "expert_tensor_parallel_size": expert_tensor_parallel_size(model),
     }
+
+
+def _fuses_permutation() -> bool:
+    """Whether Transformer Engine sorts tokens by expert in one kernel."""
+    is_there = uses_transformer_engine() and importlib.util.find_spec("transformer_engine") is not None
+    return is_there and is_te_min_version("2.1.0")
 
 
 def _device_fields() -> dict[str, Any]:

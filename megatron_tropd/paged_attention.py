@@ -9,7 +9,8 @@ request], -1 where a request has no block.
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import torch
 
@@ -87,54 +88,71 @@ def flash_attn_varlen_func(
         [n, a, d] of q's dtype, zero on padding.
     """
     assert block_table is not None, "Megatron's dynamic inference always passes a block table"
-    if attends_variable_lengths(q):
-        return _prefill_together(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, window_size[0], block_table)
-    return _prefill_one_by_one(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, window_size[0], block_table)
-
-
-def _prefill_together(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, window, block_table) -> torch.Tensor:
-    """Lay the cached tokens of all requests out one after the other, and attend in one call."""
-    ends_q, lengths = cu_seqlens_q.tolist(), cu_seqlens_k.diff()
-    row = torch.repeat_interleave(torch.arange(len(lengths), device=q.device), lengths)  # [cached tokens]
-    place = torch.arange(len(row), device=q.device) - cu_seqlens_k[row]
-    block = block_table[row, place // k.size(1)]
-    keys, values = (cache[block, place % k.size(1)] for cache in (k, v))  # [cached tokens, g, d]
-    tokens = ends_q[-1]
-    attended = variable_length_attention(
-        q[:tokens],
-        keys,
-        values,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max(stop - start for start, stop in zip(ends_q, ends_q[1:], strict=False)),
-        int(lengths.max()),
-        scale=scale,
-        window=window,
-    )
-    if tokens == q.size(0):
-        return attended
+    starts, lengths = cu_seqlens_q.tolist(), cu_seqlens_k.diff()
+    counts = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
     out = torch.zeros_like(q)
-    out[:tokens] = attended
-    return out
-
-
-def _prefill_one_by_one(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, window, block_table) -> torch.Tensor:
-    starts = cu_seqlens_q.tolist()
-    lengths_k = cu_seqlens_k.diff()
-    out = torch.zeros_like(q)
-    single = [i for i in range(len(starts) - 1) if starts[i + 1] - starts[i] == 1]
-    if single:  # requests that decode while others prefill: one batched call
-        rows = torch.tensor(single, device=q.device)
+    window = window_size[0]
+    decoding = [i for i, count in enumerate(counts) if count == 1]
+    if decoding:  # requests that decode while others prefill: one call over the cache, without gathering
+        rows = torch.tensor(decoding, device=q.device)
         places = cu_seqlens_q[rows].long()
-        options = {"softmax_scale": scale, "window_size": (window, -1)}
-        decoded = flash_attn_with_kvcache(q[places][:, None], k, v, lengths_k[rows], block_table[rows], **options)
+        options = {"softmax_scale": softmax_scale, "window_size": window_size}
+        decoded = flash_attn_with_kvcache(q[places][:, None], k, v, lengths[rows], block_table[rows], **options)
         out[places] = decoded[:, 0]
-    cached = lengths_k.tolist()
-    for i, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
-        if stop - start <= 1:
-            continue
-        keys, values = (gather(cache, block_table[i : i + 1], cached[i]) for cache in (k, v))
-        query_places = torch.arange(cached[i] - (stop - start), cached[i], device=q.device)
-        visible = visible_keys(query_places, torch.arange(cached[i], device=q.device), window)
-        out[start:stop] = attend_plainly(q[None, start:stop], keys, values, visible, scale)[0]
+    cached = lengths.tolist()
+    filling = [Prompt(i, starts[i], count, cached[i]) for i, count in enumerate(counts) if count > 1]
+    if filling:
+        prefill = _prefill_together if attends_variable_lengths(q) else _prefill_one_by_one
+        prefill(out, q, k, v, filling, softmax_scale, window, block_table)
     return out
+
+
+class Prompt(NamedTuple):
+    """A request with several new tokens: its row in the block table, and its tokens in q and in the cache."""
+
+    row: int
+    start: int
+    count: int
+    cached: int
+
+
+def _prefill_together(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prompts: list[Prompt],
+    scale: float | None,
+    window: int,
+    block_table: torch.Tensor,
+) -> None:
+    """Lay the cached tokens of all prompts out one after the other, and attend in one call; writes `out`."""
+    own = torch.cat([torch.arange(p.start, p.start + p.count) for p in prompts]).to(q.device)  # [new tokens]
+    keys, values = (
+        torch.cat([gather(cache, block_table[p.row : p.row + 1], p.cached)[0] for p in prompts]) for cache in (k, v)
+    )  # [cached tokens, g, d]
+    ends_q, ends_k = (
+        torch.tensor([0, *itertools.accumulate(numbers)], dtype=torch.int32, device=q.device)
+        for numbers in ([p.count for p in prompts], [p.cached for p in prompts])
+    )
+    longest_q, longest_k = max(p.count for p in prompts), max(p.cached for p in prompts)
+    lengths = (ends_q, ends_k, longest_q, longest_k)
+    out[own] = variable_length_attention(q[own], keys, values, *lengths, scale=scale, window=window)
+
+
+def _prefill_one_by_one(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prompts: list[Prompt],
+    scale: float | None,
+    window: int,
+    block_table: torch.Tensor,
+) -> None:
+    for p in prompts:
+        keys, values = (gather(cache, block_table[p.row : p.row + 1], p.cached) for cache in (k, v))
+        query_places = torch.arange(p.cached - p.count, p.cached, device=q.device)
+        visible = visible_keys(query_places, torch.arange(p.cached, device=q.device), window)
+        own = slice(p.start, p.start + p.count)
+        out[own] = attend_plainly(q[None, own], keys, values, visible, scale)[0]

@@ -199,6 +199,8 @@ def initialize(
 
 def _start_distributed(backend: str, partition: Partition | None, timeout: datetime.timedelta) -> None:
     """Make the default process group: of this part of the job, of torchrun's processes, or of this one alone."""
+    # With expandable segments, buffers that NCCL registers for a CUDA graph may have moved when it is replayed.
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     if partition:
         own = {"store": partition.store, "rank": partition.rank, "world_size": partition.size}
         dist.init_process_group(backend, timeout=timeout, **own)

@@ -85,6 +85,9 @@ class PlainAttention(DotProductAttention):
 
     def _one(self, query, key, value, visible: torch.Tensor | None) -> torch.Tensor:
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, tokens, hn]
+        if q.is_cuda and (visible is not None or q.dtype == torch.float32):
+            # Groups are then for the backend alone that keeps all scores.
+            k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
         context = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, is_causal=visible is None, scale=self.softmax_scale, enable_gqa=True
         )

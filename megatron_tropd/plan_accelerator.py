@@ -12,6 +12,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+# Of what large matrix products reach by themselves, the share that a training step's products reach: products are
+# smaller, and between them is everything else.
+TRAINING_SHARE = 0.5
+
 
 @dataclass(frozen=True)
 class Accelerator:
@@ -33,7 +37,7 @@ class Accelerator:
     # Static inputs, outputs and nodes of one captured batch size; vLLM's logs show 6 to 28 MiB.
     graph_gb: float = 0.025
 
-    flops: float = 989e12 * 0.4  # dense bf16, reached in large matrix products of training
+    flops: float = 800e12 * TRAINING_SHARE  # dense bf16: 769 to 798e12 measured in products of 8192 on H100 and H200
     bandwidth: float = 3.35e12 * 0.7  # bytes per second, reads and writes together, reached while decoding
 
     # A layer of a decode step, 12 kernels and 4 modules of Transformer Engine: launched one by one 0.56 ms, so 20 ms
@@ -43,9 +47,9 @@ class Accelerator:
     layer_seconds_graphed: float = 0.1e-3
     # Once per decode step, never in a graph: the engine's bookkeeping in Python, about 10 synchronisations, sampling.
     step_seconds: float = 2e-3
-    # A decode step is captured for each of 16 batch sizes anew in every rollout, since the cache moves: 10 to 20 s.
-    capture_seconds: float = 1.0
-    captured_sizes: int = 16
+    # A decode step is captured for each padded batch size anew in every rollout, since the cache moves: one more eager
+    # step, and the instantiation of some hundred nodes. An estimate.
+    capture_seconds: float = 0.5
 
     # A small message's all-reduce within a node, by ranks: NCCL's low-latency protocols over NVLink.
     all_reduce_seconds: Mapping[int, float] = field(default_factory=lambda: {2: 10e-6, 4: 14e-6, 8: 20e-6})

@@ -1,8 +1,6 @@
-"""The calibration file: JSON of what was measured on a GPU, read and written; measures nothing itself.
+"""Reads the calibration file: JSON of what was measured on a GPU.
 
-gpu = load_accelerator("h100.json")  # written by `megatron-tropd doctor --calibrate h100.json`
-measured = ("flops", "bandwidth")
-save_accelerator("h100.json", gpu, name="NVIDIA H100", date="2026-11-26", versions={}, measured=measured)
+gpu = load_accelerator("h100.json")  # written by `megatron-tropd doctor --calibrate h100.json`, calibrate.py
 """
 
 from __future__ import annotations
@@ -20,36 +18,8 @@ _BY_RANKS = ("all_reduce_seconds", "all_reduce_bandwidth")
 _ABOUT = ("name", "date", "versions")
 
 
-def save_accelerator(
-    path: str | Path,
-    gpu: Accelerator,
-    *,
-    name: str,
-    date: str,
-    versions: dict[str, str],
-    measured: tuple[str, ...] = (),
-) -> None:
-    """Write a calibration file.
-
-    Args:
-        path: the file, replaced where it exists.
-        gpu: what was measured.
-        name: the GPU's, as its driver says it.
-        date: of the measurement.
-        versions: of the software that it ran on, by name.
-        measured: fields of `gpu` to write, the others keep their defaults when the file is read; default: all that a
-            file may hold.
-    """
-    content: dict[str, Any] = {"name": name, "date": date, "versions": versions}
-    for key in (*_NUMBERS, *_BY_RANKS):
-        if not measured or key in measured:
-            value = getattr(gpu, key)
-            content[key] = {str(ranks): v for ranks, v in sorted(value.items())} if key in _BY_RANKS else value
-    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
 def load_accelerator(path: str | Path) -> Accelerator:
-    """Read a calibration file; keys that it lacks keep their defaults.
+    """Read a calibration file; keys that it lacks, or that are null, keep their defaults.
 
     Raises:
         UserError: the file cannot be read, or a key or a value is none that it may hold.
@@ -66,6 +36,8 @@ def load_accelerator(path: str | Path) -> Accelerator:
     for key, value in content.items():
         if key not in known:
             raise UserError(f"calibration file {path}: unknown key {key!r}, expected {', '.join(known)}; {remedy}.")
+        if value is None and key not in _ABOUT:
+            continue
         if key in _NUMBERS:
             values[key] = _positive(path, key, value)
         elif key in _BY_RANKS:

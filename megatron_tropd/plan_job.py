@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_tropd.config import Recipe
+from megatron_tropd.experts import experts_of
+from megatron_tropd.kv_cache import decode_sizes, layout_obstacle
 from megatron_tropd.layout import model_ranks
 from megatron_tropd.objectives import METHODS, Method
 from megatron_tropd.packing import micro_batch_budget
@@ -57,13 +59,14 @@ class Job:
     @property
     def graphed(self) -> bool:
         """Whether decode steps are replayed from CUDA graphs."""
-        rollout = self.recipe.rollout
-        return self.fused and rollout.cuda_graphs == "auto" and rollout.engine != "static"
+        rollout, stages = self.recipe.rollout, self.recipe.student.pipeline_model_parallel_size
+        obstacle = layout_obstacle(rollout.cuda_graphs, stages, experts_of(self.student) is not None)
+        return self.fused and obstacle is None and rollout.engine != "static"
 
     @property
     def captured_sizes(self) -> int:
-        """How many batch sizes are captured: multiples of 8 up to all requests, or as many as there may be."""
-        return min(self.gpu.captured_sizes, -(-self.requests // 8)) if self.graphed else 0
+        """How many batch sizes are captured."""
+        return decode_sizes(self.requests) if self.graphed else 0
 
     @property
     def requests(self) -> int:

@@ -32,8 +32,13 @@ def check(recipe: Recipe, environment: Environment, roles: tuple[str, ...] | Non
         raise UserError(" ".join(found))
 
 
-def problems(recipe: Recipe, environment: Environment, roles: tuple[str, ...] | None = None) -> list[str]:
-    """Return everything that the machine lacks for a recipe, a sentence or two each; see `check`."""
+def problems(
+    recipe: Recipe, environment: Environment, roles: tuple[str, ...] | None = None, clips: bool = False
+) -> list[str]:
+    """Return everything that the machine lacks for a recipe, a sentence or two each; see `check`.
+
+    `clips`: a layout of more ranks than there are processes will be clipped to them, as the doctor does.
+    """
     trains = roles is None
     if roles is None:
         roles = ("student",) if recipe.objective.name in DATA_OBJECTIVES else ("student", "teacher")
@@ -42,7 +47,7 @@ def problems(recipe: Recipe, environment: Environment, roles: tuple[str, ...] | 
         found += _kernel(recipe, environment)
     found += _processes(environment)
     for role in roles:
-        found += _model(role, getattr(recipe, role), environment)
+        found += _model(role, getattr(recipe, role), environment, clips)
     return found + list(_static_engine(recipe, environment, roles[0])) + list(_variables(environment))
 
 
@@ -123,14 +128,14 @@ def _processes(environment: Environment) -> Iterator[str]:
         )
 
 
-def _model(role: str, model: ModelConfig, environment: Environment) -> Iterator[str]:
+def _model(role: str, model: ModelConfig, environment: Environment, clips: bool) -> Iterator[str]:
     fp8 = fp8_problem(role, model, environment.uses_transformer_engine)
     if fp8:
         yield fp8
     if not environment.has_cuda:
         return
     gpus, tp = len(environment.gpus), model.tensor_model_parallel_size
-    if tp > gpus:
+    if tp > gpus and not (clips and tp > environment.world_size):
         sizes = " or ".join(map(str, [size for size in range(1, gpus + 1) if tp % size == 0]))
         yield (
             f"{role}.tensor_model_parallel_size={tp} is more than the {_count(gpus, 'GPU')} of a node, and tensor "

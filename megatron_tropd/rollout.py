@@ -130,8 +130,8 @@ class RolloutEngine:
         on_cuda = self.groups.device.type == "cuda"
         block = CUDA_BLOCK_TOKENS if on_cuda else CPU_BLOCK_TOKENS
         config = self.chunks[0].config
-        attention = choose_attention(self.config.attention, config.params_dtype, self.groups.device)
-        obstacle = graph_obstacle(config, self.groups, self.config.cuda_graphs)
+        attention = choose_attention(self.config.attention, config, self.groups.device)
+        obstacle = graph_obstacle(config, self.groups, self.config.cuda_graphs, attention)
         if obstacle and on_cuda:
             logger.info("decode steps run without CUDA graphs: %s", obstacle)
         with inference_attention(attention):
@@ -157,15 +157,17 @@ class RolloutEngine:
         Raises:
             UserError: it does not.
         """
-        asked = None if self.config.kv_cache_gb == "auto" else self.config.kv_cache_gb
+        asked = self.config.kv_cache_gb
         least, most = self._sequences_gb(1, longest, block), self._sequences_gb(max_requests, longest, block)
-        if asked is not None and asked < least:
+        if isinstance(asked, float) and asked < least:
             raise UserError(
                 f"rollout.kv_cache_gb={asked:g} cannot hold one response of {longest} tokens, prompt included, which "
                 f"takes {least:.3g} GiB on each rank; raise it or set it to auto."
             )
-        if asked is not None or self.groups.device.type != "cuda":
-            return asked or most
+        if isinstance(asked, float):
+            return asked
+        if asked is None or self.groups.device.type != "cuda":
+            return most
         free = least_of_replica(free_device_gb(self.chunks[0].config, prefill_tokens(longest)), self.groups)
         if free < least:
             raise UserError(

@@ -48,9 +48,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     After an exception of any kind each of several processes should end: see process_groups.py.
     """
-    preflight.check(recipe, gather())
     if recipe.training.deterministic:
-        make_deterministic()
+        make_deterministic()  # first: to look at GPUs is to start CUDA
+    preflight.check(recipe, gather())
     partition = split_processes(recipe)
     if partition is not None:
         return _train_in_parts(recipe, partition)

@@ -58,8 +58,12 @@ def variable_length_attention(
         [tokens, a, d].
     """
     attend = _varlen_attn()
-    options: dict = {"scale": scale}
+    options: dict = {}
     names = inspect.signature(attend).parameters
+    if "scale" in names:
+        options["scale"] = scale
+    elif scale is not None:  # torch 2.10 always divides by the root of d
+        q = q * (scale * q.size(-1) ** 0.5)
     if "window_size" in names:
         options["window_size"] = (window, 0)
     else:  # torch 2.10 knows all or nothing

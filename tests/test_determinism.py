@@ -71,3 +71,21 @@ def test_it_is_refused_once_cuda_has_started(clean):
         clean.setenv(name, value)
     make_deterministic()
     assert torch.are_deterministic_algorithms_enabled()
+
+
+def test_variables_are_set_before_training_looks_at_the_gpus(clean):
+    """To ask for a GPU's properties starts CUDA, after which it is too late."""
+    from megatron_tropd import load_recipe
+
+    loop = importlib.import_module("megatron_tropd.train")
+
+    class Looked(Exception):
+        pass
+
+    def look():
+        raise Looked({name: os.environ.get(name) for name in EXPECTED})
+
+    clean.setattr(loop, "gather", look)
+    with pytest.raises(Looked) as seen:
+        loop.train(load_recipe("tiny", ["training.deterministic=true"]))
+    assert seen.value.args[0] == EXPECTED

@@ -7,12 +7,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_distributed
+from helpers import PATIENCE, run_distributed
 from test_environment import HIDE
 
 from megatron_tropd import kernels
@@ -62,7 +61,7 @@ def break_gradient():
 
 def leak_contexts():
     """Keep the key/value caches of rollouts alive, as a reference too many would."""
-    from megatron_tropd import megatron_inference_compat as compat
+    from megatron_tropd import megatron_engine_compat as compat
 
     original, alive = compat.DynamicInferenceContext.__init__, []
 
@@ -75,10 +74,10 @@ def leak_contexts():
 
 def drift_rollouts():
     """Let attention over the cache see half of each query: rollouts then are not those of the model that trains."""
-    from megatron_tropd import cpu_attention
+    from megatron_tropd import paged_attention
 
-    original = cpu_attention._attend
-    cpu_attention._attend = lambda q, *args: original(q * 0.5, *args)
+    original = paged_attention.paged_decode_attention
+    paged_attention.paged_decode_attention = lambda q, *args, **options: original(q * 0.5, *args, **options)
 
 
 def lose_weights():
@@ -100,7 +99,7 @@ def stumble_on_rank_1():
     import megatron_tropd.doctor_agreement as agreement
     from megatron_tropd.kernels import sharding
 
-    agreement._GRACE_SECONDS, agreement._LEAVE_SECONDS = 2.0, 0.0
+    agreement._GRACE_SECONDS = 2.0
     if os.environ["RANK"] == "1":
 
         def fail(self, packed):
@@ -196,10 +195,8 @@ def test_a_rank_that_stumbles_ends_all_ranks_and_is_named():
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(Path(__file__))]
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    started = time.monotonic()
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
-    assert ended.returncode != 0
-    assert time.monotonic() - started < 280  # gloo would wait for 30 minutes
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert ended.returncode != 0  # gloo would wait for 30 minutes, longer than PATIENCE
     (line,) = [line for line in ended.stdout.splitlines() if line.startswith("wrong")]
     assert "rank 1: RuntimeError: an illegal memory access was encountered; ranks 0 still waited for it" in line
     assert "the checks after it were not made" in ended.stdout
@@ -222,7 +219,7 @@ def test_a_hidden_library_is_missing_and_does_no_harm(hidden, line):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=PATIENCE,
     )
     assert [shown for shown in ran.stdout.splitlines() if shown.startswith((line, line.replace("missing", "wrong  ")))]
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -240,7 +237,7 @@ def test_what_a_recipe_needs_and_lacks_stops_it_before_anything_runs(overrides, 
     call = f"from megatron_tropd.cli import main\nsys.exit(main({arguments!r}))\n"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", HIDE.format(names={hidden}) + call]
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert ran.returncode == 1, ran.stdout + ran.stderr
     assert [line for line in ran.stdout.splitlines() if line.startswith("wrong   recipe") and message in line]
     assert "process groups" not in ran.stdout
@@ -264,7 +261,8 @@ def test_a_calibration_measures_everything_that_is_there(tmp_path):
     assert set(measured) == keys | {"layer_seconds_graphed", "all_reduce_seconds", "all_reduce_bandwidth"}
     assert measured["flops"] > 1e8
     assert measured["bandwidth"] > 1e8
-    assert 0 < measured["layer_seconds_eager"] < 10
+    layer = measured["layer_seconds_eager"]
+    assert layer is None or 0 < layer < 10  # None: the deeper model took no longer, on a restless machine
     assert 0 < measured["all_reduce_seconds"]["2"] < 10
     assert measured["all_reduce_bandwidth"]["2"] > 1e5
     if not torch.cuda.is_available():

@@ -1,6 +1,7 @@
 """Megatron's dynamic engine as it is driven here: what a rollout leaves behind, and buffers at CUDA's sizes."""
 
 import gc
+import sys
 
 import pytest
 import torch
@@ -135,18 +136,26 @@ def test_samples_share_the_blocks_of_their_prompt(folder):
     assert hits >= 6  # three prompts fill a block; the first of their samples computes it
 
 
-def test_graphs_are_for_dense_models_without_stages_on_cuda():
+def test_graphs_are_for_dense_models_without_stages_on_cuda(monkeypatch):
     class Sizes:
         pp_size = 1
         device = torch.device("cuda")
         num_moe_experts = None
 
+    def obstacle(choice="auto", attention="plain"):
+        return decode_graphs.graph_obstacle(sizes, sizes, choice, attention)
+
     sizes = Sizes()
-    assert decode_graphs.graph_obstacle(sizes, sizes, "auto") is None
-    assert decode_graphs.graph_obstacle(sizes, sizes, "off") == "rollout.cuda_graphs=off"
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    assert obstacle() is None
+    assert obstacle("off") == "rollout.cuda_graphs=off"
+    monkeypatch.setitem(sys.modules, "triton", None)  # not installed
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "without Triton" in obstacle()
+    assert obstacle(attention="flash") is None
     sizes.pp_size = 2
-    assert "pipeline stages" in decode_graphs.graph_obstacle(sizes, sizes, "auto")
+    assert "pipeline stages" in obstacle(attention="flash")
     sizes.pp_size, sizes.num_moe_experts = 1, 8
-    assert "experts" in decode_graphs.graph_obstacle(sizes, sizes, "auto")
+    assert "experts" in obstacle(attention="flash")
     sizes.device = torch.device("cpu")
-    assert "no CUDA device" in decode_graphs.graph_obstacle(sizes, sizes, "auto")
+    assert "no CUDA device" in obstacle()

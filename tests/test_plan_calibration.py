@@ -1,40 +1,41 @@
-"""The calibration file: what is written is read back, what is missing keeps its default, what is wrong is named."""
+"""The calibration file: what the doctor writes is read, what is missing keeps its default, what is wrong is named."""
 
 import json
 import re
 
 import pytest
+from helpers import run_distributed
 from transformers import LlamaConfig
 
+from megatron_tropd.calibrate import _LARGE_BYTES, calibrate
 from megatron_tropd.cli import main
+from megatron_tropd.environment import gather
 from megatron_tropd.errors import UserError
 from megatron_tropd.plan_accelerator import Accelerator
-from megatron_tropd.plan_calibration import load_accelerator, save_accelerator
-
-MEASURED = Accelerator(
-    memory_gb=80.0,
-    context_gb=3.5,
-    flops=5e14,
-    bandwidth=2.5e12,
-    layer_seconds_eager=4e-4,
-    layer_seconds_graphed=1e-4,
-    all_reduce_seconds={2: 1e-5, 8: 3e-5},
-    all_reduce_bandwidth={8: 2e11},
-)
-ABOUT = {"name": "NVIDIA H100 80GB HBM3", "date": "2026-11-26", "versions": {"torch": "2.9.0"}}
+from megatron_tropd.plan_calibration import load_accelerator
 
 
-def test_a_file_is_read_as_it_was_written(tmp_path):
-    save_accelerator(tmp_path / "gpu.json", MEASURED, **ABOUT)
-    content = json.loads((tmp_path / "gpu.json").read_text())
-    assert {key: content[key] for key in ABOUT} == ABOUT
-    assert content["all_reduce_seconds"] == {"2": 1e-5, "8": 3e-5}
-    assert load_accelerator(tmp_path / "gpu.json") == MEASURED
+def _calibrate(path):
+    calibrate(str(path), gather(), {"torch": "2.9.0"})
+    return json.loads(path.read_text())
+
+
+def test_what_the_doctor_measures_is_what_the_plan_reads(tmp_path):
+    content, _ = run_distributed(_calibrate, 2, tmp_path / "cpu.json")
+    gpu = load_accelerator(tmp_path / "cpu.json")
+    assert gpu.flops == content["flops"] > 0
+    assert gpu.bandwidth == content["bandwidth"] > 0
+    assert gpu.all_reduce_seconds == {2: content["all_reduce_seconds"]["2"]}
+    size = _LARGE_BYTES["cpu"]
+    assert gpu.all_reduce(size, 2) == pytest.approx(size / content["all_reduce_bandwidth"]["2"])
+    assert content["memory_gb"] is content["layer_seconds_graphed"] is None  # of a GPU
+    assert gpu.memory_gb == Accelerator().memory_gb
+    assert gpu.layer_seconds_graphed == Accelerator().layer_seconds_graphed
 
 
 def test_what_was_not_measured_keeps_its_default(tmp_path):
-    save_accelerator(tmp_path / "gpu.json", MEASURED, measured=("flops",), **ABOUT)
-    assert load_accelerator(tmp_path / "gpu.json") == Accelerator(flops=5e14)
+    (tmp_path / "some.json").write_text('{"flops": 5e14, "context_gb": null, "name": null}')
+    assert load_accelerator(tmp_path / "some.json") == Accelerator(flops=5e14)
     (tmp_path / "empty.json").write_text('{"all_reduce_seconds": {}}')  # of a machine with one GPU
     assert load_accelerator(tmp_path / "empty.json") == Accelerator()
 

@@ -41,8 +41,8 @@ def test_each_process_group_has_nccl_buffers():
 def test_the_parts_beside_tensors_are_the_accelerators():
     gpu = Accelerator(context_gb=2.0, workspaces_gb=0.5, communicator_gb=0.25, graph_gb=0.125)
     parts = runtime_parts(job_of(gpu=gpu), BOTH)
-    # 64 requests at a time: 8 batch sizes that are multiples of 8.
-    assert parts == {"CUDA context": 2e9, "workspaces": 0.5e9, "NCCL": 0.75e9, "CUDA graphs": 1e9}
+    # 64 requests at a time are one batch size, padded as it is to multiples of 64.
+    assert parts == {"CUDA context": 2e9, "workspaces": 0.5e9, "NCCL": 0.75e9, "CUDA graphs": 0.125e9}
     assert runtime_parts(job_of("rollout.cuda_graphs=off", gpu=gpu), BOTH)["CUDA graphs"] == 0
     assert runtime_parts(job_of("rollout.engine=static", gpu=gpu), BOTH)["CUDA graphs"] == 0
     assert runtime_parts(job_of(gpu=gpu, fused=False), BOTH) == {}
@@ -55,8 +55,7 @@ def test_the_parts_beside_tensors_are_the_accelerators():
 
 def test_a_cache_that_takes_what_is_free_fills_the_gpu_and_no_more_than_all_sequences_need():
     job = job_of("rollout.max_batch_size=512")
-    whole = memory(job).parts["KV cache"]
-    job.recipe.rollout.kv_cache_gb = "auto"
+    whole = memory(job_of("rollout.max_batch_size=512", "rollout.kv_cache_gb=null")).parts["KV cache"]
     roomy, tight = memory(job), memory(replace(job, gpu=Accelerator(memory_gb=70)))
     assert roomy.phases["rollout"] == pytest.approx(79e9)
     assert tight.phases["rollout"] == pytest.approx(69e9)

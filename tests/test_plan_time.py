@@ -87,8 +87,7 @@ def published() -> list[Published]:
     grpo = Job(QWEN3_30B_A3B, QWEN3_30B_A3B, recipe, gpus=32, prompt_tokens=200)
     ((_, _, fastest), *_) = proposals(on_policy())
     return [
-        Published("Qwen3-32B to 1.7B, 8 GPUs, its layout", 50, sum(step_seconds(on_policy(*THEIRS)).values()), "s"),
-        Published("the same, the fastest layout proposed", 50, fastest, "s"),
+        Published("Qwen3-32B to 1.7B, 8 GPUs, fastest proposal", 50, fastest, "s"),
         Published("its memory", 75, memory(on_policy(*THEIRS)).peak / 1e9, "GB at most"),
         Published("9B to 7B offline, 768 GPUs, TP=8", 2913, 8192 / sum(passes.values()), "tokens/s/GPU"),
         Published("GRPO of Qwen3-30B-A3B, 32 GPUs, EP=8", 192, sum(step_seconds(grpo).values()), "s"),
@@ -139,10 +138,12 @@ def test_collectives_grow_with_tensor_parallelism_and_stages_cost_hops():
 
 def test_graphs_are_captured_anew_in_every_rollout():
     job, eager = deep(32, "rollout.max_batch_size=256"), deep(32, "rollout.cuda_graphs=off")
-    assert job.captured_sizes == 16
+    assert job.captured_sizes == 4  # 64, 128, 192, 256
     assert eager.captured_sizes == 0
+    for key in ("pipeline_model_parallel_size=2", "expert_model_parallel_size=1"):
+        assert deep(32, f"student.{key}").graphed == key.startswith("expert")  # stages decode eagerly
     writing = job.recipe.rollout.max_new_tokens * 2 * decode(job).seconds  # 512 responses in two waves
-    assert rollout_seconds(job) - writing > 16 * job.gpu.capture_seconds
+    assert rollout_seconds(job) - writing > 4 * job.gpu.capture_seconds
 
 
 def test_passes_count_collectives_and_what_the_host_can_launch():
@@ -161,6 +162,6 @@ def test_a_plan_says_what_a_decode_step_consists_of():
     text, fits = describe(on_policy())
     step = decode(on_policy())
     assert not fits  # the teacher at TP=1
-    assert f"a decode step of 4 responses takes {1e3 * step.seconds:.1f} ms: weights and cache" in text
+    assert f"a decode step of {step.batch} responses takes {1e3 * step.seconds:.1f} ms: weights and cache" in text
     for part in ("launches (graphs)", "engine", "collectives"):
         assert f"{part} " in text

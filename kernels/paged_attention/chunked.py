@@ -68,5 +68,8 @@ def attend_plainly(
     """Attend from q [r, s, a, d] to k and v [r, keys, g, d] where `visible` [r or 1, 1, s, keys]; [r, s, a, d]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.size(1) != k.size(1)
+    if grouped and q.is_cuda:  # with a mask groups are for the backend alone that keeps all scores
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+        grouped = False
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)
