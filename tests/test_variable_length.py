@@ -1,4 +1,4 @@
-"""torch's variable-length attention as its versions take it: here with stand-ins of their signatures, on CUDA as it is."""
+"""torch's variable-length attention as its versions take it: with stand-ins of their signatures, and on CUDA itself."""
 
 import pytest
 import torch
