@@ -29,7 +29,7 @@ from megatron_tropd.types import Sampling
 
 _PRODUCT = {"cuda": 8192, "cpu": 768}  # width of the square matrices
 _LARGE_BYTES = {"cuda": 256 << 20, "cpu": 4 << 20}
-_DEPTHS = (8, 16)  # layers of the two models whose difference is measured
+_DEPTHS = (4, 20)  # layers of the two models whose difference is measured
 _LENGTHS = (8, 40)  # tokens of the two responses whose difference is measured
 _REQUESTS = 8
 
@@ -143,5 +143,5 @@ def _step_seconds(groups: ParallelGroups, layers: int, options: dict[str, str]) 
         return time.perf_counter() - started
 
     generate(_LENGTHS[0])  # compiles
-    short, long = (min(generate(tokens) for _ in range(2)) for tokens in _LENGTHS)
+    short, long = (min(generate(tokens) for _ in range(3)) for tokens in _LENGTHS)
     return (long - short) / (_LENGTHS[1] - _LENGTHS[0])

@@ -164,7 +164,7 @@ class TrainingConfig:
     max_tokens_per_micro_batch: int | str | None = _key(
         "auto",
         "pack sequences up to this many tokens per micro-batch; null: pad micro_batch_size sequences instead; auto: "
-        "pack on CUDA, into the tokens of micro_batch_size longest sequences",
+        "pack where Transformer Engine is, into the tokens of micro_batch_size longest sequences",
         words=("auto",),
         low=1,
     )

@@ -53,7 +53,7 @@ class Job:
     @property
     def micro_batch_tokens(self) -> int:
         """Tokens of a micro-batch, padding included, before context parallelism splits them."""
-        budget = micro_batch_budget(self.recipe, self.prompt_tokens, on_cuda=self.fused)
+        budget = micro_batch_budget(self.recipe, self.prompt_tokens, fused=self.fused)
         return budget or self.recipe.training.micro_batch_size * self.sequence
 
     @property

@@ -20,6 +20,7 @@ from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.evaluation import extract_answer, load_problems
 from megatron_tropd.guidance import Guidance
 from megatron_tropd.held_out import HeldOut, load_held_out
+from megatron_tropd.layer_specs import uses_transformer_engine
 from megatron_tropd.model import build_model
 from megatron_tropd.objectives import Objective, build_objective
 from megatron_tropd.packing import micro_batch_budget
@@ -151,7 +152,7 @@ def set_up(recipe: Recipe, groups: ParallelGroups, partition: Partition | None =
         engine,
         state,
         hf_path,
-        micro_batch_budget(recipe, longest_prompt, groups.device.type == "cuda"),
+        micro_batch_budget(recipe, longest_prompt, uses_transformer_engine()),
     )
 
 

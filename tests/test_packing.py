@@ -9,9 +9,9 @@ LENGTHS = ["rollout.max_new_tokens=100", "training.micro_batch_size=3"]
 
 
 @pytest.mark.parametrize(
-    ("value", "on_cuda", "budget"),
+    ("value", "fused", "budget"),
     [(None, True, 3 * 120), (None, False, None), ("auto", True, 3 * 120), ("null", True, None), ("500", False, 500)],
 )
-def test_packing_is_the_default_on_cuda(value, on_cuda, budget):
+def test_packing_is_the_default_with_transformer_engine(value, fused, budget):
     options = [] if value is None else [f"training.max_tokens_per_micro_batch={value}"]
-    assert micro_batch_budget(load_recipe(None, [*LENGTHS, *options]), 20, on_cuda) == budget
+    assert micro_batch_budget(load_recipe(None, [*LENGTHS, *options]), 20, fused) == budget
