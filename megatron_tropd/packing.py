@@ -10,8 +10,8 @@ def micro_batch_budget(recipe: Recipe, longest_prompt: int, fused: bool) -> int 
 
     `training.max_tokens_per_micro_batch=auto` packs where Transformer Engine is, into the tokens of micro_batch_size
     sequences of the longest possible length: a packed micro-batch never needs more memory than the padded one that it
-    replaces. Megatron's own layers rotate packed sequences one by one, which short responses do not make up for: a step
-    of sixteen sequences of 140 tokens through 4 layers of an 8B model took 1.5 times as long on an H200.
+    replaces. Megatron's own layers rotate packed sequences one by one, which short responses do not make up for: scores
+    and update of sixteen sequences of 140 tokens, 4 layers of an 8B model, took 1.6 times as long on an H200.
 
     Args:
         recipe: its `training.*` and `rollout.max_new_tokens`.

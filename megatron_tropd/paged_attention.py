@@ -127,17 +127,27 @@ def _prefill_together(
     block_table: torch.Tensor,
 ) -> None:
     """Lay the cached tokens of all prompts out one after the other, and attend in one call; writes `out`."""
-    own = torch.cat([torch.arange(p.start, p.start + p.count) for p in prompts]).to(q.device)  # [new tokens]
-    keys, values = (
-        torch.cat([gather(cache, block_table[p.row : p.row + 1], p.cached)[0] for p in prompts]) for cache in (k, v)
-    )  # [cached tokens, g, d]
+    own = _joined([p.start for p in prompts], [p.count for p in prompts]).to(q.device)  # [new tokens]
+    lengths = torch.tensor([p.cached for p in prompts])
+    row = torch.repeat_interleave(torch.tensor([p.row for p in prompts]), lengths)  # [cached tokens]
+    place = _joined([0] * len(prompts), lengths.tolist())
+    row, place = torch.stack((row, place)).to(q.device)
+    block = block_table[row, place // k.size(1)].long()
+    keys, values = (cache[block, place % k.size(1)] for cache in (k, v))  # [cached tokens, g, d]
     ends_q, ends_k = (
         torch.tensor([0, *itertools.accumulate(numbers)], dtype=torch.int32, device=q.device)
         for numbers in ([p.count for p in prompts], [p.cached for p in prompts])
     )
     longest_q, longest_k = max(p.count for p in prompts), max(p.cached for p in prompts)
-    lengths = (ends_q, ends_k, longest_q, longest_k)
-    out[own] = variable_length_attention(q[own], keys, values, *lengths, scale=scale, window=window)
+    sizes = (ends_q, ends_k, longest_q, longest_k)
+    out[own] = variable_length_attention(q[own], keys, values, *sizes, scale=scale, window=window)
+
+
+def _joined(starts: list[int], counts: list[int]) -> torch.Tensor:
+    """Return start, start + 1, … of `counts` numbers each, one after the other, on the host."""
+    counts = torch.tensor(counts)
+    offsets = torch.tensor(starts) - (counts.cumsum(0) - counts)
+    return torch.arange(int(counts.sum())) + torch.repeat_interleave(offsets, counts)
 
 
 def _prefill_one_by_one(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import assert_close
 
+from megatron_tropd import paged_attention
 from megatron_tropd.paged_attention import flash_attn_varlen_func, flash_attn_with_kvcache
 
 SIZE, KV_HEADS, WIDTH = 4, 2, 8  # tokens a block, key/value heads, head width
@@ -102,3 +103,28 @@ def test_a_given_scale_replaces_the_default():
     q = torch.randn(1, 1, 4, WIDTH)
     scaled = flash_attn_with_kvcache(q, keys, values, torch.tensor([7]), table, softmax_scale=0.5)
     assert_close(scaled[0], _reference(q[0] * 0.5 * WIDTH**0.5, plain[0]), torch.float32)
+
+
+@pytest.mark.parametrize("window", [-1, 3])
+def test_prefills_in_one_call_equal_those_one_by_one(window, monkeypatch):
+    """The first takes torch's variable-length attention, here a stand-in of plain attention by sequence."""
+
+    def attend(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale, window):
+        assert (longest_q, longest_k) == (ends_q.diff().max(), ends_k.diff().max())
+        rows = zip(ends_q.tolist(), ends_q[1:].tolist(), ends_k.tolist(), ends_k[1:].tolist(), strict=False)
+        parts = [_reference(q[a:b], torch.stack((k[c:d], v[c:d])), window) for a, b, c, d in rows]
+        return torch.cat(parts).to(q.dtype)
+
+    cached, new = [6, 13, 9, 4, 2], [6, 1, 5, 1, 2]
+    _, keys, values, table = _paged(cached)
+    starts = [0, 6, 7, 12, 13, 15]
+    q = torch.randn(18, 4, WIDTH)
+    arguments = (
+        *(q, keys, values, torch.tensor(starts, dtype=torch.int32)),
+        *(torch.tensor([0, 6, 19, 28, 32, 34], dtype=torch.int32), max(new), max(cached)),
+    )
+    options = {"window_size": (window, window), "block_table": table}
+    one_by_one = flash_attn_varlen_func(*arguments, **options)
+    monkeypatch.setattr(paged_attention, "attends_variable_lengths", lambda q: True)
+    monkeypatch.setattr(paged_attention, "variable_length_attention", attend)
+    assert_close(flash_attn_varlen_func(*arguments, **options), one_by_one)

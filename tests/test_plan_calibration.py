@@ -16,12 +16,12 @@ from megatron_tropd.plan_calibration import load_accelerator
 
 
 def _calibrate(path):
-    calibrate(str(path), gather(), {"torch": "2.9.0"})
-    return json.loads(path.read_text())
+    return calibrate(str(path), gather(), {"torch": "2.9.0"}).status
 
 
 def test_what_the_doctor_measures_is_what_the_plan_reads(tmp_path):
-    content, _ = run_distributed(_calibrate, 2, tmp_path / "cpu.json")
+    assert run_distributed(_calibrate, 2, tmp_path / "cpu.json") == ["ok", "ok"]
+    content = json.loads((tmp_path / "cpu.json").read_text())
     gpu = load_accelerator(tmp_path / "cpu.json")
     assert gpu.flops == content["flops"] > 0
     assert gpu.bandwidth == content["bandwidth"] > 0
