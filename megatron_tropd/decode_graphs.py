@@ -109,9 +109,13 @@ class GraphedDecoding(torch.nn.Module):
         if self._logits is None:
             shape = (1, self._context.max_requests, self.vocab_size)
             self._logits = torch.empty(shape, dtype=self.config.params_dtype, device=tokens.device)
-        # Other threads (NCCL's watchdog) go on calling CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._logits[:, : tokens.size(1)].copy_(self._decode(tokens, position_ids, *args, **kwargs))
+        try:
+            # Other threads (NCCL's watchdog) go on calling CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._logits[:, : tokens.size(1)].copy_(self._decode(tokens, position_ids, *args, **kwargs))
+        except RuntimeError as error:
+            message = f"a decode step of {tokens.size(1)} requests cannot be captured in a CUDA graph ({error})"
+            raise RuntimeError(f"{message}; set rollout.cuda_graphs=off") from error
         return _Graph(graph, tokens, position_ids)
 
     def release(self) -> None:
