@@ -14,8 +14,8 @@ require_gpus() { # N: refuse to start more processes than there are GPUs
   local gpus
   gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
   if [[ $1 -gt $gpus ]]; then
-    echo "error: DEVICE=cuda starts a process per GPU: this layout needs $1, and $gpus can be used. Set smaller sizes" \
-      "(TP, PP; all listed at the head of the script), or DEVICE=cpu." >&2
+    echo "error: DEVICE=cuda needs one GPU per process: this layout needs $1, and $gpus can be used. Set smaller sizes" \
+      "(TP, PP; the comment at the top of the script lists all), or DEVICE=cpu." >&2
     return 2
   fi
 }

@@ -1,6 +1,6 @@
-"""Measures what the devices at hand reach, for `plan --calibration`: products, copies, links, a decode step's layers.
+"""Measures the devices for `plan --calibration`: matrix products, copies, links, the layers of a decode step.
 
-Everything is small: it takes about a minute. Written by rank 0, the numbers are its own.
+All sizes are small: it takes about a minute. Rank 0 writes the file, with its own measurements.
 
     calibrate("h100.json", environment, versions)
 """

@@ -22,7 +22,7 @@ from megatron_tropd.errors import UserError
 
 _RECIPE_HELP = "YAML file, or the name of a shipped recipe"
 _OVERRIDES_HELP = "recipe keys, such as training.steps=10; `megatron-tropd train --help-keys` lists all"
-# Megatron-Core and PyTorch about each other and about optional parts: nothing that a user could mend.
+# Warnings of Megatron-Core and PyTorch about each other and about optional parts, which a user cannot fix.
 _EXPECTED_WARNINGS = (
     ".*Apex (is|are) not installed",
     r".*torch\.distributed\..* is deprecated",
@@ -136,20 +136,20 @@ def _add_doctor(subcommands: Any) -> None:
         subcommands,
         "doctor",
         commands.doctor,
-        "check what is installed, and that all a recipe needs works on these devices",
+        "check the installation, and that everything a recipe needs works on these devices",
         "examples:\n"
         "  megatron-tropd doctor\n"
         "  megatron-tropd doctor tiny\n"
         "  torchrun --nproc-per-node 8 -m megatron_tropd doctor llama_70b_to_8b --json doctor.json\n\n"
-        "Run it first on a new machine or cluster, as you will run the training. It reads no model: small random ones\n"
-        "take the recipe's dtype, objective and layout, the layout clipped to the processes at hand. One line per\n"
-        "check: ok, slow, missing (not installed) or wrong, and what to do about it. The exit status is 1 where\n"
-        "something that the recipe needs is missing or wrong, 2 where the recipe itself is.",
+        "Run it first on a new machine or cluster, started as you will start the training. It reads no model: it uses\n"
+        "small random models with the recipe's dtype, objective and layout, the layout reduced to the processes at\n"
+        "hand. Each check prints one line: ok, slow, missing (not installed) or wrong, and what to do about it. The\n"
+        "exit status is 1 if something that the recipe needs is missing or wrong, 2 if the recipe itself is wrong.",
     )
     _add_recipe_arguments(parser)
-    parser.add_argument("--json", metavar="FILE", help="write all checks with what they measured")
+    parser.add_argument("--json", metavar="FILE", help="write all checks and their measurements to this file")
     parser.add_argument(
-        "--calibrate", metavar="FILE", help="measure what the devices reach and write it; `plan` computes with it"
+        "--calibrate", metavar="FILE", help="measure the devices and write the file for `plan --calibration FILE`"
     )
 
 
@@ -287,9 +287,9 @@ def _add_plan(subcommands: Any) -> None:
         "estimate a GPU's memory by part and a step's seconds, and propose layouts that fit",
         "examples:\n"
         "  megatron-tropd plan llama_70b_to_8b teacher.hf_path=70B student.hf_path=8B --gpus 8 --gpu-memory 80\n\n"
-        "Reads the two models' config.json and nothing else. The exit status is 0 where the recipe's layout fits, 1\n"
-        "where it does not, 2 where the input is wrong. Responses are taken to reach rollout.max_new_tokens; times\n"
-        "are arithmetic for H100s unless --calibration says what yours can do.",
+        "Of the models, it reads only config.json. The exit status is 0 if the recipe's layout fits, 1 if it does\n"
+        "not, 2 if the input is wrong. Every response is assumed to reach rollout.max_new_tokens. Times are\n"
+        "calculated for H100s unless --calibration gives measurements of your GPUs.",
     )
     _add_recipe_arguments(parser)
     parser.add_argument("--gpus", type=_positive, default=8, help="number of GPUs (%(default)s)")

@@ -63,8 +63,8 @@ class ModelConfig:
     )
     recompute: str | None = _key(
         None,
-        "activation recomputation in the backward pass: selective: MLPs and MoE experts (without Transformer Engine, "
-        "whose attention stores no probabilities: the attention); full: whole layers",
+        "activations recomputed in the backward pass; selective: those of MLPs and MoE experts (without Transformer "
+        "Engine: of the attention, which otherwise stores its probabilities); full: those of whole layers",
         ("selective", "full"),
     )
     offload: bool = _key(False, "teacher only: keep its weights in host memory between its passes")
@@ -110,14 +110,16 @@ class RolloutConfig:
     engine: str = _key("auto", "Megatron inference engine", ("auto", "dynamic", "static"))
     attention: str = _key(
         "auto",
-        "rollouts' attention on CUDA: flash-attn, or our kernel and torch's own; auto: flash-attn where it can serve",
+        "attention of rollouts on CUDA; flash: flash-attn; plain: our Triton kernel and torch's own attention; "
+        "auto: flash if flash-attn supports the model, else plain",
         ("auto", "flash", "plain"),
     )
     cuda_graphs: str = _key("auto", "replay decode steps as CUDA graphs (on CUDA)", ("auto", "off"))
     max_batch_size: int = _key(256, "responses generated at the same time on one data-parallel rank", low=1)
     kv_cache_gb: float | str | None = _key(
         "auto",
-        "GiB of the paged KV cache per GPU; null: what max_batch_size whole responses need; auto: at most what is free",
+        "GiB of the paged KV cache per GPU; null: what max_batch_size full-length responses need; auto: the same, but "
+        "at most the free memory",
         words=("auto",),
         above=0,
     )
@@ -164,7 +166,7 @@ class TrainingConfig:
     max_tokens_per_micro_batch: int | str | None = _key(
         "auto",
         "pack sequences up to this many tokens per micro-batch; null: pad micro_batch_size sequences instead; auto: "
-        "pack where Transformer Engine is, into the tokens of micro_batch_size longest sequences",
+        "with Transformer Engine, pack up to the tokens of micro_batch_size sequences of the greatest length; else pad",
         words=("auto",),
         low=1,
     )
@@ -186,7 +188,7 @@ class TrainingConfig:
     overlap_grad_reduce: bool = _key(False, "reduce gradients over the data-parallel ranks during the backward pass")
     overlap_param_gather: bool = _key(False, "gather updated parameters while the next forward pass begins")
     timeout_minutes: int = _key(
-        30, "how long a rank waits for others in a collective; the slowest replica's rollout counts", low=1
+        30, "minutes that a rank waits for others in a collective, such as for the slowest replica's rollout", low=1
     )
     offload_optimizer: bool = _key(
         False, "outside of updates keep the optimizer's state in host memory and free the gradients (not in float32)"

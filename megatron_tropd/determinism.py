@@ -34,8 +34,8 @@ def make_deterministic() -> None:
             )
         if value is None and torch.cuda.is_initialized():
             raise UserError(
-                f"training.deterministic=true needs {name}={allowed[0]} in the environment before CUDA starts, and it "
-                "has started; set it before the process begins."
+                f"training.deterministic=true needs {name}={allowed[0]} in the environment before CUDA starts, but "
+                "CUDA has started already; set the variable before the process begins."
             )
         os.environ[name] = value or allowed[0]
     torch.utils.deterministic.fill_uninitialized_memory = False  # caches are large

@@ -15,7 +15,7 @@ _SHARE = 0.95  # of what then remains; the rest is for the allocator's rounding 
 
 
 def free_device_gb(config: Any, step_tokens: int) -> float:
-    """Return the GiB that are free beside what a rollout itself holds, cached blocks of the allocator included.
+    """Return the GiB that remain free after a rollout's own tensors; the allocator's cached blocks count as free.
 
     Args:
         config: the model's TransformerConfig.

@@ -1,8 +1,8 @@
 """`megatron-tropd doctor`: what is installed, and whether everything that a recipe needs works on these devices.
 
-It does things at small size: each kernel against float64, a collective per process group, rounds of generate, score
+The checks run at small size: each kernel against float64, a collective per process group, rounds of generate, score
 and update with small models in the recipe's dtype and layout, a checkpoint written and read. Under torchrun all ranks
-take part and rank 0 prints. No file that the recipe names is read.
+take part and rank 0 prints. The doctor reads no file that the recipe names.
 
     status = run_doctor(load_recipe("tiny"), "tiny")     # 0, or 1 where something that the recipe needs is wrong
 """

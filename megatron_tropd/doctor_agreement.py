@@ -1,8 +1,8 @@
-"""One verdict of all ranks per check, through the launcher's store: it is reached while a process group hangs, too.
+"""Merges the results of all ranks into one per check, through the launcher's store, even if a group hangs.
 
-A rank that stumbles within a check leaves the others waiting in a collective, for half an hour. So no collective is
-used to agree: each rank reports to the store, and a thread on each of them watches it. Where some ranks report and
-others do not come, or a check takes far too long, rank 0 says so and every process ends.
+A rank that fails within a check leaves the others waiting in a collective, for half an hour. The ranks therefore agree
+without collectives: each rank writes its result to the store, and a thread on each rank watches the store. If one rank
+reports a failure and others report nothing, or a check takes far too long, rank 0 says so and every process ends.
 """
 
 from __future__ import annotations

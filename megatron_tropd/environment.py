@@ -1,6 +1,6 @@
 """What a process runs on: versions of packages and whether they import, its GPUs, and its launcher's numbers.
 
-Nothing is judged here but the fitness of a version; what a recipe needs of all this says `preflight.py`.
+Only the fitness of versions is judged here; `preflight.py` says what a recipe needs of the environment.
 
     environment = gather()
     environment.package("flash-attn").importable

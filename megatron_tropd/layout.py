@@ -51,7 +51,7 @@ def check_ranks(layout: ModelConfig, world_size: int, role: str | None = None, o
         "expert_tensor_parallel_size": expert_tensor_parallel_size(layout),
         "expert_model_parallel_size": layout.expert_model_parallel_size,
     }
-    for sizes, what in ((dense | pp, "ranks a replica"), (experts | pp, "ranks a set of experts")):
+    for sizes, what in ((dense | pp, "ranks per replica"), (experts | pp, "ranks per set of experts")):
         ranks = math.prod(sizes.values())
         if world_size % ranks:
             beside = f" beside the other model's {others}" if others else ""

@@ -56,7 +56,7 @@ def _flash_attn_misfit(config: Any, capability: tuple[int, int]) -> str | None:
     if config.params_dtype == torch.float32:
         return "flash-attn computes in bfloat16 and float16 alone, and the model's dtype is float32"
     if config.kv_channels > 256:
-        return f"flash-attn knows heads of up to 256 numbers, and the model's have {config.kv_channels}"
+        return f"flash-attn supports head widths up to 256, and the model's is {config.kv_channels}"
     if capability < (8, 0):
         return f"flash-attn needs compute capability 8.0, and the GPU has {capability[0]}.{capability[1]}"
     return None

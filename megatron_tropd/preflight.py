@@ -74,8 +74,8 @@ def _packages(environment: Environment) -> Iterator[str]:
     engine = environment.package("Transformer Engine")
     if environment.uses_transformer_engine and engine.problem:
         yield (
-            f"Transformer Engine {engine.version} is installed and {engine.problem}; install it anew with "
-            f"{remedy('Transformer Engine', environment)}, or do without: pip uninstall transformer-engine."
+            f"Transformer Engine {engine.version} is installed and {engine.problem}; install it again with "
+            f"{remedy('Transformer Engine', environment)}, or remove it: pip uninstall transformer-engine."
         )
 
 
@@ -123,7 +123,7 @@ def _processes(environment: Environment) -> Iterator[str]:
     gpus, processes = len(environment.gpus), environment.local_world_size
     if environment.has_cuda and processes > gpus:
         yield (
-            f"{processes} processes on this node and {_count(gpus, 'GPU')}: each process takes a GPU of its own; start "
+            f"{processes} processes on this node and {_count(gpus, 'GPU')}: each process needs its own GPU; start "
             f"torchrun --nproc-per-node {gpus}, or export CUDA_VISIBLE_DEVICES= to run on the CPU."
         )
 
@@ -161,7 +161,7 @@ def _static_engine(recipe: Recipe, environment: Environment, role: str) -> Itera
     if recipe.rollout.engine == "static" and size > 1 and environment.uses_transformer_engine:
         yield (
             f"rollout.engine=static contradicts {role}.context_parallel_size={size} with Transformer Engine, whose "
-            "attention would take each whole sequence for a share of it; set rollout.engine=dynamic."
+            "attention would treat each whole sequence as one rank's share; set rollout.engine=dynamic."
         )
 
 

@@ -25,9 +25,9 @@ def process_groups(
 ) -> Iterator[ParallelGroups]:
     """Start process groups as `initialize` does; at the end destroy them, unless an exception ends the context.
 
-    To destroy NCCL's groups is to wait for the other ranks, which may be waiting in a collective for the one that
-    failed. That one must leave its process, as the command line does at once, so that the launcher ends the others.
-    Groups that were there before stay.
+    Destroying NCCL's groups waits for the other ranks, which may be waiting in a collective for the rank that failed.
+    The failed rank must exit its process, as the command line does at once, so that the launcher ends the others.
+    Groups that existed before the call are kept.
     """
     is_first = not dist.is_initialized()
     try:

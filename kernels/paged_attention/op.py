@@ -36,7 +36,7 @@ def paged_decode_attention(
         implementation: auto (triton on CUDA, chunked elsewhere), triton, chunked or reference (float64).
 
     Returns:
-        [r, a, d] of q's dtype, zero on padding rows. On CUDA neither host nor device waits for the other, so the call
+        [r, a, d] of q's dtype, zero on padding rows. With Triton, neither host nor device waits for the other: the call
         can be captured in a CUDA graph and replayed with other contents of the same tensors.
 
     Raises:
