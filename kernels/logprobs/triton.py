@@ -190,6 +190,7 @@ def write_gradient(
         columns,
         scale,
         block,
+        num_warps=8,  # four spill on sm_100
     )
     local, owned = shard.local_ids(ids)
     local = torch.where(owned, local, -1).contiguous()

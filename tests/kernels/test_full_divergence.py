@@ -148,7 +148,9 @@ def test_any_shape_equals_float64(kind, rows, vocab, padding, temperature, beta,
     loss.backward(upstream)
     wanted = expected(student, teacher, kind, vocab, beta, temperature, mask, upstream)
     torch.testing.assert_close(loss.double(), wanted[0], rtol=2e-5, atol=2e-5)
-    torch.testing.assert_close(leaf.grad.double(), wanted[1], rtol=2e-5, atol=2e-5)
+    # A gradient is a difference of log-probs of up to a hundred nats: it is as exact as the row's largest one.
+    largest = wanted[1].abs().amax(1, keepdim=True).clamp(min=1.0)
+    torch.testing.assert_close(leaf.grad.double() / largest, wanted[1] / largest, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
