@@ -7,7 +7,6 @@ All sizes are small: it takes about a minute. Rank 0 writes the file, with its o
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import time
 from typing import Any
@@ -17,10 +16,10 @@ import torch.distributed as dist
 
 from megatron_tropd.config import ModelConfig, RolloutConfig
 from megatron_tropd.doctor_devices import all_reduce_seconds
-from megatron_tropd.doctor_files import write_json
 from megatron_tropd.doctor_model import CONTEXT, NumberTokenizer, hf_config, random_model, random_prompts
 from megatron_tropd.doctor_report import Check
 from megatron_tropd.environment import Environment
+from megatron_tropd.json_files import write_json
 from megatron_tropd.kernels.benchmarks.measure import copy_bandwidth
 from megatron_tropd.parallel import ParallelGroups, initialize
 from megatron_tropd.plan_accelerator import TRAINING_SHARE
@@ -112,26 +111,23 @@ def _links(device: torch.device) -> dict[int, tuple[float, float]]:
 
 def _layers(groups: ParallelGroups) -> dict[str, float | None]:
     """Return the seconds that a layer takes in a decode step, launched one kernel at a time and in CUDA graphs."""
-    has_graphs = any(field.name == "cuda_graphs" for field in dataclasses.fields(RolloutConfig))
-    eager = _layer_seconds(groups, {"cuda_graphs": "off"} if has_graphs else {})
-    graphed = None
-    if has_graphs and groups.device.type == "cuda":
-        graphed = _layer_seconds(groups, {"cuda_graphs": "auto"})
+    eager = _layer_seconds(groups, cuda_graphs="off")
+    graphed = _layer_seconds(groups, cuda_graphs="auto") if groups.device.type == "cuda" else None
     return {"layer_seconds_eager": eager, "layer_seconds_graphed": graphed}
 
 
-def _layer_seconds(groups: ParallelGroups, options: dict[str, str]) -> float | None:
+def _layer_seconds(groups: ParallelGroups, cuda_graphs: str) -> float | None:
     """Return a layer's seconds; None where the machine was too restless for the deeper model to take longer."""
-    shallow, deep = (_step_seconds(groups, layers, options) for layers in _DEPTHS)
+    shallow, deep = (_step_seconds(groups, layers, cuda_graphs) for layers in _DEPTHS)
     return (deep - shallow) / (_DEPTHS[1] - _DEPTHS[0]) if deep > shallow else None
 
 
-def _step_seconds(groups: ParallelGroups, layers: int, options: dict[str, str]) -> float:
+def _step_seconds(groups: ParallelGroups, layers: int, cuda_graphs: str) -> float:
     """Return the seconds of a decode step of a narrow model: what does not depend on the width."""
     model = ModelConfig(dtype="bfloat16")
     config = hf_config(model, layers)
     chunks = random_model(config, model, groups, training=False)
-    rollout = RolloutConfig(max_batch_size=_REQUESTS, **options)
+    rollout = RolloutConfig(max_batch_size=_REQUESTS, cuda_graphs=cuda_graphs)
     engine = RolloutEngine(chunks, NumberTokenizer(ends=False), groups, rollout, max_sequence_length=CONTEXT)
     prompts = random_prompts(groups, _REQUESTS)
 

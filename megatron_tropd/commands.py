@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
-from pathlib import Path
 
 from megatron_tropd.config import Recipe
 from megatron_tropd.errors import UserError
+from megatron_tropd.json_files import write_json
 from megatron_tropd.recipe import load_recipe, shipped_recipes, to_yaml
 from megatron_tropd.validation import check_layout, require, validate
 
@@ -109,11 +108,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     _print(f"accuracy {result['accuracy']:.4f} ({result['correct']} of {result['total']} responses right)")
     _print(f"mean response length {result['mean_response_length']:.1f} tokens; finished by: {reasons}")
     if arguments.output and int(os.environ.get("RANK", 0)) == 0:
-        output = Path(arguments.output)
-        partial = output.with_name(output.name + ".partial")  # the output's existence says that it is whole
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(output)
+        write_json(arguments.output, result)
 
 
 def hf_to_mcore(arguments: argparse.Namespace) -> None:

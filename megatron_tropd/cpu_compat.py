@@ -186,7 +186,7 @@ def apply() -> bool:
 def apply_inference() -> None:
     """Let Megatron-Core's inference engines run on CPU: small decode batches, no CUDA kernels; idempotent.
 
-    Needs `apply` before; does nothing where CUDA is available. The attention is megatron_inference_compat's to choose.
+    Needs `apply` before; does nothing where CUDA is available. megatron_attention_compat chooses the attention.
     """
     global _inference_applied
     if torch.cuda.is_available() or _inference_applied:

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_tropd.config import Recipe
-from megatron_tropd.doctor_files import write_json
 from megatron_tropd.doctor_report import Check, verdict
 from megatron_tropd.doctor_software import sameness, signature, software_checks
 from megatron_tropd.environment import Environment, gather
+from megatron_tropd.json_files import write_json
 
 if TYPE_CHECKING:
     from megatron_tropd.doctor_agreement import Agreement

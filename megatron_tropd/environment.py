@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 
 from packaging.version import InvalidVersion, Version
 
+FLASH_ATTN_LEAST = "2.7.3"  # what Megatron-Core's dynamic inference insists on
+FLASH_ATTN_CAPABILITY = (8, 0)  # least compute capability of a GPU
+
 
 @dataclass(frozen=True)
 class Requirement:
@@ -68,8 +71,8 @@ REQUIREMENTS = (
         ("flash-attn",),
         ("flash_attn",),
         "fast attention of rollouts on CUDA; torch's own stands in",
-        "pip install --no-build-isolation 'flash-attn>=2.7.3'",
-        least="2.7.3",
+        f"pip install --no-build-isolation 'flash-attn>={FLASH_ATTN_LEAST}'",
+        least=FLASH_ATTN_LEAST,
     ),
     Requirement(
         "flash-attn 3",

@@ -17,9 +17,8 @@ from megatron.core.transformer import attention
 from packaging.version import Version
 
 from megatron_tropd import paged_attention
+from megatron_tropd.environment import FLASH_ATTN_CAPABILITY, FLASH_ATTN_LEAST
 from megatron_tropd.errors import UserError
-
-LEAST_FLASH_ATTN = "2.7.3"  # what Megatron-Core's dynamic inference insists on
 
 
 @functools.cache
@@ -30,8 +29,8 @@ def flash_attn_problem() -> str | None:
     if attention.flash_attn_varlen_func is None:
         return "flash-attn is not importable"
     version = metadata.version("flash-attn")
-    if Version(version) < Version(LEAST_FLASH_ATTN):
-        return f"flash-attn {version} is older than {LEAST_FLASH_ATTN}"
+    if Version(version) < Version(FLASH_ATTN_LEAST):
+        return f"flash-attn {version} is older than {FLASH_ATTN_LEAST}"
     return None
 
 
@@ -57,7 +56,7 @@ def _flash_attn_misfit(config: Any, capability: tuple[int, int]) -> str | None:
         return "flash-attn computes in bfloat16 and float16 alone, and the model's dtype is float32"
     if config.kv_channels > 256:
         return f"flash-attn supports head widths up to 256, and the model's is {config.kv_channels}"
-    if capability < (8, 0):
+    if capability < FLASH_ATTN_CAPABILITY:
         return f"flash-attn needs compute capability 8.0, and the GPU has {capability[0]}.{capability[1]}"
     return None
 

@@ -100,14 +100,14 @@ def flash_attn_varlen_func(
         decoded = flash_attn_with_kvcache(q[places][:, None], k, v, lengths[rows], block_table[rows], **options)
         out[places] = decoded[:, 0]
     cached = lengths.tolist()
-    filling = [Prompt(i, starts[i], count, cached[i]) for i, count in enumerate(counts) if count > 1]
+    filling = [_NewTokens(i, starts[i], count, cached[i]) for i, count in enumerate(counts) if count > 1]
     if filling:
         prefill = _prefill_together if attends_variable_lengths(q) else _prefill_one_by_one
         prefill(out, q, k, v, filling, softmax_scale, window, block_table)
     return out
 
 
-class Prompt(NamedTuple):
+class _NewTokens(NamedTuple):
     """A request with several new tokens: its row in the block table, and its tokens in q and in the cache."""
 
     row: int
@@ -121,7 +121,7 @@ def _prefill_together(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    prompts: list[Prompt],
+    prompts: list[_NewTokens],
     scale: float | None,
     window: int,
     block_table: torch.Tensor,
@@ -155,7 +155,7 @@ def _prefill_one_by_one(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    prompts: list[Prompt],
+    prompts: list[_NewTokens],
     scale: float | None,
     window: int,
     block_table: torch.Tensor,

@@ -11,12 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_tropd.config import DATA_OBJECTIVES, ModelConfig, Recipe
-from megatron_tropd.environment import REQUIREMENTS, Environment, misfit, remedy
+from megatron_tropd.environment import (
+    FLASH_ATTN_CAPABILITY,
+    FLASH_ATTN_LEAST,
+    REQUIREMENTS,
+    Environment,
+    misfit,
+    remedy,
+)
 from megatron_tropd.errors import UserError
 
 _TENSOR_CORES = {"bfloat16": (8, 0)}  # least compute capability of a dtype
 _FP8_CAPABILITY = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
-_FLASH_CAPABILITY = (8, 0)
 
 
 def check(recipe: Recipe, environment: Environment, roles: tuple[str, ...] | None = None) -> None:
@@ -89,7 +95,7 @@ def _attention(recipe: Recipe, environment: Environment, role: str) -> Iterator[
         if package.importable:
             why = f"version {package.version} is installed"
         install = remedy("flash-attn", environment)
-        yield f"rollout.attention=flash needs flash-attn 2.7.3 or later, and {why}; {install}, {instead}."
+        yield f"rollout.attention=flash needs flash-attn {FLASH_ATTN_LEAST} or later, and {why}; {install}, {instead}."
     elif not environment.has_cuda:
         yield f"rollout.attention=flash needs a CUDA device, and there is none; run on one, {instead}."
     elif getattr(recipe, role).dtype == "float32":
@@ -97,7 +103,7 @@ def _attention(recipe: Recipe, environment: Environment, role: str) -> Iterator[
             f"rollout.attention=flash contradicts {role}.dtype=float32: flash-attn computes in float16 and bfloat16 "
             f"alone; set {role}.dtype=bfloat16, {instead}."
         )
-    elif environment.capability is not None and environment.capability < _FLASH_CAPABILITY:
+    elif environment.capability is not None and environment.capability < FLASH_ATTN_CAPABILITY:
         yield (
             f"rollout.attention=flash needs GPUs of compute capability 8.0 or later, and a {environment.gpus[0].name} "
             f"has {_dotted(environment.capability)}; use others, {instead}."

@@ -1,4 +1,4 @@
-"""Writes the doctor's JSON files whole or not at all."""
+"""Writes JSON files whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)
