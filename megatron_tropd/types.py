@@ -29,13 +29,18 @@ LOSS_GUIDANCE = 2  # token of a teacher-written prefix (or of the data, for `sft
 
 @dataclass
 class Prompt:
-    """One line of a prompt file. Exactly one of `messages` (chat) and `text` (raw) is set."""
+    """One row of a prompt file. Exactly one of `messages` (chat) and `text` (raw) is set."""
 
     id: str
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
     text: str | None = None
+    tools: list[dict[str, Any]] | None = None  # for the chat template
+    chat_template_kwargs: dict[str, Any] | None = None  # of this row; they go before tokenizer.chat_template_kwargs
     teacher_response: str | None = None  # for guidance prefixes, `sft` and `seqkd`
+    teacher_finish_reason: str | None = None  # "length": the response was cut, so no EOS follows it
     answer: str | None = None  # for verifiable evaluation
+    domain: str | None = None  # by which results are reported apart
+    row: str = ""  # where it was read, "prompts.jsonl:12", for messages
     index: int = 0  # position in the global prompt order: prompt epoch * len(file) + place; sample ids derive from it
     tokens: list[int] = field(default_factory=list)  # the templated, tokenized prompt
 
