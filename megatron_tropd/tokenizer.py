@@ -7,11 +7,11 @@ check_compatible(tokenizer, load_tokenizer("models/Llama-3.1-70B-Instruct"))
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_tropd.hf_folder import read_eos_ids
 from megatron_tropd.types import Prompt, UserError
 
 _MAX_DIFFERENCES = 5
@@ -23,7 +23,7 @@ class Tokenizer:
     Attributes:
         vocab_size: ids 0 .. vocab_size - 1 are the true vocabulary: no id above carries probability in either model.
         eos_id: the id that ends a written response.
-        eos_ids: every id that ends a generated one.
+        eos_ids: every id that ends a generated one, by the tokenizer and the files beside it; see endings.py.
         pad_id: fills sequences; never looked at.
         bos_id: None where the tokenizer puts none before a text.
     """
@@ -196,6 +196,8 @@ def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) ->
         raise UserError(f"tokenizer {path}: no such folder or .model file; give tokenizer.path.")
     has_hf = (path / "tokenizer.json").exists() or (path / "tokenizer_config.json").exists()
     if not has_hf and (path / "tokenizer.model").exists():
+        if template is None and (path / "chat_template.jinja").exists():  # a checkpoint carries the run's
+            template = _read_template(path / "chat_template.jinja")
         return SentencePieceTokenizer(path / "tokenizer.model", template)
     from transformers import AutoTokenizer
 
@@ -207,7 +209,7 @@ def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) ->
         ) from error
     if template is not None:
         tokenizer.chat_template = template
-    return HuggingFaceTokenizer(tokenizer, _generation_eos_ids(path))
+    return HuggingFaceTokenizer(tokenizer, set(read_eos_ids(path)))
 
 
 def _read_template(file: str | Path | None) -> str | None:
@@ -219,15 +221,6 @@ def _read_template(file: str | Path | None) -> str | None:
         raise UserError(
             f"tokenizer.chat_template={file} cannot be read ({error.strerror}); give a Jinja file."
         ) from error
-
-
-def _generation_eos_ids(path: Path) -> set[int]:
-    """Return eos_token_id of generation_config.json, one id or a list, if there is one."""
-    try:
-        ids = json.loads((path / "generation_config.json").read_text()).get("eos_token_id")
-    except (OSError, ValueError):
-        return set()
-    return set(ids) if isinstance(ids, list) else set() if ids is None else {ids}
 
 
 def check_compatible(student: Tokenizer, teacher: Tokenizer) -> None:
