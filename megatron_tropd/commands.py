@@ -57,19 +57,17 @@ def generate(arguments: argparse.Namespace) -> None:
     recipe = _model_recipe(arguments)
     recipe.data.prompts = arguments.prompts or recipe.data.prompts
     require(recipe, "data.prompts")
+    from megatron_tropd.decoding import make_sampling
     from megatron_tropd.generation import open_model, write_responses
     from megatron_tropd.prompts import load_prompts
-    from megatron_tropd.types import Sampling
 
     rollout = recipe.rollout
-    sampling = Sampling(
+    sampling = make_sampling(
+        rollout,
+        recipe.training.seed,
         samples_per_prompt=arguments.samples or 1,
-        max_new_tokens=arguments.max_new_tokens or rollout.max_new_tokens,
-        temperature=rollout.temperature if arguments.temperature is None else arguments.temperature,
-        top_k=rollout.top_k,
-        top_p=rollout.top_p,
-        stop=tuple(rollout.stop),
-        seed=recipe.training.seed,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
     )
     with open_model(recipe, arguments.model) as model:
         prompts = load_prompts(recipe.data.prompts, model.tokenizer, model.longest_prompt(sampling.max_new_tokens))
@@ -100,8 +98,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             problems,
             config,
             model.groups,
-            max_new_tokens=longest,
-            batch_size=recipe.rollout.max_batch_size,
+            rollout=recipe.rollout,
             seed=recipe.training.seed,
         )
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(result["finish_reasons"].items()))

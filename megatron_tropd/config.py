@@ -106,7 +106,7 @@ class RolloutConfig:
     temperature: float = _key(1.0, "sampling temperature; 0 is greedy", low=0)
     top_k: int = _key(0, "sample among the k most probable tokens; 0: all", low=0)
     top_p: float = _key(1.0, "sample from the nucleus of this mass; 1: all", above=0, high=1)
-    stop: list[str] = _key([], "strings that end a response")
+    stop: list[str] = _key([], "strings that end a response; a special token ends it as EOS does and is exported so")
     engine: str = _key("auto", "Megatron inference engine", ("auto", "dynamic", "static"))
     attention: str = _key(
         "auto",
@@ -215,6 +215,9 @@ class EvaluationConfig:
     interval: int = _key(0, "steps between evaluations; 0: none during training", low=0)
     samples: int = _key(1, "samples a problem; the accuracy is their mean", low=1)
     temperature: float = _key(0.0, "sampling temperature; 0 is greedy", low=0)
+    top_k: int | None = _key(None, "sample among the k most probable; default: rollout.top_k", low=0)
+    top_p: float | None = _key(None, "sample from this nucleus; default: rollout.top_p", above=0, high=1)
+    stop: list[str] | None = _key(None, "strings that end a response; default: rollout.stop")
     max_new_tokens: int | None = _key(None, "longest response; default: rollout.max_new_tokens", low=1)
     answer_pattern: str = _key("auto", "regex whose last match's group 1 is the answer; auto: boxed, ####, last number")
 

@@ -3,7 +3,7 @@
 An answer is the last `\\boxed{...}`, else what follows the last `####`, else the last number. Numbers are compared as
 exact fractions, other answers as normalised text; it does not do algebra (`x + 1` and `1 + x` differ).
 
-    result = evaluate(engine, problems, recipe.evaluation, groups)
+    result = evaluate(engine, problems, recipe.evaluation, groups, rollout=recipe.rollout)
     result["accuracy"]
 """
 
@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_tropd.config import EvaluationConfig
+from megatron_tropd.config import EvaluationConfig, RolloutConfig
+from megatron_tropd.decoding import make_sampling
 from megatron_tropd.errors import UserError
 from megatron_tropd.prompts import PromptEncoder, load_prompts
-from megatron_tropd.types import Prompt, Sampling
+from megatron_tropd.types import Prompt
 
 if TYPE_CHECKING:
     from megatron_tropd.parallel import ParallelGroups
@@ -107,27 +108,23 @@ def evaluate(
     config: EvaluationConfig,
     groups: ParallelGroups,
     *,
-    max_new_tokens: int = 512,
-    batch_size: int = 256,
+    rollout: RolloutConfig,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Answer every problem `config.samples` times and count the right answers; collective over all ranks.
 
     Problems are dealt to the data-parallel ranks and the results gathered, so every rank returns the same, whatever the
-    layout. The engine is asked for `batch_size` responses at a time; config.max_new_tokens goes first.
+    layout. Responses are drawn and end as `rollout` says where `config` says nothing itself, the temperature apart; the
+    engine is asked for rollout.max_batch_size of them at a time.
 
     Returns:
         accuracy, correct, total, mean_response_length, finish_reasons (counts) and samples (one dict a response).
     """
-    sampling = Sampling(
-        samples_per_prompt=config.samples,
-        max_new_tokens=config.max_new_tokens or max_new_tokens,
-        temperature=config.temperature,
-        seed=seed,
-    )
+    own = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "stop")}
+    sampling = make_sampling(rollout, seed, samples_per_prompt=config.samples, **own)
     mine = problems[groups.dp_rank :: groups.dp_size]
-    chunk = max(1, batch_size // config.samples)
+    chunk = max(1, rollout.max_batch_size // config.samples)
     graded: list[dict[str, Any]] = []
     with tqdm(total=len(mine), desc="evaluate", unit="problem", disable=not progress or dist.get_rank() > 0) as bar:
         for start in range(0, -(-len(problems) // groups.dp_size), chunk):  # as often on every rank

@@ -208,8 +208,7 @@ def _evaluate(run: Run, writer: MetricsWriter) -> None:
             run.problems,
             config,
             run.groups,
-            max_new_tokens=run.recipe.rollout.max_new_tokens,
-            batch_size=run.recipe.rollout.max_batch_size,
+            rollout=run.recipe.rollout,
             seed=run.recipe.training.seed,
         )
         record |= {"accuracy": result["accuracy"], "evaluation_response_length": result["mean_response_length"]}

@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 from helpers import run_distributed
 
-from megatron_tropd.config import EvaluationConfig, ModelConfig
+from megatron_tropd.config import EvaluationConfig, ModelConfig, RolloutConfig
 from megatron_tropd.errors import UserError
 from megatron_tropd.evaluation import evaluate, extract_answer, is_correct, load_problems, normalise_answer
 from megatron_tropd.types import Prompt, Rollouts
@@ -81,6 +81,34 @@ def test_problems_without_answers_are_named(tmp_path):
         load_problems(path, _WordTokenizer())
 
 
+class _Recorder:
+    """An engine that only notes how it is asked to draw."""
+
+    def generate(self, prompts, prefixes, sampling):
+        self.sampling = sampling
+        return Rollouts([], [], [], [], [], [], [])
+
+
+def _record_sampling(config, rollout):
+    from megatron_tropd.parallel import initialize, shutdown
+
+    groups, engine = initialize(ModelConfig()), _Recorder()
+    problem = Prompt(id="0", text="?", answer="1")
+    evaluate(engine, [problem], EvaluationConfig(**config), groups, rollout=RolloutConfig(**rollout), progress=False)
+    shutdown()
+    return engine.sampling
+
+
+def test_field_cases_a5_evaluation_takes_the_recipes_stop_and_sampling_and_its_own_first():
+    rollout = {"stop": ["\nQ:"], "top_k": 5, "top_p": 0.9, "temperature": 0.7, "max_new_tokens": 99}
+    (taken,) = run_distributed(_record_sampling, 1, {"samples": 1}, rollout)
+    assert (taken.stop, taken.top_k, taken.top_p, taken.max_new_tokens) == (("\nQ:",), 5, 0.9, 99)
+    assert taken.temperature == 0.0  # evaluation is greedy unless it says otherwise itself
+    own = {"stop": [], "top_k": 0, "top_p": 1.0, "temperature": 1.0, "max_new_tokens": 7}
+    (taken,) = run_distributed(_record_sampling, 1, own, rollout)
+    assert (taken.stop, taken.top_k, taken.top_p, taken.temperature, taken.max_new_tokens) == ((), 0, 1.0, 1.0, 7)
+
+
 class _Parrot:
     """An engine by rule: problem i is answered with i, and with i + 1 on its second sample."""
 
@@ -105,7 +133,14 @@ def _evaluate():
 
     groups = initialize(ModelConfig())
     problems = [Prompt(id=str(i), text="?", answer=str(i), index=i) for i in range(5)]
-    result = evaluate(_Parrot(), problems, EvaluationConfig(samples=2), groups, batch_size=4, progress=False)
+    result = evaluate(
+        _Parrot(),
+        problems,
+        EvaluationConfig(samples=2),
+        groups,
+        rollout=RolloutConfig(max_batch_size=4),
+        progress=False,
+    )
     shutdown()
     return result
 
