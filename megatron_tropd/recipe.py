@@ -174,6 +174,8 @@ def _set(tree: Any, key: str, value: Any, source: str) -> None:
     if key not in _FIELDS:
         _refuse_unknown(key, source)
     field = _FIELDS[key]
+    if key.endswith(".stop") and (isinstance(value, list) or OmegaConf.is_list(value)):
+        _check_stop_strings(key, list(value), source)
     if type(value) is int and "float" in field.type:
         value = float(value)  # OmegaConf does so but for keys that take a word as well
     try:
@@ -183,6 +185,24 @@ def _set(tree: Any, key: str, value: Any, source: str) -> None:
             f"{key}={value!r} ({source}): expected {_kind(field)} ({field.metadata['help']}); "
             f"{str(error).splitlines()[0].rstrip('.')}."
         ) from error
+
+
+def _check_stop_strings(key: str, value: list, source: str) -> None:
+    """Refuse stop strings that would end every response at once, or that are no texts."""
+    for place, text in enumerate(value):
+        problem = None
+        if not isinstance(text, str):
+            problem = f"is of type {type(text).__name__}, expected text; write it in quotes"
+        elif not text:
+            problem = "is empty and would end every response after its first token; remove it"
+        elif not text.strip(" \t"):
+            problem = "is blank and would end every response after its first word; remove it"
+        elif any("\ud800" <= letter <= "\udfff" for letter in text):
+            problem = "holds half of a surrogate pair, which no text has; write the whole character"
+        elif text in value[:place]:
+            problem = "stands there twice; keep one"
+        if problem:
+            raise UserError(f"{key} ({source}): stop string {place + 1}, {text!r}, {problem}.")
 
 
 def _refuse_unknown(key: str, source: str) -> None:

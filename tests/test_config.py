@@ -103,6 +103,40 @@ def test_wrong_values(override, message):
     assert message in _refused(override)
 
 
+@pytest.mark.parametrize("section", ["rollout", "evaluation"])
+@pytest.mark.parametrize(
+    ("stop", "message"),
+    [
+        ('[""]', "stop string 1, '', is empty"),
+        ('[a, "", b]', "stop string 2, '', is empty"),
+        ('[" \t"]', r"stop string 1, ' \t', is blank"),
+        ("[a, b, a]", "stop string 3, 'a', stands there twice"),
+        ("[7]", "stop string 1, 7, is of type int, expected text; write it in quotes"),
+        ("[null]", "stop string 1, None, is of type NoneType"),
+        ("[true]", "stop string 1, True, is of type bool"),
+        ("[[a]]", "stop string 1, ['a'], is of type"),
+        ("x", "expected list[str]"),
+        ("[a", "not valid YAML"),
+    ],
+)
+def test_field_cases_b10_stop_strings_that_end_everything_or_nothing_are_refused(tmp_path, section, stop, message):
+    refused = _refused(f"{section}.stop={stop}")
+    assert message in refused
+    assert f"{section}.stop" in refused
+    if message != "not valid YAML":
+        (tmp_path / "recipe.yaml").write_text(f"{section}:\n  stop: {stop}\n")
+        with pytest.raises(UserError) as error:
+            load_recipe(tmp_path / "recipe.yaml")
+        assert message in str(error.value)
+        assert "recipe.yaml" in str(error.value)
+
+
+def test_field_cases_b10_line_breaks_and_special_tokens_are_stop_strings():
+    recipe = load_recipe(None, ['rollout.stop=["\\n", "\\n\\n", "<|im_end|>", "7"]', "evaluation.stop=[]"])
+    assert recipe.rollout.stop == ["\n", "\n\n", "<|im_end|>", "7"]
+    assert (recipe.evaluation.stop, load_recipe(None).evaluation.stop) == ([], None)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
