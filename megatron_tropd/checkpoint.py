@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,13 @@ class TrainingState:
 
 
 def save(
-    directory: str | Path, student: Student, state: TrainingState, hf_path: str | Path, recipe_file: Path, keep: int
+    directory: str | Path,
+    student: Student,
+    state: TrainingState,
+    hf_path: str | Path,
+    recipe_file: Path,
+    keep: int,
+    finish_folder: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write checkpoint `directory/step_<step>`; collective over all ranks.
 
@@ -62,13 +69,14 @@ def save(
         hf_path: Hugging Face folder whose config and tokenizer go along.
         recipe_file: the run's resolved recipe.
         keep: newest checkpoints kept, 0 for all; older ones are removed after the new one is whole.
+        finish_folder: called with the checkpoint's own copy of that folder, on rank 0, before it is whole.
     """
     directory = Path(directory)
     final = directory / f"step_{state.step:06d}"
     temporary = directory / f".{final.name}.tmp"
     student.gather_parameters(wait=True)
     on_rank_zero(lambda: _fresh_folder(temporary))
-    save_checkpoint_weights(student.modules, temporary / "model", hf_path)
+    save_checkpoint_weights(student.modules, temporary / "model", hf_path, finish_folder)
     on_rank_zero(lambda: (temporary / "optimizer").mkdir())
     with student.training_state():
         save_sharded(_optimizer_state(student, is_loading=False), str(temporary / "optimizer"))

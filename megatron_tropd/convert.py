@@ -9,12 +9,12 @@ A weights checkpoint holds Megatron's files, `hf/` (config.json and tokenizer, s
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_tropd.config import ModelConfig
+from megatron_tropd.hf_folder import GENERATION_CONFIG, TOKENIZER_FILES, copy_files
 from megatron_tropd.hf_weights import SafetensorsFolder, load_hf_weights, save_hf_weights
 from megatron_tropd.manifest import MANIFEST, find_damage, write_manifest
 from megatron_tropd.megatron_compat import save_sharded
@@ -36,10 +37,7 @@ from megatron_tropd.verify import check_host_memory, logit_difference
 logger = logging.getLogger(__name__)
 
 HF_FOLDER = "hf"
-_CARRIED = (  # what of a Hugging Face folder goes along with the weights
-    *("config.json", "generation_config.json", "tokenizer*", "*.model", "vocab.json", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template*", "LICENSE*"),
-)
+_CARRIED = ("config.json", GENERATION_CONFIG, "LICENSE*", *TOKENIZER_FILES)  # goes along with the weights
 _ARCHITECTURE = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "vocab_size", "tie_word_embeddings"),
@@ -100,21 +98,27 @@ def load_model_weights(chunks: list[torch.nn.Module], model: ModelConfig, groups
         load_hf_weights(chunks, load_hf_config(model.hf_path), model.hf_path, groups)
 
 
-def save_checkpoint_weights(chunks: list[torch.nn.Module], directory: str | Path, hf_path: str | Path) -> None:
+def save_checkpoint_weights(
+    chunks: list[torch.nn.Module],
+    directory: str | Path,
+    hf_path: str | Path,
+    finish_folder: Callable[[Path], None] | None = None,
+) -> None:
     """Write a weights checkpoint into `directory`, which is made; collective over all ranks.
 
     Args:
         chunks: this rank's model chunks.
         directory: not atomic by itself: write under a temporary name and rename.
         hf_path: folder whose config.json and tokenizer go along.
+        finish_folder: called with their copies' folder, on rank 0, before the checkpoint is whole.
     """
     directory = Path(directory)
 
     def complete() -> None:
         (directory / HF_FOLDER).mkdir()
-        for file in sorted(Path(hf_path).iterdir()):
-            if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in _CARRIED):
-                shutil.copy(file, directory / HF_FOLDER / file.name)
+        copy_files(hf_path, directory / HF_FOLDER, _CARRIED)
+        if finish_folder is not None:
+            finish_folder(directory / HF_FOLDER)
         write_manifest(directory)
 
     on_rank_zero(lambda: directory.mkdir(parents=True))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from megatron_tropd import preflight
 from megatron_tropd.config import ModelConfig, Recipe, RolloutConfig
 from megatron_tropd.convert import load_model_weights, resolve_hf_path
+from megatron_tropd.endings import Endings, find_endings
 from megatron_tropd.environment import gather
 from megatron_tropd.errors import UserError
 from megatron_tropd.metrics import read_records
@@ -42,6 +43,7 @@ class OpenModel:
     groups: ParallelGroups
     hf_config: Any
     tokenizer: Tokenizer
+    endings: Endings
 
     def longest_prompt(self, max_new_tokens: int) -> int:
         """Return the tokens that a response of `max_new_tokens` leaves for the prompt; UserError if there are none."""
@@ -61,7 +63,9 @@ class OpenModel:
         # without prompts would stay away.
         dist.barrier()
         context = self.hf_config.max_position_embeddings
-        return RolloutEngine(chunks, self.tokenizer, self.groups, self.rollout, max_sequence_length=context)
+        return RolloutEngine(
+            chunks, self.tokenizer, self.groups, self.rollout, max_sequence_length=context, endings=self.endings
+        )
 
 
 @contextlib.contextmanager
@@ -72,7 +76,8 @@ def open_model(recipe: Recipe, role: str) -> Iterator[OpenModel]:
     with process_groups(config, recipe.training.seed, timeout_minutes=recipe.training.timeout_minutes) as groups:
         hf_path = resolve_hf_path(config, role)
         tokenizer = load_tokenizer(recipe.tokenizer.path or hf_path, recipe.tokenizer.chat_template)
-        yield OpenModel(role, config, recipe.rollout, groups, load_hf_config(hf_path), tokenizer)
+        endings = find_endings(recipe, role, tokenizer)
+        yield OpenModel(role, config, recipe.rollout, groups, load_hf_config(hf_path), tokenizer, endings)
 
 
 def write_responses(

@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 from megatron_tropd.config import GuidanceConfig
+from megatron_tropd.endings import Endings
 from megatron_tropd.errors import UserError
 from megatron_tropd.tokenizer import Tokenizer
 from megatron_tropd.types import Prompt
@@ -67,6 +68,7 @@ class Guidance:
         max_tokens: int,
         enabled: bool = True,
         whole_response: bool = False,
+        endings: Endings | None = None,
     ):
         """Prepare the schedule and read `guidance.responses`, if the recipe names them.
 
@@ -77,9 +79,11 @@ class Guidance:
             max_tokens: longest response, prefix included (`rollout.max_new_tokens`).
             enabled: False for objectives without guidance: every prefix is empty.
             whole_response: `sft` and `seqkd`: every prefix is the whole response with EOS, whatever the schedule.
+            endings: which EOS follows a response; default: the tokenizer's.
         """
         self.config, self.steps, self.tokenizer, self.max_tokens = config, steps, tokenizer, max_tokens
         self.whole_response = whole_response
+        self.endings = endings or Endings.of(tokenizer)
         self.enabled = whole_response or (enabled and config.schedule != "none")
         self._responses = load_responses(config.responses) if self.enabled and config.responses else {}
         self._tokens: dict[str, list[int]] = {}
@@ -123,5 +127,8 @@ class Guidance:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if prompt.id not in self._tokens:
-            self._tokens[prompt.id] = self.tokenizer.encode_response(self._response(prompt), add_eos=True)
+            tokens = self.tokenizer.encode_response(self._response(prompt))
+            if not tokens or tokens[-1] not in self.endings.eos:  # some data sets write it into the text
+                tokens = [*tokens, self.endings.eos_after(prompt, self.tokenizer)]
+            self._tokens[prompt.id] = tokens
         return self._tokens[prompt.id]

@@ -17,8 +17,9 @@ import torch
 from megatron_tropd import cpu_compat
 from megatron_tropd.config import RolloutConfig
 from megatron_tropd.decode_graphs import graph_obstacle
+from megatron_tropd.decoding import Stops
 from megatron_tropd.device_memory import free_device_gb, least_of_replica
-from megatron_tropd.end_of_text import EndOfText
+from megatron_tropd.endings import Endings
 from megatron_tropd.kv_cache import CPU_BLOCK_TOKENS, CUDA_BLOCK_TOKENS, cache_bytes, rounded_requests
 from megatron_tropd.megatron_attention_compat import choose_attention, inference_attention
 from megatron_tropd.megatron_engine_compat import prefill_tokens, run_dynamic_engine, run_static_engine
@@ -41,17 +42,18 @@ class RolloutEngine:
         groups: ParallelGroups,
         config: RolloutConfig,
         max_sequence_length: int,
-        end: EndOfText | None = None,
+        endings: Endings | None = None,
     ):
         """Describe the engine; nothing is allocated yet.
 
         Args:
             chunks: this rank's bare GPTModel chunks, one or, interleaved, several.
-            tokenizer: its vocabulary bounds what is drawn; its EOS ids end responses.
+            tokenizer: its vocabulary bounds what is drawn.
             groups: process groups of the model.
             config: `rollout.*`: engine, max_batch_size, kv_cache_gb.
             max_sequence_length: the model's context.
-            end: end-of-text ids that are one event, whose log-prob is then that of all of them.
+            endings: what ends a response, and which of these ids are one event, whose log-prob is then that of all
+                of them; default: what the tokenizer says.
 
         Raises:
             UserError: the static engine with replicas that share experts.
@@ -61,7 +63,8 @@ class RolloutEngine:
         self.groups = groups
         self.config = config
         self.max_sequence_length = max_sequence_length
-        self.end = end or EndOfText()
+        self.endings = endings or Endings.of(tokenizer)
+        self.end = self.endings.end_of_text()
         if self._use_static() and groups.lockstep:
             raise UserError("rollout.engine=static knows no experts shared by replicas; use rollout.engine=dynamic.")
         if self._use_static() and groups.cp_size > 1 and not attends_whole_sequences(chunks):
@@ -106,7 +109,7 @@ class RolloutEngine:
 
     def _response(self, prompt: Prompt, prefix: list[int], sample_id: int, sampling: Sampling) -> Response:
         response = Response(prompt, sample_id, prefix, budget=0)
-        if prefix and prefix[-1] in self.tokenizer.eos_ids:
+        if prefix and prefix[-1] in self.endings.eos:
             response.finish_reason = "prefix"
             return response
         room = self.max_sequence_length - len(response.start)
@@ -194,9 +197,11 @@ class RolloutEngine:
         run_static_engine(model, self._sampler(responses, sampling), self.tokenizer, self.groups)
 
     def _sampler(self, responses: list[Response], sampling: Sampling) -> Sampler:
-        return Sampler(responses, self.tokenizer, sampling, self.groups, self.tokenizer.vocab_size, self.end)
+        shared = (self.groups, self.tokenizer.vocab_size, self.endings, self.end)
+        return Sampler(responses, self.tokenizer, sampling, *shared)
 
     def _as_rollouts(self, responses: list[Response], sampling: Sampling) -> Rollouts:
+        stops = Stops.of(self.tokenizer, sampling.stop)
         return Rollouts(
             tokens=[r.start + r.tokens for r in responses],
             prompt_lengths=[len(r.prompt.tokens) for r in responses],
@@ -206,12 +211,10 @@ class RolloutEngine:
             finish_reasons=[r.finish_reason for r in responses],
             sample_ids=[r.sample_id for r in responses],
             prompts=[r.prompt for r in responses],
-            texts=[self._text(r, sampling.stop) for r in responses],
+            texts=[self._text(r, stops) for r in responses],
         )
 
-    def _text(self, response: Response, stop: tuple[str, ...]) -> str:
-        text = self.tokenizer.decode(response.tokens)
+    def _text(self, response: Response, stops: Stops) -> str:
         if response.finish_reason == "stop":
-            places = [text.find(s) for s in stop if s in text]
-            text = text[: min(places)] if places else text
-        return text
+            return stops.cut(self.tokenizer.decode, response.tokens)
+        return self.tokenizer.decode(response.tokens)

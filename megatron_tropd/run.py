@@ -15,8 +15,10 @@ import torch.distributed as dist
 from megatron_tropd import checkpoint
 from megatron_tropd.config import Recipe
 from megatron_tropd.convert import load_model_weights
+from megatron_tropd.decoding import make_sampling
 from megatron_tropd.divergence import Divergence
 from megatron_tropd.end_of_text import EndOfText
+from megatron_tropd.endings import Endings, find_endings
 from megatron_tropd.evaluation import extract_answer, load_problems
 from megatron_tropd.guidance import Guidance
 from megatron_tropd.held_out import HeldOut, load_held_out
@@ -82,17 +84,12 @@ class Run:
 
     def sampling(self, step: int) -> Sampling:
         """Return how this step's responses are drawn."""
-        rollout = self.recipe.rollout
-        return Sampling(
-            samples_per_prompt=rollout.samples_per_prompt if self.objective.needs_rollout else 1,
-            max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature,
-            top_k=rollout.top_k,
-            top_p=rollout.top_p,
-            stop=tuple(rollout.stop),
-            seed=self.recipe.training.seed,
-            step=step,
-        )
+        samples = None if self.objective.needs_rollout else 1
+        return make_sampling(self.recipe.rollout, self.recipe.training.seed, step, samples_per_prompt=samples)
+
+    def finish_folder(self, folder: Path) -> None:
+        """Let the Hugging Face folder of a checkpoint tokenize and end responses as the run does."""
+        self.engine.endings.finish_folder(folder, self.recipe, self.tokenizer)
 
 
 def set_up(recipe: Recipe, groups: ParallelGroups, partition: Partition | None = None) -> Run:
@@ -111,13 +108,14 @@ def set_up(recipe: Recipe, groups: ParallelGroups, partition: Partition | None =
     objective = build_objective(recipe.objective, recipe.guidance, recipe.training.seed)
     hf_path, hf_config, tokenizer = load_student_tokenizer(recipe)
     files = check_teacher(recipe, tokenizer) if objective.needs_teacher else None
+    endings = files.endings if files else find_endings(recipe, "student", tokenizer)
     teacher_groups = build_groups(recipe.teacher, groups) if files and not partition else groups
     context = hf_config.max_position_embeddings
     max_prompt = _longest_prompt(recipe, context)
     prompts = load_prompts(recipe.data.prompts, tokenizer, max_prompt)
     problems = _load_problems(recipe, tokenizer, context)
     held_out_prompts = _load_held_out(recipe, tokenizer, max_prompt)
-    guidance = _load_guidance(recipe, tokenizer, objective, prompts)
+    guidance = _load_guidance(recipe, tokenizer, endings, objective, prompts)
     longest_prompt = max(len(prompt.tokens) for prompt in prompts)
     _check_budget(recipe, longest_prompt)
 
@@ -125,14 +123,14 @@ def set_up(recipe: Recipe, groups: ParallelGroups, partition: Partition | None =
     modules = build_model(hf_config, recipe.student, groups, role="student", **fixed)
     load_model_weights(modules, recipe.student, groups)
     student = build_student(modules, recipe.training, groups, tokenizer.vocab_size)
-    end = student.end = files.end if files else EndOfText()
+    student.end = endings.end_of_text() if files else EndOfText()
     teacher = None
     if files:
         models = (groups, teacher_groups, partition)
         teacher = open_teacher(recipe, *models, files, objective, tokenizer.vocab_size)
     divergences = _open_divergences(recipe, student, objective, teacher, held_out_prompts)
     student.divergence = divergences.get("objective")
-    engine = RolloutEngine(modules, tokenizer, groups, recipe.rollout, max_sequence_length=context, end=end)
+    engine = RolloutEngine(modules, tokenizer, groups, recipe.rollout, max_sequence_length=context, endings=endings)
     source = PromptSource(prompts, seed=recipe.data.seed, shuffle=recipe.data.shuffle)
     held_out = _build_held_out(recipe, student, held_out_prompts, tokenizer, teacher, divergences.get("held_out"))
     folder = Path(recipe.logging.dir)
@@ -195,7 +193,9 @@ def _longest_prompt(recipe: Recipe, context: int) -> int:
     return min(room, recipe.data.max_prompt_tokens or room)
 
 
-def _load_guidance(recipe: Recipe, tokenizer: Tokenizer, objective: Objective, prompts: list[Prompt]) -> Guidance:
+def _load_guidance(
+    recipe: Recipe, tokenizer: Tokenizer, endings: Endings, objective: Objective, prompts: list[Prompt]
+) -> Guidance:
     guidance = Guidance(
         recipe.guidance,
         recipe.training.steps,
@@ -203,6 +203,7 @@ def _load_guidance(recipe: Recipe, tokenizer: Tokenizer, objective: Objective, p
         max_tokens=recipe.rollout.max_new_tokens,
         whole_response=not objective.needs_rollout,
         enabled=objective.uses_guidance,
+        endings=endings,
     )
     guidance.check(prompts)
     return guidance

@@ -7,7 +7,6 @@ teacher = build_teacher(recipe, groups, teacher_groups, files, objective, tokeni
 from __future__ import annotations
 
 import dataclasses
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 
 from megatron_tropd.config import Recipe
 from megatron_tropd.convert import load_model_weights, resolve_hf_path
-from megatron_tropd.end_of_text import EndOfText
+from megatron_tropd.endings import Endings, find_endings
 from megatron_tropd.exchange import Exchange
 from megatron_tropd.model import build_model, load_hf_config
 from megatron_tropd.model_checks import check_sizes
@@ -28,8 +27,6 @@ from megatron_tropd.teacher import TeacherHook
 from megatron_tropd.tokenizer import Tokenizer, check_compatible, load_tokenizer
 from megatron_tropd.types import UserError
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class TeacherFiles:
@@ -37,7 +34,7 @@ class TeacherFiles:
 
     hf_path: Path
     hf_config: Any
-    end: EndOfText  # end-of-text ids to merge, at all of which rollouts then end
+    endings: Endings  # of the student's responses
 
 
 def load_student_tokenizer(recipe: Recipe) -> tuple[Path, Any, Tokenizer]:
@@ -50,7 +47,7 @@ def load_student_tokenizer(recipe: Recipe) -> tuple[Path, Any, Tokenizer]:
 
 
 def check_teacher(recipe: Recipe, tokenizer: Tokenizer) -> TeacherFiles:
-    """Read the teacher's configuration and tokenizer; its end-of-text ids become `tokenizer`'s too.
+    """Read the teacher's configuration and tokenizer, and what ends responses with both models' ids.
 
     Raises:
         UserError: its layout does not fit its sizes, or its vocabulary is not the student's.
@@ -59,18 +56,9 @@ def check_teacher(recipe: Recipe, tokenizer: Tokenizer) -> TeacherFiles:
     hf_config = load_hf_config(hf_path)
     check_sizes(hf_config, recipe.teacher, "teacher")
     _check_vocabulary(tokenizer, hf_config, "teacher")
-    if not recipe.tokenizer.check_compatibility:
-        return TeacherFiles(hf_path, hf_config, EndOfText())
-    other = load_tokenizer(hf_path)
-    check_compatible(tokenizer, other)
-    if tokenizer.eos_ids == other.eos_ids:
-        return TeacherFiles(hf_path, hf_config, EndOfText())
-    logger.warning(
-        "student and teacher end with different ids, %s and %s: all of them are one event",
-        *(sorted(t.eos_ids) for t in (tokenizer, other)),
-    )
-    tokenizer.eos_ids |= other.eos_ids
-    return TeacherFiles(hf_path, hf_config, EndOfText(tokenizer.eos_ids))
+    if recipe.tokenizer.check_compatibility:
+        check_compatible(tokenizer, load_tokenizer(hf_path))
+    return TeacherFiles(hf_path, hf_config, find_endings(recipe, "student", tokenizer))
 
 
 def _check_vocabulary(tokenizer: Tokenizer, hf_config: Any, role: str) -> None:
@@ -152,5 +140,5 @@ def _hook(
         implementation=recipe.objective.kernel,
         exchange=exchange,
         offload=recipe.teacher.offload,
-        end=files.end,
+        end=files.endings.end_of_text(),
     )

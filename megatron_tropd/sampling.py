@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.counter_rng import STREAM_SAMPLING, counter_uniform
+from megatron_tropd.decoding import Stops
 from megatron_tropd.end_of_text import EndOfText
+from megatron_tropd.endings import Endings
 from megatron_tropd.types import Prompt, Sampling
 
 ELEMENTS_AT_ONCE = 1 << 25  # bounds the [rows, v] temporaries of one draw: 128 MiB in fp32, 256 MiB in fp64
@@ -113,6 +115,7 @@ class Sampler:
         sampling: Sampling,
         groups,
         vocab_size: int,
+        endings: Endings | None = None,
         end: EndOfText | None = None,
     ):
         self.responses = list(responses)
@@ -120,7 +123,8 @@ class Sampler:
         self._sampling = sampling
         self._device = groups.device
         self._vocab_size = vocab_size
-        self._eos_ids = set(tokenizer.eos_ids)
+        self._stops = Stops.of(tokenizer, sampling.stop)
+        self._end_ids = (endings or Endings.of(tokenizer)).eos | self._stops.ids
         self._end = end or EndOfText()
         self._sample_ids = torch.tensor([r.sample_id for r in responses], dtype=torch.int64, device=groups.device)
         self._group = groups.mp if groups.mp.size() > 1 else None
@@ -130,8 +134,8 @@ class Sampler:
         self._draws = groups.rank == self._source
         assert not self._draws or (groups.is_last_stage and groups.tp_rank == 0), "unexpected order of ranks"
         # Any token holds at least one byte of text, so this many of them surely cover a stop string just completed.
-        self._stop_window = max((len(s.encode()) for s in sampling.stop), default=0) + 4
-        self._stop_ends = {s[-1] for s in sampling.stop if s}
+        self._stop_window = max((len(s.encode()) for s in self._stops.texts), default=0) + 4
+        self._stop_ends = {s[-1] for s in self._stops.texts}
         self._may_stop: dict[int, bool] = {}  # by token id
 
     def add_filler(self) -> int:
@@ -177,9 +181,9 @@ class Sampler:
         response = self.responses[row]
         response.tokens.append(int(token))
         response.logprobs.append(logprob)
-        if int(token) in self._eos_ids:
+        if int(token) in self._end_ids:
             response.finish_reason = "eos"
-        elif self._can_end_stop_string(int(token)) and self._has_stop_string(response.tokens[-self._stop_window :]):
+        elif self._can_end_stop_string(int(token)) and self._has_stop_string(response.tokens):
             response.finish_reason = "stop"
         elif len(response.tokens) >= response.budget:
             response.finish_reason = "length"
@@ -194,11 +198,10 @@ class Sampler:
         if not self._stop_ends:
             return False
         if token not in self._may_stop:
-            text = self._tokenizer.decode([token])
+            text = self._stops.decode(self._tokenizer.decode, [token])
             blank = any(end.isspace() for end in self._stop_ends)
             self._may_stop[token] = blank or "\ufffd" in text or not self._stop_ends.isdisjoint(text)
         return self._may_stop[token]
 
     def _has_stop_string(self, tokens: list[int]) -> bool:
-        text = self._tokenizer.decode(tokens)
-        return any(stop in text for stop in self._sampling.stop)
+        return self._stops.found(self._tokenizer.decode, tokens[-self._stop_window :])

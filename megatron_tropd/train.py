@@ -228,6 +228,7 @@ def _save(run: Run) -> None:
         run.hf_path,
         run.folder / "recipe.yaml",
         run.recipe.checkpoint.keep,
+        run.finish_folder,
     )
     logger.info("saved %s", path)
 

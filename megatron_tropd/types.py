@@ -73,7 +73,9 @@ class Rollouts:
     prefix_lengths: list[int]
     lengths: list[int]
     logprobs: list[list[float]]
-    finish_reasons: list[str]  # "eos" | "stop" | "length" | "prefix" (the prefix was a whole response)
+    # "eos" (an end-of-text id, or a special token named as stop string) | "stop" (another stop string) | "length" |
+    # "prefix" (the prefix was a whole response)
+    finish_reasons: list[str]
     sample_ids: list[int]  # global and layout-independent: prompt.index * samples_per_prompt + sample number
     prompts: list[Prompt] = field(default_factory=list)  # the prompt of each sample
     texts: list[str] = field(default_factory=list)  # decoded student tokens, special tokens and stop string left out

@@ -99,9 +99,11 @@ def test_a_run_whose_models_end_differently_is_the_same_in_other_layouts(tmp_pat
     for name, processes, layout in (
         ("single", 1, []),
         ("other", 2, ["student.tensor_model_parallel_size=2", "teacher.pipeline_model_parallel_size=2"]),
+        ("apart", 2, ["teacher.ranks=dedicated"]),
     ):
         run_distributed(train_rank, processes, overrides_of(tmp_path, tmp_path / name, *layout))
         runs[name] = records(tmp_path / name)
-    assert_same(runs["other"], runs["single"], tolerance=2e-4)
+    for name in ("other", "apart"):
+        assert_same(runs[name], runs["single"], tolerance=2e-4)
     assert sum(r["finish_eos"] for r in runs["single"]) > 0
     assert all(r["logprob_mismatch"] < 1e-4 for r in runs["single"] if "logprob_mismatch" in r)

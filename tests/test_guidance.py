@@ -7,6 +7,7 @@ import pytest
 from tiny_models import make_tokenizer
 
 from megatron_tropd.config import GuidanceConfig
+from megatron_tropd.endings import Endings
 from megatron_tropd.errors import UserError
 from megatron_tropd.guidance import Guidance, load_responses, prefix_fraction
 from megatron_tropd.tokenizer import HuggingFaceTokenizer
@@ -49,6 +50,16 @@ def test_a_prefix_is_the_floor_of_its_share_of_the_response_with_eos(tokenizer):
     assert middle == whole[:4]
     assert late == whole[:1]  # floor(0.146 * 8)
     assert guidance.prefixes([prompt()], 8) == [[]]
+
+
+def test_a_chats_response_ends_as_its_template_ends_a_turn(tokenizer):
+    endings = Endings(frozenset({tokenizer.eos_id, 9}), turn_end=9)
+    guidance = Guidance(GuidanceConfig(), 8, tokenizer, max_tokens=100, endings=endings)
+    text, chat = prompt(), Prompt(id="c", messages=[{"role": "user", "content": "?"}], teacher_response="0123456")
+    written = Prompt(id="w", text="?", teacher_response="0123456</s>")
+    (of_text,), (of_chat,), (of_written,) = (guidance.prefixes([p], 0) for p in (text, chat, written))
+    assert of_text == of_written == [*tokenizer.encode("0123456"), tokenizer.eos_id]  # not twice
+    assert of_chat == [*tokenizer.encode("0123456"), 9]
 
 
 def test_prefixes_are_cut_to_the_longest_response(tokenizer):

@@ -115,8 +115,11 @@ class _Letters:
     def decode(self, ids):
         return "".join(chr(97 + i) for i in ids)
 
+    def pieces(self):
+        return {i: chr(97 + i) for i in range(26)}
 
-def _sampler(monkeypatch, responses, **options):
+
+def _sampler(monkeypatch, responses, tokenizer=None, **options):
     groups = SimpleNamespace(
         device=torch.device("cpu"),
         mp=SimpleNamespace(size=lambda: 1),
@@ -128,7 +131,7 @@ def _sampler(monkeypatch, responses, **options):
     )
     groups.is_last_stage = True
     monkeypatch.setattr(sampling.dist, "get_process_group_ranks", lambda group: [0])
-    return Sampler(responses, _Letters(), Sampling(temperature=0, **options), groups, vocab_size=26)
+    return Sampler(responses, tokenizer or _Letters(), Sampling(temperature=0, **options), groups, vocab_size=26)
 
 
 def _feed(sampler, rows, text):
@@ -170,6 +173,30 @@ def test_the_end_id_goes_before_the_budget(monkeypatch):
     sampler = _sampler(monkeypatch, responses, stop=("b",))
     assert _feed(sampler, [0, 1], "zb") == [True, True]
     assert [r.finish_reason for r in responses] == ["eos", "stop"]
+
+
+class _Marked(_Letters):
+    """Letter u is the special token <end>, which decoding leaves out."""
+
+    def decode(self, ids):
+        return super().decode([i for i in ids if i != 20])
+
+    def pieces(self):
+        return {**super().pieces(), 20: "<end>"}
+
+
+def test_field_cases_a4_special_tokens_in_stop_strings_end_responses(monkeypatch):
+    responses = _responses(9, 9, 9)
+    sampler = _sampler(monkeypatch, responses, tokenizer=_Marked(), stop=("<end>",))
+    assert _feed(sampler, [0, 1, 2], "uaz") == [True, False, True]
+    assert [r.finish_reason for r in responses] == ["eos", None, "eos"]
+
+    responses = _responses(9, 9, 9)
+    sampler = _sampler(monkeypatch, responses, tokenizer=_Marked(), stop=("a<end>b", "c<end>"))
+    assert _feed(sampler, [0, 1, 2], "aac") == [False, False, False]
+    assert _feed(sampler, [0, 1, 2], "ubu") == [False, False, True]
+    assert _feed(sampler, [0, 1], "bu") == [True, False]
+    assert [r.finish_reason for r in responses] == ["stop", None, "stop"]
 
 
 class _CountingLetters(_Letters):
