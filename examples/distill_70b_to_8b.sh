@@ -116,7 +116,7 @@ main() {
   local layout=(--tensor-model-parallel-size "$tp" --pipeline-model-parallel-size "$pp")
   local student_layout=(--tensor-model-parallel-size "$student_tp" --pipeline-model-parallel-size "$student_pp")
   local settings=("$RECIPE" teacher.checkpoint="$RUN/teacher" student.checkpoint="$RUN/student")
-  settings+=(tokenizer.path="$TEACHER") # the base model's has no chat template and does not end a turn
+  settings+=(tokenizer.path="$TEACHER") # the base model's has no chat template; the checkpoints carry this one
   settings+=(data.prompts="$PROMPTS" logging.dir="$RUN/train")
   settings+=(teacher.tensor_model_parallel_size="$tp" teacher.pipeline_model_parallel_size="$pp")
   settings+=(student.tensor_model_parallel_size="$student_tp" student.pipeline_model_parallel_size="$student_pp")
@@ -163,12 +163,7 @@ main() {
   stage export "Exporting the student to Hugging Face format" \
     python tools/convert_mcore_to_hf.py --checkpoint "$checkpoint" --output "$export" "${student_layout[@]}"
 
-  if [[ $IS_FIRST == 1 ]]; then # it was trained with the teacher's chat template and end of turn: they go along
-    for file in "$TEACHER"/{tokenizer*,special_tokens_map.json,chat_template*,generation_config.json}; do
-      [[ ! -f $file ]] || cp "$file" "$export/"
-    done
-    megatron-tropd report "$RUN/train"
-  fi
+  [[ $IS_FIRST == 0 ]] || megatron-tropd report "$RUN/train"
   say "== All stages are whole after $SECONDS s: $export, $evaluation, $RUN/train/report.html"
 }
 

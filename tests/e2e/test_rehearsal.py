@@ -111,6 +111,8 @@ def _check_outputs(run):
     assert trained.dtype == torch.bfloat16
     tokenizer = AutoTokenizer.from_pretrained(export)
     assert tokenizer.eos_token == "<|eot_id|>"  # the teacher's: it writes turns of a chat now
+    ends = json.loads((export / "generation_config.json").read_text())["eos_token_id"]
+    assert sorted(ends) == sorted(tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"]))  # both models'
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "What is 2 + 2?"}], tokenize=False)
     ids = tokenizer(ids, add_special_tokens=False, return_tensors="pt").input_ids
     with torch.no_grad():
