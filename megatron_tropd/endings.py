@@ -29,11 +29,11 @@ from megatron_tropd.types import Prompt
 
 logger = logging.getLogger(__name__)
 
-_ANSWER = "answer"
+_QUESTION, _ANSWER = "Good morning", "answer"
 _TURNS = [
-    {"role": "user", "content": "Hello"},
+    {"role": "user", "content": _QUESTION},
     {"role": "assistant", "content": _ANSWER},
-    {"role": "user", "content": "Hello"},
+    {"role": "user", "content": _QUESTION},
 ]
 
 
@@ -132,12 +132,21 @@ def find_turn_end(tokenizer: Tokenizer) -> int | None:
         ids = tokenizer.encode_prompt(Prompt("", messages=_TURNS))
     except Exception:  # whatever a template raises; a prompt that it refuses is named where it is read
         return None
-    count = tokenizer.decode(ids).count(_ANSWER)  # a template may say the word itself, before it
-    end = next(n for n in range(len(ids) + 1) if tokenizer.decode(ids[:n]).count(_ANSWER) == count)
     pieces = tokenizer.pieces()
-    for token in ids[end:] if count else []:
-        if special_tokens(tokenizer, pieces[token].__eq__):
-            return token
+
+    def is_special(token: int) -> bool:
+        return bool(special_tokens(tokenizer, pieces[token].__eq__))
+
+    def place_after(text: str, count: int) -> int:
+        return next(n for n in range(len(ids) + 1) if tokenizer.decode(ids[:n]).count(text) == count)
+
+    whole = tokenizer.decode(ids)
+    if not (_QUESTION in whole and _ANSWER in whole):
+        return None
+    opening = [token for token in ids[: place_after(_QUESTION, 1)] if is_special(token)][-1:]
+    for token in ids[place_after(_ANSWER, whole.count(_ANSWER)) :]:
+        if is_special(token):  # without an end of its own, a turn is followed by the opening of the next
+            return None if token in (*opening, tokenizer.bos_id) else token
         if tokenizer.decode([token]).strip():
             break
     return None
