@@ -216,7 +216,17 @@ class EvaluationConfig:
     samples: int = _key(1, "samples a problem; the accuracy is their mean", low=1)
     temperature: float = _key(0.0, "sampling temperature; 0 is greedy", low=0)
     max_new_tokens: int | None = _key(None, "longest response; default: rollout.max_new_tokens", low=1)
-    answer_pattern: str = _key("auto", "regex whose last match's group 1 is the answer; auto: boxed, ####, last number")
+    answer_pattern: str = _key(
+        "auto",
+        "regex whose last match's group 1 is the answer; auto: boxed, ####, what follows 'answer is', last number",
+    )
+    grader: str = _key(
+        "auto",
+        "how answers are compared; math: as numbers, forms and algebra; multiple_choice: the option's letter; exact: "
+        "as text but for case, spaces and a full stop; auto: math",
+        ("auto", "math", "multiple_choice", "exact"),
+    )
+    grader_timeout: float = _key(5.0, "CPU seconds after which a comparison counts as wrong", above=0)
 
 
 @dataclass
