@@ -1,4 +1,4 @@
-r"""Decides whether two expressions or relations are the same: exactly where they are rational, else by 50 digits.
+r"""Decides whether two expressions or relations are the same: exactly where they are rational, else by many digits.
 
 Values are compared at fixed points, some of them negative. No CUDA, torch or Megatron is imported: grading_worker.py
 runs this under limits of time and memory.
@@ -15,7 +15,8 @@ from typing import Any
 from megatron_tropd.expression_parser import parse
 from megatron_tropd.expressions import LARGEST, Node, UnsureError, exact, names
 
-_DIGITS = 50
+_DIGITS = 50  # and as many as the expressions have: a decimal of many digits is still not π
+_UNSURE_DIGITS = 15  # of those, lost to rounding
 _CONSTANTS = {"pi", "e", "i"}
 
 
@@ -25,6 +26,7 @@ def same_value(left: str, right: str) -> bool:
     values = exact(first), exact(second)
     if None not in values:
         return values[0] == values[1]
+    _set_digits(left, right)
     pairs = [(a, b) for a, b in _values((first, second)) if _comparable(first, second, a, b)]
     needed = 3 if (names(first) | names(second)) - _CONSTANTS else 1
     if len(pairs) < needed:
@@ -37,11 +39,18 @@ def same_relation(left: str, right: str, ordered: bool) -> bool:
     first, second = parse(left), parse(right)
     if not (names(first) | names(second)) - _CONSTANTS:
         raise UnsureError("a relation between numbers")
+    _set_digits(left, right)
     ratios = [a / b for a, b in _values((first, second)) if a != 0 and b != 0]
     if len(ratios) < 3:
         raise UnsureError("too few points where both sides are defined")
     constant = all(_close(ratio, ratios[0]) for ratio in ratios)
     return constant and ratios[0].imag == 0 and (not ordered or ratios[0].real > 0)
+
+
+def _set_digits(left: str, right: str) -> None:
+    from mpmath import mp
+
+    mp.dps = _DIGITS + max(len(left), len(right))
 
 
 def _comparable(first: Node, second: Node, a: Any, b: Any) -> bool:
@@ -50,14 +59,16 @@ def _comparable(first: Node, second: Node, a: Any, b: Any) -> bool:
 
 
 def _close(a: Any, b: Any) -> bool:
-    return abs(a - b) <= (abs(a) + abs(b)) * 10.0**-35 or max(abs(a), abs(b)) <= 10.0**-40
+    from mpmath import mp
+
+    unit = mp.mpf(10) ** (_UNSURE_DIGITS - mp.dps)
+    return abs(a - b) <= max(abs(a) + abs(b), 1) * unit
 
 
 def _values(nodes: tuple[Node, ...]) -> list[tuple[Any, ...]]:
     """Return the nodes' values at fixed points, without the points where one of them is not defined."""
     from mpmath import mp
 
-    mp.dps = _DIGITS
     free = sorted(set().union(*(names(node) for node in nodes)) - _CONSTANTS)
     draw = random.Random(20260609)
     found = []

@@ -24,6 +24,9 @@ _CHOICE = re.compile(
     r"(?:\(\s*(?P<round>[A-J])\s*\)|(?P<bare>[A-J])\s*[).:](?=[\s}]))\s*(?P<closed>\})?\s*(?P<content>\S.*)",
     re.DOTALL,
 )
+_NO_CONTENT = re.compile(
+    r"^(?:[+*/^=<>,&]|-\s|(?:or|and)\b|\\(?:cdot|times|text\{\s*(?:or|and)))|\(\s*[A-J]\s*\)"
+)  # (A) or (B)
 _MOST_PARTS = 200  # of a list that is compared without order
 
 
@@ -46,6 +49,8 @@ def _same_choice(labelled: str, other: str, other_form: Form, ask: Ask) -> bool:
     if not match:
         return False
     content = match["content"].strip().rstrip("$").strip()
+    if _NO_CONTENT.search(content):
+        return False
     if content.endswith("}") and content.count("{") < content.count("}"):
         content = content[:-1]
     letter = match["round"] or match["bare"]

@@ -23,7 +23,7 @@ _STATED = re.compile(r"\banswer\b[^.\n:=]{0,60}?(?:\b(?:is|are)\b|:|=)[\s*:]*", 
 _SENTENCE = re.compile(r"(?:[^\n.]|\.(?!\s|\**\s*$|\$?\s*$))*")
 _REASON = re.compile(r",?\s+(?:because|since|which|so|when|where|if|as)\b|,\s+(?:and|but|not)\b", re.IGNORECASE)
 
-_PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+_PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)*"
 _NUMBER = re.compile(
     rf"(?:(?<![\w).])-)?(?:\d+(?::\d+)+|\d+\s\d+/\d+|{_PLAIN}(?:/\d+(?:\.\d+)?)?)"
     r"(?:\s*(?:\\times|\\cdot|[×·*x])\s*10\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d+)|[eE][+-]?\d+)?"
@@ -53,6 +53,10 @@ _NOT_A_FACTOR = {
     "in",
     "lb",
 } | {*("oz", "ml", "mL", "yd", "mi", "am", "pm", "AM", "PM", "hr")}
+_PART_BEFORE = re.compile(  # what makes the number behind it a part of something
+    r"[\\^_{√±∓]\s?$|\\[A-Za-z]+\s*[({]?\s*$|[\^_][({]?-?$|\bi\s*[+-]\s*$|(?:(?<![A-Za-z])[A-Za-z]|\\[A-Za-z]+|[)}π])\s*/\s*$"
+)
+_PART_AFTER = re.compile(r"\s*(?:\\(?!\)|\]|\\|[,;]?\s*text|\%|\$|n)[A-Za-z(]|[\^_!√π(]|[}|])")
 _UNIT_BEFORE = re.compile(r"(?:(?<![\\A-Za-z])(?:[A-Za-z]{2,}|(?<=\d )m)|\\(?:text|mathrm)\s*\{[^{}]*\})\s*\^\s*\{?-?$")
 _LIST_BEFORE = re.compile(
     rf"(?:[-\d.,/]*\d)\s*\$?,?\s*\b(?:and|or)\s+\$?(?:[A-Za-z]\s*=\s*)?$|=\s*(?:-?{_PLAIN}\s*,\s*)+$"
@@ -149,6 +153,8 @@ def _marked(text: str) -> str | None:
 def stated_answer(text: str) -> str | None:
     """Return what the last "answer is" or "Answer:" says."""
     stated = None
+    if "answer" not in text.lower():  # most responses end here, and the pattern is slow
+        return None
     for stated in _STATED.finditer(text):  # noqa: B007  (the last one counts)
         pass
     if not stated:
@@ -175,30 +181,44 @@ def _last_quantity(text: str) -> str | None:
     if number is None:
         return None
     before, after = text[max(0, number.start() - 300) : number.start()], text[number.end() :][:300]
+    span = _span(before, number[0], after)
+    if span:
+        return span
     glued = _GLUED.match(after)
     in_product = bool(glued) and glued[0] not in _NOT_A_FACTOR and len(glued[0]) <= 2
-    if (
-        in_product
-        or re.search(r"[\\^_{√]$|\\[A-Za-z]+\s*[({]?\s*$|[\^_][({]?-?$|\bi\s*[+-]\s*$", before)
-        or re.match(r"\s*(?:\\(?!\)|\]|\\|[,;]?\s*text|\%|\$|n)[A-Za-z(]|[\^_!√π(]|[}|])", after)
-    ):
+    signed = number[0][0] == "-" and before.endswith("+")
+    if in_product or signed or _PART_BEFORE.search(before) or _PART_AFTER.match(after):
         return _run(text, number) or number[0]
+    if "." in number[0] and re.match(r"\.\.|…|\\[lc]?dots", after):
+        return number[0] + "…"  # the beginning of more digits
     joined = _LIST_BEFORE.search(before)
     return re.sub(r"^=\s*", "", joined[0] + number[0]).replace("$", "") if joined else number[0]
 
 
+def _span(before: str, number: str, after: str) -> str | None:
+    """Return the formula in dollars or LaTeX's parentheses that the number stands in, behind its last equality sign."""
+    line, rest = before.rpartition("\n")[2], after.partition("\n")[0]
+    for opening, closing in (("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
+        opened = line.rpartition(opening)[2] if opening in line else None
+        inside = opened is not None and (line.count("$") % 2 == 1 if opening == "$" else closing not in opened)
+        if inside and closing in rest:
+            formula = (opened + number + rest.partition(closing)[0]).strip().rstrip(".,")
+            if _RUN.fullmatch(formula):
+                return formula.rsplit("=", 1)[-1].strip() or None
+    return None
+
+
 def _last_number(text: str) -> re.Match | None:
     """Return the last number that is no exponent of a unit, looked for near the end first."""
-    start = len(text) - 200
-    while True:
-        start = max(0, text.rfind("\n", 0, max(0, start)))
+    for size in (200, 2000, len(text)):
+        start = max(0, text.rfind(" ", 0, max(0, len(text) - size)))
         number = None
         for candidate in _NUMBER.finditer(text, start):
             if not _UNIT_BEFORE.search(text, max(0, candidate.start() - 40), candidate.start()):
                 number = candidate
-        if number or start == 0:
-            return number
-        start -= len(text) - start
+        if number and number.start() >= start + 60:  # not cut in its middle
+            break
+    return number
 
 
 def _run(text: str, number: re.Match) -> str | None:

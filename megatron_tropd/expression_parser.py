@@ -8,39 +8,10 @@ spelling of answer_text.py.
 
 from __future__ import annotations
 
-import re
 from fractions import Fraction
 
+from megatron_tropd.expression_tokens import tokens
 from megatron_tropd.expressions import LONGEST, Node, UnreadError, UnsureError, exact, number, repeating
-
-_MOST_TOKENS = 300  # a sum of so many terms is as deep a tree, which recursion must bear
-_DEEPEST = 40  # nested braces and parentheses
-_FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "ln", "log", "exp", "lg"} | {
-    f"{prefix}{name}" for prefix in ("arc", "a") for name in ("sin", "cos", "tan")
-}
-_GREEK = {
-    *(
-        "alpha",
-        "beta",
-        "gamma",
-        "delta",
-        "epsilon",
-        "varepsilon",
-        "zeta",
-        "eta",
-        "theta",
-        "vartheta",
-        "kappa",
-        "lambda",
-    ),
-    *("mu", "nu", "xi", "rho", "sigma", "tau", "phi", "varphi", "chi", "psi", "omega", "Delta", "Omega", "Phi", "ell"),
-}
-_TOKEN = re.compile(
-    r"(?P<repeating>\d*\.\d*\\(?:overline|bar|dot)\{\d+\})"
-    r"|(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
-    r"|\\text\s*\{\s*(?P<word>[A-Za-z]+|\d+)\s*\}|\\(?P<command>[A-Za-z]+)|(?P<letters>[A-Za-z]+)"
-    r"|(?P<sign>[-+*/^_!(){}\[\]|×·÷π√°])|(?P<space>\s+)"
-)
 
 
 def rational(text: str) -> Fraction | None:
@@ -55,50 +26,20 @@ def parse(text: str) -> Node:
     return _Parser(text).whole()
 
 
-def _tokens(text: str) -> list[tuple[str, str]]:
-    tokens: list[tuple[str, str]] = []
-    start, depth = 0, 0
-    while start < len(text):
-        match = _TOKEN.match(text, start)
-        if not match:
-            raise UnreadError(text[start])
-        kind, value = match.lastgroup or "sign", match[match.lastgroup or 0]
-        depth += (value in "({[") - (value in ")}]") if kind == "sign" else 0
-        if depth > _DEEPEST:
-            raise UnsureError(f"deeper than {_DEEPEST}")
-        tokens += _named(kind, value)
-        if len(tokens) > _MOST_TOKENS:
-            raise UnsureError(f"longer than {_MOST_TOKENS} tokens")
-        start = match.end()
-    return tokens
-
-
-def _named(kind: str, value: str) -> list[tuple[str, str]]:
-    """Return the tokens of a command or of a run of letters: a function, a constant, or names one letter each."""
-    if kind == "word" and value.isdigit():
-        return [("number", value)]
-    if kind not in ("word", "command", "letters"):
-        return [(kind, value)]
-    if value in _FUNCTIONS or value in ("sqrt", "frac", "binom", "lfloor", "rfloor", "lceil", "rceil"):
-        return [("function", value)]
-    if value == "pi":
-        return [("sign", "π")]
-    if value in _GREEK and kind == "command":
-        return [("name", "\\" + value)]
-    if any(value.startswith(function) for function in _FUNCTIONS | {"sqrt", "pi", "inf"}):  # lnx
-        raise UnreadError(value)
-    if kind == "command" or len(value) > 3 or (kind == "word" and len(value) > 1):
-        raise UnreadError(value)
-    return [("name", letter) for letter in value]
-
-
 def _ends_in_factorial(node: Node) -> bool:
     return node[0] == "factorial" or (node[0] == "*" and _ends_in_factorial(node[2]))
 
 
+def _first_name(node: Node) -> str | None:
+    """Return the name that a product begins with."""
+    while node[0] in ("*", "^"):
+        node = node[1]
+    return node[1] if node[0] == "name" else None
+
+
 class _Parser:
     def __init__(self, text: str):
-        self._tokens = _tokens(text)
+        self._tokens = tokens(text)
         self._at = 0
         self._bars = 0  # absolute values that are open
 
@@ -153,8 +94,11 @@ class _Parser:
         slash = False
         while True:
             if self._next_is("*", "×", "·"):
-                self._take()
-                node = ("*", node, self._operand())
+                cross = self._take()[1] == "×"
+                factor = self._operand()
+                if cross and node[0] == factor[0] == "name":
+                    raise UnsureError("a product of numbers, or of vectors")
+                node = ("*", node, factor)
             elif self._next_is("/", "÷"):
                 self._take()
                 node, slash = ("/", node, self._operand()), True
@@ -286,6 +230,8 @@ class _Parser:
     def _function(self, name: str) -> Node:
         if name in ("frac", "binom"):
             node = ("/" if name == "frac" else "binom", self._argument(), self._argument())
+            if _first_name(node[1]) == _first_name(node[2]) == "d":
+                raise UnsureError("a quotient, or a derivative")
             if self._peek(skip=False)[0] == "number":
                 raise UnsureError(f"a digit after the arguments of {name}")
             return node
