@@ -76,7 +76,7 @@ def read_answer(answer: str) -> Form:
 
 def read(text: str, depth: int = 0) -> Form:
     """Return the form of an answer in canonical spelling."""
-    text = _unwrapped(text)
+    text = re.sub(r"^([A-J])\)$", r"\1", _unwrapped(text))  # an option's letter
     if _DECIMAL.fullmatch(text) or ("," in text and _GROUPED.fullmatch(_unwrapped(split_unit(text)[0]))):
         return _quantity(text)
     if depth > _DEEPEST or not text or not _balanced(text):

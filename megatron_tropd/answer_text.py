@@ -98,7 +98,7 @@ CURRENCY = "\ue000"  # a dollar sign that means money: one left over when those 
 def canonical(text: str) -> str:
     """Return `text` in the one spelling that answers are compared in; single spaces separate what spaces separated."""
     text = plain_characters(_strip_pairs(text.strip()))
-    text = re.sub(r"(?<=\d)\{,\}(?=\d{3})", ",", text)
+    text = re.sub(r"(?<=\d)\{([,:.])\}(?=\d)", r"\1", text)  # braces keep TeX from setting a space
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", "°", text)
     for pattern, spelling in _REWRITTEN:
         text = pattern.sub(spelling, text)

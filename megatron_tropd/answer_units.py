@@ -97,7 +97,8 @@ def _is_unit(words: str, in_text: bool) -> bool:
         return not words
     if any(part.lower() in _NOT_UNITS or part in _NOT_UNITS for part in parts):
         return False
-    return in_text or all(len(part) > 2 or part in _SHORT or part.lower() in ("of", "per", "a") for part in parts)
+    short = _SHORT | {"m", "g", "N", "J", "L", "l"} if "/" in words else _SHORT
+    return in_text or all(len(part) > 2 or part in short or part.lower() in ("of", "per", "a") for part in parts)
 
 
 def _spelled(unit: str) -> str:
