@@ -242,7 +242,8 @@ def _add_evaluate(subcommands: Any) -> None:
         "  megatron-tropd evaluate tiny --model teacher --output runs/teacher.json\n"
         "  megatron-tropd evaluate --hf-path MODEL --problems problems.jsonl --samples 32 --temperature 1.0\n\n"
         'A problem is a line {"text" or "messages", "answer", perhaps "id"}. The answer of a response is its last\n'
-        "\\boxed{...}, else what follows ####, else its last number (evaluation.answer_pattern: your own regex).",
+        "\\boxed{...}, else what follows ####, or 'answer is', else its last number (evaluation.answer_pattern: your\n"
+        "own regex); evaluation.grader compares it: math, multiple_choice or exact.",
     )
     _add_model_arguments(parser)
     parser.add_argument("--problems", help="JSONL of problems (default: the recipe's evaluation.problems)")

@@ -84,10 +84,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     config = recipe.evaluation
     config.problems = arguments.problems or config.problems
     require(recipe, "evaluation.problems")
-    from megatron_tropd.evaluation import evaluate, extract_answer, load_problems
+    from megatron_tropd.evaluation import describe, evaluate, load_problems
     from megatron_tropd.generation import open_model
+    from megatron_tropd.grading import check_pattern
 
-    extract_answer("", config.answer_pattern)  # a pattern that does not compile is refused before the model is read
+    check_pattern(config.answer_pattern)  # a pattern that does not compile is refused before the model is read
     options = {key: getattr(arguments, key) for key in ("samples", "temperature", "max_new_tokens")}
     config = dataclasses.replace(config, **{key: value for key, value in options.items() if value is not None})
     longest = config.max_new_tokens or recipe.rollout.max_new_tokens
@@ -101,9 +102,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             rollout=recipe.rollout,
             seed=recipe.training.seed,
         )
-    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(result["finish_reasons"].items()))
-    _print(f"accuracy {result['accuracy']:.4f} ({result['correct']} of {result['total']} responses right)")
-    _print(f"mean response length {result['mean_response_length']:.1f} tokens; finished by: {reasons}")
+    _print(describe(result))
     if arguments.output and int(os.environ.get("RANK", 0)) == 0:
         write_json(arguments.output, result)
 

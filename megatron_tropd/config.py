@@ -219,7 +219,17 @@ class EvaluationConfig:
     top_p: float | None = _key(None, "sample from this nucleus; default: rollout.top_p", above=0, high=1)
     stop: list[str] | None = _key(None, "strings that end a response; default: rollout.stop")
     max_new_tokens: int | None = _key(None, "longest response; default: rollout.max_new_tokens", low=1)
-    answer_pattern: str = _key("auto", "regex whose last match's group 1 is the answer; auto: boxed, ####, last number")
+    answer_pattern: str = _key(
+        "auto",
+        "regex whose last match's group 1 is the answer; auto: boxed, ####, what follows 'answer is', last number",
+    )
+    grader: str = _key(
+        "auto",
+        "how answers are compared; math: as numbers, forms and algebra; multiple_choice: the option's letter; exact: "
+        "as text but for case, spaces and a full stop; auto: math",
+        ("auto", "math", "multiple_choice", "exact"),
+    )
+    grader_timeout: float = _key(5.0, "CPU seconds after which a comparison counts as wrong", above=0)
 
 
 @dataclass

@@ -1,35 +1,31 @@
-"""Verifiable answers: find the answer in a response, compare it with the known one, and measure a model's accuracy.
+"""Measures a model's accuracy on problems with known answers: generates, grades (grading.py) and adds up.
 
-An answer is the last `\\boxed{...}`, else what follows the last `####`, else the last number. Numbers are compared as
-exact fractions, other answers as normalised text; it does not do algebra (`x + 1` and `1 + x` differ).
-
-    result = evaluate(engine, problems, recipe.evaluation, groups, rollout=recipe.rollout)
-    result["accuracy"]
+result = evaluate(engine, problems, recipe.evaluation, groups, rollout=recipe.rollout)
+result["accuracy"], result["accuracy_low"], result["accuracy_high"], result["pass_at_k"]
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_tropd.accuracy import measure
+from megatron_tropd.answer_comparison import same_answer
+from megatron_tropd.answers import find_answer, known_answer
 from megatron_tropd.config import EvaluationConfig, RolloutConfig
 from megatron_tropd.decoding import make_sampling
 from megatron_tropd.errors import UserError
+from megatron_tropd.grading import Grader, check_pattern, shared_worker
 from megatron_tropd.prompts import PromptEncoder, load_prompts
-from megatron_tropd.types import Prompt
+from megatron_tropd.types import Prompt, Rollouts
 
 if TYPE_CHECKING:
     from megatron_tropd.parallel import ParallelGroups
     from megatron_tropd.rollout import RolloutEngine
-
-_NUMBER = re.compile(r"(?:(?<![\w).])-)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|(?<![\w.])-?\.\d+")
-_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}")
 
 
 def load_problems(path: str | Path, tokenizer: PromptEncoder, max_tokens: int | None = None) -> list[Prompt]:
@@ -38,68 +34,22 @@ def load_problems(path: str | Path, tokenizer: PromptEncoder, max_tokens: int | 
 
 
 def extract_answer(response: str, pattern: str = "auto") -> str | None:
-    """Return the response's final answer, or None if there is none.
+    """Return the response's final answer, or None if there is none; see answers.py.
 
     `pattern` other than "auto" is a regular expression: the last match's first group (or whole match) is the answer.
     Raises UserError if it does not compile.
     """
-    if pattern != "auto":
-        try:
-            match = _last(re.finditer(pattern, response))
-        except re.error as error:
-            raise UserError(
-                f"evaluation.answer_pattern={pattern!r} is not a regular expression ({error}); mend it, or use auto."
-            ) from error
-        return None if match is None else match[1 if match.re.groups else 0].strip()
-    boxed = _last_boxed(response)
-    if boxed is not None:
-        return boxed
-    marked = _last(re.finditer(r"####[ \t]*(\S[^\n]*)", response))
-    if marked:
-        return marked[1].strip()
-    number = _last(_NUMBER.finditer(response))
-    return number[0] if number else None
-
-
-def _last(matches: Any) -> re.Match | None:
-    match = None
-    for match in matches:  # noqa: B007  (the last one is wanted)
-        pass
-    return match
-
-
-def _last_boxed(text: str) -> str | None:
-    """Return the content of the last `\\boxed{...}` whose braces balance."""
-    for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
-        depth = 1
-        for end in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[match.end() : end].strip()
-    return None
-
-
-def normalise_answer(answer: str) -> Fraction | str:
-    """Return a number as an exact fraction, anything else as text without spaces, LaTeX dressing and case."""
-    text = _FRACTION.sub(r"(\1)/(\2)", answer.strip())
-    text = re.sub(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\left|\\right|\\[ ,;!%$]|[$%]|\^\\circ|°", "", text)
-    text = text.rsplit("=", 1)[-1].strip().rstrip(".").strip()
-    bare = re.sub(r"[\s()]|,(?=\d{3}(?:\D|$))", "", text)
-    if re.fullmatch(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:/-?\d+)?", bare):
-        numerator, _, denominator = bare.partition("/")
-        if int(denominator or 1):
-            return Fraction(numerator) / int(denominator or 1)
-    return re.sub(r"\s+", "", text).lower()
+    if pattern == "auto":
+        return find_answer(response)
+    check_pattern(pattern)
+    found = shared_worker().last_match(pattern, response) if response else None
+    return None if found is None else found.strip()
 
 
 def is_correct(response: str, answer: str, pattern: str = "auto") -> bool:
     """Whether the response's final answer equals `answer` (itself bare, or with the same markers as a response)."""
     found = extract_answer(response, pattern)
-    if found is None:
-        return False
-    marked = _last_boxed(answer) if "\\boxed" in answer else answer.rsplit("####", 1)[-1]
-    return normalise_answer(found) == normalise_answer(marked if marked is not None else answer)
+    return found is not None and same_answer(found, known_answer(answer), shared_worker().ask)
 
 
 def evaluate(
@@ -114,43 +64,98 @@ def evaluate(
 ) -> dict[str, Any]:
     """Answer every problem `config.samples` times and count the right answers; collective over all ranks.
 
-    Problems are dealt to the data-parallel ranks and the results gathered, so every rank returns the same, whatever the
-    layout. Responses are drawn and end as `rollout` says where `config` says nothing itself, the temperature apart; the
-    engine is asked for rollout.max_batch_size of them at a time.
+    Problems are dealt to the data-parallel ranks, one rank of each replica grades, and the results are shared, so every
+    rank returns the same, whatever the layout. Responses are drawn and end as `rollout` says where `config` says
+    nothing itself, the temperature apart; the engine is asked for rollout.max_batch_size of them at a time.
 
     Returns:
-        accuracy, correct, total, mean_response_length, finish_reasons (counts) and samples (one dict a response).
+        what `summarise` returns.
+
+    Raises:
+        UserError: on every rank, if an answer can never be met or the grading process does not start.
     """
     own = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "stop")}
     sampling = make_sampling(rollout, seed, samples_per_prompt=config.samples, **own)
     mine = problems[groups.dp_rank :: groups.dp_size]
     chunk = max(1, rollout.max_batch_size // config.samples)
-    graded: list[dict[str, Any]] = []
-    with tqdm(total=len(mine), desc="evaluate", unit="problem", disable=not progress or dist.get_rank() > 0) as bar:
+    share = _Share(config, problems)
+    grades = all(group.rank() == 0 for group in (groups.mp, groups.cp))
+    with (
+        share,
+        tqdm(total=len(mine), desc="evaluate", unit="problem", disable=not progress or dist.get_rank() > 0) as bar,
+    ):
         for start in range(0, -(-len(problems) // groups.dp_size), chunk):  # as often on every rank
             batch = mine[start : start + chunk]
-            graded += _grade(engine.generate(batch, [[] for _ in batch], sampling), config.answer_pattern)
+            rollouts = engine.generate(batch, [[] for _ in batch], sampling)
+            if grades:
+                share.grade(rollouts)
             bar.update(len(batch))
-            accuracy = sum(s["correct"] for s in graded) / max(1, len(graded))
-            bar.set_postfix(accuracy=f"{accuracy:.3f}", refresh=False)
+            bar.set_postfix(accuracy=f"{share.accuracy:.3f}", refresh=False)
+    samples, exceeded = _gather(share, groups)
+    return summarise(samples, config.samples, exceeded)
+
+
+class _Share:
+    """The responses that one replica grades; a failure is kept until all ranks can raise it together."""
+
+    def __init__(self, config: EvaluationConfig, problems: list[Prompt]):
+        self.samples: list[dict[str, Any]] = []
+        self.failure: str | None = None
+        self._grader = Grader(config.grader, config.answer_pattern, config.grader_timeout)
+        for problem in problems:
+            self._grader.check_answer(problem.answer, problem.row or f"problem {problem.id}")
+
+    @property
+    def accuracy(self) -> float:
+        return sum(sample["correct"] for sample in self.samples) / max(1, len(self.samples))
+
+    @property
+    def exceeded(self) -> int:
+        return self._grader.exceeded
+
+    def grade(self, rollouts: Rollouts) -> None:
+        try:
+            self.samples += _grade(rollouts, self._grader)
+        except UserError as error:
+            self.failure = self.failure or str(error)
+
+    def __enter__(self) -> _Share:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._grader.close()
+
+
+def _gather(share: _Share, groups: ParallelGroups) -> tuple[list[dict[str, Any]], int]:
+    """Return all replicas' graded samples in their order, and the comparisons that exceeded a limit; on every rank."""
+    mine: list[Any] = [(share.samples, share.exceeded, share.failure)]
+    for group in (groups.mp, groups.cp):
+        if group.size() > 1:
+            dist.broadcast_object_list(mine, src=dist.get_global_rank(group, 0), group=group)
+    parts: list[Any] = mine
     if groups.dp_size > 1:
-        gathered: list[Any] = [None] * groups.dp_size
-        dist.all_gather_object(gathered, graded, group=groups.dp)
-        graded = [sample for part in gathered for sample in part]
-    return summarise(sorted(graded, key=lambda sample: sample["sample_id"]))
+        parts = [None] * groups.dp_size
+        dist.all_gather_object(parts, mine[0], group=groups.dp)
+    failure = next((failure for _, _, failure in parts if failure), None)
+    if failure:
+        raise UserError(failure)
+    samples = sorted((sample for part, _, _ in parts for sample in part), key=lambda sample: sample["sample_id"])
+    return samples, sum(exceeded for _, exceeded, _ in parts)
 
 
-def _grade(rollouts: Any, pattern: str) -> list[dict[str, Any]]:
+def _grade(rollouts: Rollouts, grader: Grader) -> list[dict[str, Any]]:
     graded = []
     for i, prompt in enumerate(rollouts.prompts):
+        found, correct = grader.grade(rollouts.texts[i], prompt.answer)
         graded.append(
             {
                 "sample_id": rollouts.sample_ids[i],
                 "id": prompt.id,
+                **({} if prompt.domain is None else {"domain": prompt.domain}),
                 "response": rollouts.texts[i],
-                "found": extract_answer(rollouts.texts[i], pattern),
+                "found": found,
                 "answer": prompt.answer,
-                "correct": is_correct(rollouts.texts[i], prompt.answer, pattern),
+                "correct": correct,
                 "finish_reason": rollouts.finish_reasons[i],
                 "length": rollouts.lengths[i] - rollouts.prompt_lengths[i] - rollouts.prefix_lengths[i],
             }
@@ -158,15 +163,76 @@ def _grade(rollouts: Any, pattern: str) -> list[dict[str, Any]]:
     return graded
 
 
-def summarise(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the totals over graded samples, and the samples themselves."""
-    total = len(samples)
-    correct = sum(sample["correct"] for sample in samples)
+def summarise(samples: list[dict[str, Any]], samples_per_problem: int = 1, exceeded: int = 0) -> dict[str, Any]:
+    """Return the totals over graded samples, and the samples themselves.
+
+    Returns:
+        accuracy, accuracy_low, accuracy_high, problems and pass_at_k (accuracy.measure); correct, total,
+        mean_response_length, finish_reasons (counts), grader_exceeded (comparisons that ran past a limit and count as
+        wrong), domains (the same numbers per domain, where problems have one) and samples (one dict per response).
+    """
+    domains = sorted({sample["domain"] for sample in samples if "domain" in sample})
     return {
-        "accuracy": correct / total if total else 0.0,
-        "correct": correct,
-        "total": total,
-        "mean_response_length": sum(sample["length"] for sample in samples) / total if total else 0.0,
-        "finish_reasons": dict(Counter(sample["finish_reason"] for sample in samples)),
+        **_totals(samples, samples_per_problem),
+        "grader_exceeded": exceeded,
+        **(
+            {"domains": {name: _totals(_of(samples, name), samples_per_problem) for name in domains}} if domains else {}
+        ),
         "samples": samples,
     }
+
+
+def _of(samples: list[dict[str, Any]], domain: str) -> list[dict[str, Any]]:
+    return [sample for sample in samples if sample.get("domain") == domain]
+
+
+def _totals(samples: list[dict[str, Any]], samples_per_problem: int) -> dict[str, Any]:
+    correct: Counter[int] = Counter()
+    for sample in samples:
+        correct[sample["sample_id"] // samples_per_problem] += sample["correct"]
+    return {
+        **measure(list(correct.values()), samples_per_problem),
+        "correct": sum(correct.values()),
+        "total": len(samples),
+        "mean_response_length": sum(sample["length"] for sample in samples) / max(1, len(samples)),
+        "finish_reasons": dict(Counter(sample["finish_reason"] for sample in samples)),
+    }
+
+
+def training_record(result: dict[str, Any]) -> dict[str, float]:
+    """Return what a training run records of an evaluation: flat numbers, none of them missing.
+
+    Its keys are accuracy, accuracy_low, accuracy_high, pass_at_K and accuracy/DOMAIN as far as there are such, and
+    evaluation_response_length.
+    """
+    record = {key: result[key] for key in ("accuracy", "accuracy_low", "accuracy_high") if result[key] is not None}
+    record |= {f"pass_at_{k}": value for k, value in result["pass_at_k"].items() if k != "1"}
+    record |= {f"accuracy/{name}": domain["accuracy"] for name, domain in result.get("domains", {}).items()}
+    return record | {"evaluation_response_length": result["mean_response_length"]}
+
+
+def describe(result: dict[str, Any]) -> str:
+    """Return an evaluation as text: accuracy with its interval, pass@k, a row per domain, how responses ended."""
+    lines = [f"accuracy {result['accuracy']:.4f} ({result['correct']} of {result['total']} responses right)"]
+    if result["accuracy_low"] is not None:
+        lines[0] += f", 95 % interval {_between(result)} over {result['problems']} problems"
+    lines += [f"pass@{k} {value:.4f}" for k, value in result["pass_at_k"].items() if k != "1"]
+    domains = result.get("domains", {})
+    width = max((len(name) for name in domains), default=0)
+    for name, row in domains.items():
+        passed = "".join(f"  pass@{k} {value:.4f}" for k, value in row["pass_at_k"].items() if k != "1")
+        lines.append(
+            f"  {name:<{width}}  {row['accuracy']:.4f}  {_between(row):>13}  {row['problems']} problems{passed}"
+        )
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(result["finish_reasons"].items()))
+    lines.append(f"mean response length {result['mean_response_length']:.1f} tokens; finished by: {reasons}")
+    if result["grader_exceeded"]:
+        lines.append(
+            f"{result['grader_exceeded']} comparisons exceeded evaluation.grader_timeout or the grader's memory and "
+            "count as wrong"
+        )
+    return "\n".join(lines)
+
+
+def _between(row: dict[str, Any]) -> str:
+    return "" if row["accuracy_low"] is None else f"{row['accuracy_low']:.4f}-{row['accuracy_high']:.4f}"

@@ -19,7 +19,8 @@ from megatron_tropd.decoding import make_sampling
 from megatron_tropd.divergence import Divergence
 from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.endings import Endings, find_endings
-from megatron_tropd.evaluation import extract_answer, load_problems
+from megatron_tropd.evaluation import load_problems
+from megatron_tropd.grading import check_pattern
 from megatron_tropd.guidance import Guidance
 from megatron_tropd.held_out import HeldOut, load_held_out
 from megatron_tropd.layer_specs import uses_transformer_engine
@@ -213,7 +214,7 @@ def _load_problems(recipe: Recipe, tokenizer: Tokenizer, context: int) -> list[P
     config = recipe.evaluation
     if not config.problems:
         return []
-    extract_answer("", config.answer_pattern)  # refuses a pattern that does not compile
+    check_pattern(config.answer_pattern)
     return load_problems(config.problems, tokenizer, context - (config.max_new_tokens or recipe.rollout.max_new_tokens))
 
 

@@ -21,7 +21,7 @@ from megatron_tropd.batching import pack
 from megatron_tropd.config import Recipe
 from megatron_tropd.determinism import make_deterministic
 from megatron_tropd.environment import gather
-from megatron_tropd.evaluation import evaluate
+from megatron_tropd.evaluation import evaluate, training_record
 from megatron_tropd.metrics import MetricsWriter
 from megatron_tropd.parallel import on_rank_zero
 from megatron_tropd.partition import Partition, split_processes
@@ -211,7 +211,7 @@ def _evaluate(run: Run, writer: MetricsWriter) -> None:
             rollout=run.recipe.rollout,
             seed=run.recipe.training.seed,
         )
-        record |= {"accuracy": result["accuracy"], "evaluation_response_length": result["mean_response_length"]}
+        record |= training_record(result)
     if run.held_out:
         record |= run.held_out.measure()
     if len(record) > 1:

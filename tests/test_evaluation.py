@@ -1,14 +1,13 @@
 """Answers are found, compared and counted by hand-written cases; the reduction is checked on two real ranks."""
 
 import json
-from fractions import Fraction
 
 import pytest
 from helpers import run_distributed
 
 from megatron_tropd.config import EvaluationConfig, ModelConfig, RolloutConfig
 from megatron_tropd.errors import UserError
-from megatron_tropd.evaluation import evaluate, extract_answer, is_correct, load_problems, normalise_answer
+from megatron_tropd.evaluation import describe, evaluate, extract_answer, is_correct, load_problems, training_record
 from megatron_tropd.types import Prompt, Rollouts
 
 
@@ -39,27 +38,6 @@ def test_extract_answer_with_a_pattern():
     assert extract_answer("none", r"A: (\d)") is None
     with pytest.raises(UserError, match="answer_pattern='\\('"):
         extract_answer("x", "(")
-
-
-@pytest.mark.parametrize(
-    ("text", "normal"),
-    [
-        ("1,000", Fraction(1000)),
-        ("3.50", Fraction(7, 2)),
-        (r"\dfrac{7}{2}", Fraction(7, 2)),
-        (r"-\frac{1}{3}", Fraction(-1, 3)),
-        ("x = 5.", Fraction(5)),
-        (r"50\%", Fraction(50)),
-        ("$12$", Fraction(12)),
-        (".5", Fraction(1, 2)),
-        ("5/0", "5/0"),
-        ("(1, 2)", "(1,2)"),
-        (r"\text{Yes}", "yes"),
-        ("1e999999999", "1e999999999"),
-    ],
-)
-def test_normalise_answer(text, normal):
-    assert normalise_answer(text) == normal
 
 
 def test_is_correct():
@@ -128,28 +106,83 @@ class _Parrot:
         )
 
 
-def _evaluate():
+def _evaluate(problems, config):
     from megatron_tropd.parallel import initialize, shutdown
 
     groups = initialize(ModelConfig())
-    problems = [Prompt(id=str(i), text="?", answer=str(i), index=i) for i in range(5)]
-    result = evaluate(
-        _Parrot(),
-        problems,
-        EvaluationConfig(samples=2),
-        groups,
-        rollout=RolloutConfig(max_batch_size=4),
-        progress=False,
-    )
-    shutdown()
-    return result
+    try:
+        return evaluate(_Parrot(), problems, config, groups, rollout=RolloutConfig(max_batch_size=4), progress=False)
+    except UserError as error:
+        return str(error)
+    finally:
+        shutdown()
+
+
+def _problems(answers, domains=None):
+    domains = domains or [None] * len(answers)
+    return [
+        Prompt(id=f"p{i}", text="?", answer=answer, index=i, domain=domain, row=f"problems.jsonl:{i + 1}")
+        for i, (answer, domain) in enumerate(zip(answers, domains, strict=True))
+    ]
 
 
 def test_data_parallel_evaluation_counts_every_problem_once():
-    single = run_distributed(_evaluate, 1)[0]
+    arguments = (_problems(["0", "1", "2", "3", "4"]), EvaluationConfig(samples=2))
+    single = run_distributed(_evaluate, 1, *arguments)[0]
     assert (single["correct"], single["total"], single["accuracy"]) == (5, 10, 0.5)
+    assert (single["problems"], single["pass_at_k"]) == (5, {"1": 0.5, "2": 1.0})
+    assert (single["accuracy_low"], single["accuracy_high"]) == (0.5, 0.5)  # every problem is right once in two
     assert single["mean_response_length"] == 2 + (0 + 1 + 2 + 3 + 4) / 5
     assert single["finish_reasons"] == {"eos": 5, "length": 5}
     assert [s["sample_id"] for s in single["samples"]] == list(range(10))
-    for result in run_distributed(_evaluate, 2):
+    assert "domains" not in single
+    assert single["grader_exceeded"] == 0
+    for result in run_distributed(_evaluate, 2, *arguments):
         assert result == single
+
+
+def test_domains_are_reported_apart_on_every_rank():
+    problems = _problems(["0", "7", "1 + 1", "9"], ["easy", "hard", "easy", "hard"])
+    for result in run_distributed(_evaluate, 2, problems, EvaluationConfig()):
+        assert result["accuracy"] == 0.5
+        assert {name: domain["accuracy"] for name, domain in result["domains"].items()} == {"easy": 1.0, "hard": 0.0}
+        assert result["domains"]["hard"]["finish_reasons"] == {"eos": 2}
+        assert "easy" in describe(result)
+        record = training_record(result)
+        assert record["accuracy/easy"] == 1.0
+        assert record["accuracy_low"] < 0.5 < record["accuracy_high"]
+        assert all(isinstance(value, float) for value in record.values())
+
+
+def test_field_cases_b1_b2_an_evaluation_survives_every_response():
+    problems = _problems(["1" * 5000, "\\boxed{" * 8000, "9^{9^{9^{9}}}", "3"])
+    (result,) = run_distributed(_evaluate, 1, problems, EvaluationConfig())
+    assert [sample["correct"] for sample in result["samples"]] == [False, False, False, True]
+
+
+def test_answers_that_cannot_be_met_are_refused_on_every_rank():
+    problems = _problems(["B", "2"])
+    for result in run_distributed(_evaluate, 2, problems, EvaluationConfig(grader="multiple_choice")):
+        assert result.startswith("problems.jsonl:2: answer='2' is no letter")
+
+
+def test_a_grading_process_that_does_not_start_is_said_on_every_rank():
+    for result in run_distributed(_evaluate_without_python, 2):
+        assert "the process that grades answers did not start" in result
+
+
+def _evaluate_without_python():
+    import sys
+
+    sys.executable = "/bin/false"
+    return _evaluate(_problems(["x", "x+1"]), EvaluationConfig(answer_pattern="#### (.)"))
+
+
+def test_one_problem_has_no_interval():
+    (result,) = run_distributed(_evaluate, 1, _problems(["0"]), EvaluationConfig(samples=4))
+    assert (result["accuracy"], result["accuracy_low"], result["accuracy_high"]) == (0.25, None, None)
+    assert result["pass_at_k"] == {"1": 0.25, "2": 0.5, "4": 1.0}
+    assert sorted(training_record(result)) == ["accuracy", "evaluation_response_length", "pass_at_2", "pass_at_4"]
+    assert "interval" not in describe(result)
+    assert "pass@4 1.0000" in describe(result)
+    json.dumps(result, allow_nan=False)
