@@ -210,7 +210,7 @@ class RolloutEngine:
         )
 
     def _text(self, response: Response, stop: tuple[str, ...]) -> str:
-        text = self.tokenizer.decode(response.tokens)
+        text = self.tokenizer.decode_response(response.tokens)
         if response.finish_reason == "stop":
             places = [text.find(s) for s in stop if s in text]
             text = text[: min(places)] if places else text
