@@ -27,13 +27,20 @@ class PieceModel:
         controls: ids of all texts that are parsed as one id.
     """
 
-    def __init__(self, path: str | Path, added: Mapping[str, int] | None = None, visible: Collection[int] = ()):
+    def __init__(
+        self,
+        path: str | Path,
+        added: Mapping[str, int] | None = None,
+        visible: Collection[int] = (),
+        legacy: bool = False,
+    ):
         """Read a `.model` file.
 
         Args:
             path: the file.
             added: ids of further texts, each parsed as one id; they take precedence over the file's pieces.
             visible: those of the added ids that are ordinary text, which `decode` shows.
+            legacy: what follows a single id starts a text of its own (transformers' flag of this name).
 
         Raises:
             UserError: it is not a sentencepiece model.
@@ -57,6 +64,7 @@ class PieceModel:
             self.processor.id_to_piece(i): i for i in range(self._own) if self.processor.is_control(i)
         } | self.added
         self._visible = set(visible)
+        self._legacy = legacy
         self._added_pieces = {i: piece for piece, i in self.added.items()}
         names = sorted((name for name in self.controls if name), key=len, reverse=True)  # the longest match counts
         self._pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
@@ -68,14 +76,14 @@ class PieceModel:
     def encode(self, text: str, continues: bool = False) -> list[int]:
         """Return the ids of `text`, control pieces and added texts in it as single ids.
 
-        `continues`: the text goes on after another one. Only what starts a text (here or right after a BOS that starts
-        it) gets the space that most models put in front of a text (the dummy prefix).
+        `continues`: the text goes on after another one. Only what starts a text (at its very beginning or right after
+        a BOS there) gets the space that most models put in front of a text (the dummy prefix).
         """
         ids: list[int] = []
         place, bos = 0, self.processor.bos_id()
         for match in [*self._pattern.finditer(text), None]:
             part = text[place : match.start() if match else len(text)]
-            starts = not continues and ids in ([], [bos])
+            starts = (self._legacy and place > 0) or (not continues and ids in ([], [bos]))
             ids += self._encode_part(part, starts)
             if match:
                 ids.append(self.controls[match[0]])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from megatron_tropd.chat_template import ChatTemplate, parse_date
 from megatron_tropd.types import Prompt, UserError
+
+logger = logging.getLogger(__name__)
 
 
 class Tokenizer:
@@ -28,6 +31,7 @@ class Tokenizer:
     bos_id: int | None
     name: str
     template: ChatTemplate | None
+    _told_bos = False
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text` without special tokens around it."""
@@ -84,8 +88,15 @@ class Tokenizer:
             UserError: see `prompt_text`.
         """
         ids = self.encode(self.prompt_text(prompt))
-        if prompt.messages is None and self.bos_id is not None and ids[:1] != [self.bos_id]:
-            ids = [self.bos_id, *ids]
+        if self.bos_id is None or ids[:1] == [self.bos_id]:
+            return ids
+        if prompt.messages is None:
+            return [self.bos_id, *ids]
+        if not self._told_bos:
+            self._told_bos = True
+            logger.warning(
+                "%s starts texts with BOS; chat prompts have none: the template writes no bos_token", self.name
+            )
         return ids
 
     def encode_response(self, text: str, add_eos: bool = False) -> list[int]:

@@ -216,6 +216,16 @@ def test_a_text_prompt_that_begins_with_bos_gets_no_second_one(any_tokenizer):
     assert any_tokenizer.encode_response(f"Hello{eos}", add_eos=True).count(any_tokenizer.eos_id) == 1
 
 
+def test_a_chat_template_that_writes_no_bos_is_told_once(folder, template, caplog):
+    prompt = Prompt("0", messages=MESSAGES)
+    load_tokenizer(folder, template).encode_prompt(prompt)
+    assert "BOS" not in caplog.text
+    template.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    tokenizer = load_tokenizer(folder, template)
+    assert BOS_ID not in tokenizer.encode_prompt(prompt) + tokenizer.encode_prompt(prompt)
+    assert caplog.text.count("starts texts with BOS; chat prompts have none: the template writes no bos_token") == 1
+
+
 def test_half_a_surrogate_pair_is_no_traceback(any_tokenizer):
     for encode in (any_tokenizer.encode_response, lambda text: any_tokenizer.encode_prompt(Prompt("0", text=text))):
         with pytest.raises(UserError, match=r"half of a surrogate pair \('\\ud83d' at character 2\)"):

@@ -47,6 +47,13 @@ def test_field_cases_a14_a_folder_like_llama_2_is_read_as_its_file_says(tmp_path
     assert_as_json_says(folder, load_tokenizer(folder))
 
 
+def test_field_cases_a14_a_folder_that_asks_for_its_own_code_is_read_from_its_file(tmp_path, monkeypatch):
+    folder = write_byte_level(tmp_path / "f", "MineTokenizer", auto_map={"AutoTokenizer": [None, "mine.MineTokenizer"]})
+    (folder / "mine.py").write_text("raise SystemExit('this ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    assert_as_json_says(folder, load_tokenizer(folder))
+
+
 def test_field_cases_a14_the_warning_names_text_ids_and_remedy(tmp_path, caplog):
     folder = write_byte_level(tmp_path / "f", "Qwen2TokenizerFast")
     with caplog.at_level(logging.WARNING):
@@ -101,7 +108,8 @@ def test_field_cases_a14_added_tokens_of_a_folder_with_only_tokenizer_model_coun
     ids = tokenizer.encode_prompt(Prompt("0", messages=[{"role": "user", "content": "Hello  there"}]))
     assert (ids[0], ids[-2:]) == (420, [421, 422])
     assert not {420, 421, 422} & set(ids[1:-2])
-    assert tokenizer.decode_response(ids) == "user\nHello  there<think>"  # which is no special token
+    # <think> is no special token, and what follows one starts a text of its own if the folder says `legacy`.
+    assert tokenizer.decode_response(ids) == (" " if legacy else "") + "user\nHello  there<think>"
     assert tokenizer.encode_response("Hi", add_eos=True)[-1] == 421
 
 
