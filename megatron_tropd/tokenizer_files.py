@@ -152,12 +152,13 @@ def _json_difference(file: Any, tokenizer: Any, tokens: FolderTokens) -> str | N
     specials = [token.content for token in file.get_added_tokens_decoder().values()]
     if found := first_difference(ours, theirs, [*PROBES, *special_probes(specials)]):
         return "{!r} gives the ids {}, not {}".format(found[0], *show_ids(*found[1:]))
-    for piece, token in said.items():
-        if vocabulary.get(piece) != token:
-            return f"{piece!r} has the id {vocabulary.get(piece)}, not {token}"
-    extra = vocabulary.keys() - said.keys() - set(tokens.named.values()) - set(tokens.listed) - tokens.added.keys()
-    if extra:
-        return f"it adds {min(extra)!r}, which no file names"
+    if vocabulary != said:
+        for piece, token in said.items():
+            if vocabulary.get(piece) != token:
+                return f"{piece!r} has the id {vocabulary.get(piece)}, not {token}"
+        named = {*tokens.named.values(), *tokens.listed, *tokens.added}
+        if extra := vocabulary.keys() - said.keys() - named:
+            return f"it adds {min(extra)!r}, which no file names"
     for text in PROBES:
         ids = theirs(text)
         shown = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -235,13 +236,15 @@ def _compare_with_pieces(folder: Path, file: Any, tokens: FolderTokens) -> None:
 
 def _check_ids(folder: Path, tokens: FolderTokens, opened: Any) -> None:
     """Refuse ids that tokenizer_config.json gives to a token and the vocabulary does not: another row would be used."""
-    vocabulary = {p: i for i, p in opened.pieces().items()} if isinstance(opened, PieceModel) else opened.get_vocab()
+    if isinstance(opened, PieceModel):
+        return  # which takes the ids from there
     for text, (token, _) in tokens.added.items():
-        if vocabulary.get(text, token) != token:
+        actual = opened.convert_tokens_to_ids(text)
+        if actual not in (token, None) and opened.convert_ids_to_tokens(actual) == text:
             raise UserError(
                 f"{folder}: tokenizer_config.json (or added_tokens.json) gives {text!r} the id {token}, and the "
-                f"vocabulary gives it {vocabulary[text]}; rename the token in tokenizer.json as well, or give another "
-                "folder in tokenizer.path."
+                f"vocabulary gives it {actual}; rename the token in tokenizer.json as well, or give another folder in "
+                "tokenizer.path."
             )
 
 
