@@ -90,12 +90,13 @@ def open_folder(folder: Path) -> Any:
     else:
         opened = tokenizer
     _check_ids(folder, tokens, opened)
-    _warn_of_loss(folder, opened)
+    _check_words(folder, opened)
     return opened
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:
-    return UserError(f"{folder} holds no tokenizer that transformers can read ({error}); give tokenizer.path.")
+    said = " ".join(str(error).split())
+    return UserError(f"{folder} holds no tokenizer that transformers can read ({said}); give tokenizer.path.")
 
 
 def _as_json_says(folder: Path, tokens: FolderTokens, tokenizer: Any, error: Exception | None) -> Any:
@@ -107,9 +108,12 @@ def _as_json_says(folder: Path, tokens: FolderTokens, tokenizer: Any, error: Exc
         raise _unreadable(folder, error or broken) from broken
     file.no_truncation()
     file.no_padding()
-    # Flags that tokenizer_config.json gives to a token are transformers' own rule in all releases.
-    declared = sorted((token, text, flags) for text, (token, flags) in tokens.added.items() if len(flags) > 1)
-    file.add_tokens([AddedToken(text, **flags) for _, text, flags in declared])
+    # Flags that tokenizer_config.json gives to a token take precedence in all releases of transformers.
+    known = file.get_vocab()
+    for text, (_, flags) in sorted(tokens.added.items(), key=lambda item: item[1][0]):
+        if len(flags) > 1 or text not in known:
+            file.add_tokens([AddedToken(text, **{"normalized": False, **flags})])
+    _warn_of_new_rows(folder, tokens, file)
     compare = functools.partial(_json_difference, tokens=tokens)
     difference = _difference(compare, file, tokenizer, error)
     if difference:
@@ -127,6 +131,17 @@ def _as_json_says(folder: Path, tokens: FolderTokens, tokenizer: Any, error: Exc
             )
     _compare_with_pieces(folder, file, tokens)
     return tokenizer
+
+
+def _warn_of_new_rows(folder: Path, tokens: FolderTokens, file: Any) -> None:
+    for name in ("bos_token", "eos_token"):
+        text = tokens.named.get(name)
+        if text and file.token_to_id(text) is None:
+            logger.warning(
+                "%s: tokenizer_config.json names %s %r, which tokenizer.json does not have: transformers gives it a "
+                "new id, of a row that the model has never used",
+                *(folder, name, text),
+            )
 
 
 def _difference(
@@ -186,11 +201,11 @@ def _read_pieces(folder: Path, tokens: FolderTokens) -> PieceModel | None:
         return None
     added = {text: token for text, (token, _) in tokens.added.items()}
     try:
-        size = PieceModel(file).processor.vocab_size()
+        plain = PieceModel(file)
     except UserError:
         return None
+    size, known = plain.processor.vocab_size(), set(plain.pieces().values())
     taken = max([size - 1, *added.values()])
-    known = PieceModel(file).pieces().values()
     for text in [*tokens.named.values(), *tokens.listed]:  # transformers appends those without an id
         if text not in added and text not in known:
             taken += 1
@@ -248,12 +263,21 @@ def _check_ids(folder: Path, tokens: FolderTokens, opened: Any) -> None:
             )
 
 
-def _warn_of_loss(folder: Path, opened: Any) -> None:
-    """Warn of a tokenizer that does not give back plain words: responses are stored, graded and shown as text."""
+def _check_words(folder: Path, opened: Any) -> None:
+    """Warn of a tokenizer that does not give back plain words: responses are stored, graded and shown as text.
+
+    Raises:
+        UserError: it gives no ids at all, as those that transformers makes of files that are not their class's.
+    """
     if isinstance(opened, PieceModel):
         return
     text = "Two words, 3 numbers"
     ids = opened(text, add_special_tokens=False).input_ids
+    if not ids:
+        raise UserError(
+            f"{folder}: transformers reads a tokenizer ({type(opened).__name__}) that gives no ids for {text!r}: the "
+            "files are not those of this class. Add tokenizer.json, or give another folder in tokenizer.path."
+        )
     shown = opened.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if shown.strip(" ") != text:
         logger.warning("%s: the tokenizer decodes the ids of %r to %r", folder, text, shown)

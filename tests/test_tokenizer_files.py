@@ -140,6 +140,32 @@ def test_field_cases_a14_flags_and_tokens_of_tokenizer_config_count(tmp_path, ca
     assert tokenizer.encode(f"a{EOS}  b") == file.encode(f"a{EOS}  b", add_special_tokens=False).ids
 
 
+def test_field_cases_a14_tokens_of_added_tokens_json_alone_are_parsed(tmp_path):
+    folder = write_byte_level(tmp_path / "f")
+    (folder / "added_tokens.json").write_text(json.dumps({"<extra>": 500, "<more>": 501}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("a<more>b<extra>")[1::2] == [501, 500]
+    assert tokenizer.vocab_size == 502
+
+
+def test_field_cases_a14_an_end_token_that_the_vocabulary_lacks_is_told(tmp_path, caplog):
+    load_tokenizer(write_byte_level(tmp_path / "f", eos_token="<|eot|>"))
+    assert "names eos_token '<|eot|>', which tokenizer.json does not have" in caplog.text
+
+
+def test_field_cases_a14_a_tokenizer_without_ids_is_refused(tmp_path):
+    folder = write_byte_level(tmp_path / "f", "LlamaTokenizer")
+    Tokenizer.from_file(str(folder / "tokenizer.json")).model.save(str(folder))  # vocab.json and merges.txt
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(
+        UserError, match=r"gives no ids for 'Two words|holds no tokenizer that transformers can"
+    ) as error:
+        load_tokenizer(folder)
+    assert "\n" not in str(error.value)
+    edit_config(folder, tokenizer_class="GPT2Tokenizer")
+    assert load_tokenizer(folder).decode(load_tokenizer(folder).encode("Hello  world")) == "Hello  world"
+
+
 @pytest.mark.parametrize("where", ["tokenizer_config.json", "added_tokens.json"])
 def test_field_cases_a14_a_renamed_token_that_would_get_another_row_is_refused(tmp_path, where):
     folder = write_byte_level(tmp_path / "f")
