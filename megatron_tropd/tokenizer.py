@@ -19,7 +19,7 @@ from megatron_tropd.config import ModelConfig, TokenizerConfig
 from megatron_tropd.sentencepiece_model import PieceModel
 from megatron_tropd.tokenizer_base import Tokenizer, checked_text
 from megatron_tropd.tokenizer_files import open_folder, read_tokens
-from megatron_tropd.tokenizer_probes import check_same_ids
+from megatron_tropd.tokenizer_probes import PROBES, check_same_ids
 from megatron_tropd.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -189,6 +189,22 @@ def open_tokenizer(config: TokenizerConfig, model: ModelConfig, hf_path: str | P
                 tokenizer, load_tokenizer(inside, with_template=False), (f"{role}.hf_path", f"{role}.checkpoint")
             )
     return tokenizer
+
+
+def describe_check(folder: str | Path) -> str:
+    """Read a Hugging Face folder's tokenizer and say by what its ids were checked.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    folder = Path(folder)
+    files = [name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).exists()]
+    if not files and not (folder / "tokenizer_config.json").exists():
+        return "tokenizer: the folder has none"
+    tokenizer = load_tokenizer(folder, with_template=False)
+    if not files:
+        return f"tokenizer: {tokenizer.vocab_size} ids, not checked: there is no tokenizer.json or tokenizer.model"
+    return f"tokenizer: {tokenizer.vocab_size} ids; {len(PROBES)} probe texts get the ids of {files[0]}"
 
 
 def check_vocabulary(tokenizer: Tokenizer, hf_config: Any, role: str) -> None:

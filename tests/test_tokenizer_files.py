@@ -9,7 +9,7 @@ from tiny_tokenizers import BOS, EOS, edit_config, train_sentencepiece, write_by
 from tokenizers import AddedToken, Tokenizer
 
 from megatron_tropd.errors import UserError
-from megatron_tropd.tokenizer import load_tokenizer
+from megatron_tropd.tokenizer import describe_check, load_tokenizer
 from megatron_tropd.tokenizer_probes import PROBES
 from megatron_tropd.types import Prompt
 
@@ -199,6 +199,19 @@ def test_field_cases_a14_a_tokenizer_that_loses_spaces_is_told(tmp_path, caplog)
     (folder / "tokenizer.json").write_text(json.dumps(content))
     load_tokenizer(folder)
     assert "decodes the ids of 'Two words, 3 numbers' to 'Twowords,3numbers'" in caplog.text
+
+
+def test_a_conversion_says_by_what_the_ids_were_checked(tmp_path):
+    (tmp_path / "none").mkdir()
+    assert describe_check(tmp_path / "none") == "tokenizer: the folder has none"
+    said = f"{len(PROBES)} probe texts get the ids of"
+    assert describe_check(write_byte_level(tmp_path / "json")) == f"tokenizer: 500 ids; {said} tokenizer.json"
+    pieces = write_pieces(tmp_path / "pieces", "LlamaTokenizer")
+    assert describe_check(pieces) == f"tokenizer: 420 ids; {said} tokenizer.model"
+    bare = write_byte_level(tmp_path / "bare", "GPT2Tokenizer")
+    Tokenizer.from_file(str(bare / "tokenizer.json")).model.save(str(bare))
+    (bare / "tokenizer.json").unlink()
+    assert "ids, not checked: there is no tokenizer.json or tokenizer.model" in describe_check(bare)
 
 
 def test_a_model_file_that_is_not_sentencepieces_is_no_traceback(tmp_path):
