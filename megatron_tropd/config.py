@@ -82,6 +82,14 @@ class TokenizerConfig:
 
     path: str | None = _key(None, "Hugging Face folder or sentencepiece .model file; default: the student's hf_path")
     chat_template: str | None = _key(None, "file with a Jinja chat template that replaces the tokenizer's own")
+    chat_template_kwargs: dict[str, Any] = _key(
+        {},
+        "variables of the chat template for every prompt, such as {enable_thinking: false}; a prompt's own come first",
+    )
+    date: str | None = _key(
+        None,
+        "what a chat template takes for today (YYYY-MM-DD); default: today, in training the day of its first start",
+    )
     check_compatibility: bool = _key(True, "refuse a teacher whose vocabulary differs from the student's")
 
 

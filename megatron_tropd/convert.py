@@ -31,6 +31,7 @@ from megatron_tropd.megatron_compat import save_sharded
 from megatron_tropd.model import build_model, load_hf_config
 from megatron_tropd.parallel import ParallelGroups, on_rank_zero
 from megatron_tropd.process_groups import process_groups
+from megatron_tropd.tokenizer import describe_check
 from megatron_tropd.types import UserError
 from megatron_tropd.verify import check_host_memory, logit_difference
 
@@ -199,6 +200,7 @@ def convert_hf_to_mcore(
         try:
             if verify:
                 check_host_memory(hf_path, groups)
+                _report(groups, describe_check(hf_path))
             chunks = build_model(hf_config, layout, groups, training=False)
             load_hf_weights(chunks, hf_config, hf_path, groups)
             on_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True))

@@ -27,9 +27,10 @@ from megatron_tropd.errors import UserError
 from megatron_tropd.metrics import read_records
 from megatron_tropd.model import build_model, load_hf_config
 from megatron_tropd.parallel import ParallelGroups
+from megatron_tropd.pinned_date import pin_date
 from megatron_tropd.process_groups import process_groups
 from megatron_tropd.rollout import RolloutEngine
-from megatron_tropd.tokenizer import Tokenizer, load_tokenizer
+from megatron_tropd.tokenizer import Tokenizer, check_vocabulary, open_tokenizer
 from megatron_tropd.types import Prompt, Rollouts, Sampling
 
 
@@ -75,9 +76,12 @@ def open_model(recipe: Recipe, role: str) -> Iterator[OpenModel]:
     preflight.check(recipe, gather(), (role,))
     with process_groups(config, recipe.training.seed, timeout_minutes=recipe.training.timeout_minutes) as groups:
         hf_path = resolve_hf_path(config, role)
-        tokenizer = load_tokenizer(recipe.tokenizer.path or hf_path, recipe.tokenizer.chat_template)
+        hf_config = load_hf_config(hf_path)
+        tokenizer = open_tokenizer(recipe.tokenizer, config, hf_path, role)
+        check_vocabulary(tokenizer, hf_config, role)
+        pin_date(recipe.tokenizer, tokenizer)
         endings = find_endings(recipe, role, tokenizer)
-        yield OpenModel(role, config, recipe.rollout, groups, load_hf_config(hf_path), tokenizer, endings)
+        yield OpenModel(role, config, recipe.rollout, groups, hf_config, tokenizer, endings)
 
 
 def write_responses(

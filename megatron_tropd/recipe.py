@@ -78,7 +78,7 @@ def _kind(field: dataclasses.Field) -> str:
     """Return what a key takes: its choices, or its types, after the words that a numeric key knows."""
     if field.metadata["choices"]:
         return " | ".join(field.metadata["choices"])
-    types = field.type.replace("None", "null").split(" | ")
+    types = ["mapping"] if _is_mapping(field) else field.type.replace("None", "null").split(" | ")
     words = field.metadata["words"]
     return " | ".join([*words, *(name for name in types if not words or name != "str")])
 
@@ -164,22 +164,23 @@ def _parse_override(text: str) -> tuple[str, Any, str]:
 
 def _is_text(field: dataclasses.Field) -> bool:
     """Whether a key's value on the command line is taken as it stands; that of numeric keys with words is not."""
-    return "str" in field.type and not field.type.startswith("list") and not field.metadata["words"]
+    return "str" in field.type and not field.type.startswith(("list", "dict")) and not field.metadata["words"]
 
 
 def _set(tree: Any, key: str, value: Any, source: str) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    if key not in _FIELDS:
+    name = key if key in _FIELDS else _mapping_of(key)
+    if name is None:
         _refuse_unknown(key, source)
-    field = _FIELDS[key]
+    field = _FIELDS[name]
     if key.endswith(".stop") and (isinstance(value, list) or OmegaConf.is_list(value)):
         _check_stop_strings(key, list(value), source)
     if type(value) is int and "float" in field.type:
         value = float(value)  # OmegaConf does so but for keys that take a word as well
     try:
-        OmegaConf.update(tree, key, value)
+        OmegaConf.update(tree, key, value, merge=False)  # a mapping is replaced, one of its entries is set
     except OmegaConfBaseException as error:
         raise UserError(
             f"{key}={value!r} ({source}): expected {_kind(field)} ({field.metadata['help']}); "
@@ -203,6 +204,15 @@ def _check_stop_strings(key: str, value: list, source: str) -> None:
             problem = "stands there twice; keep one"
         if problem:
             raise UserError(f"{key} ({source}): stop string {place + 1}, {text!r}, {problem}.")
+
+
+def _mapping_of(key: str) -> str | None:
+    """Return the key of a mapping of which `key` names an entry, as in tokenizer.chat_template_kwargs.name."""
+    return next((name for name, field in _FIELDS.items() if _is_mapping(field) and key.startswith(f"{name}.")), None)
+
+
+def _is_mapping(field: dataclasses.Field) -> bool:
+    return field.type.startswith("dict")
 
 
 def _refuse_unknown(key: str, source: str) -> None:

@@ -216,5 +216,5 @@ class RolloutEngine:
 
     def _text(self, response: Response, stops: Stops) -> str:
         if response.finish_reason == "stop":
-            return stops.cut(self.tokenizer.decode, response.tokens)
-        return self.tokenizer.decode(response.tokens)
+            return stops.cut(self.tokenizer.decode_response, response.tokens)
+        return self.tokenizer.decode_response(response.tokens)

@@ -29,6 +29,7 @@ from megatron_tropd.objectives import Objective, build_objective
 from megatron_tropd.packing import micro_batch_budget
 from megatron_tropd.parallel import ParallelGroups, build_groups, on_rank_zero
 from megatron_tropd.partition import Partition
+from megatron_tropd.pinned_date import pin_date
 from megatron_tropd.prompts import PromptSource, load_prompts
 from megatron_tropd.recipe import save_recipe
 from megatron_tropd.remote_teacher import RemoteTeacher
@@ -108,6 +109,7 @@ def set_up(recipe: Recipe, groups: ParallelGroups, partition: Partition | None =
     _check_batch(recipe, groups)
     objective = build_objective(recipe.objective, recipe.guidance, recipe.training.seed)
     hf_path, hf_config, tokenizer = load_student_tokenizer(recipe)
+    pin_date(recipe.tokenizer, tokenizer, lambda: _checkpoint_to_resume(recipe))
     files = check_teacher(recipe, tokenizer) if objective.needs_teacher else None
     endings = files.endings if files else find_endings(recipe, "student", tokenizer)
     teacher_groups = build_groups(recipe.teacher, groups) if files and not partition else groups
@@ -274,12 +276,15 @@ def _build_held_out(
     )
 
 
+def _checkpoint_to_resume(recipe: Recipe) -> Path | None:
+    return checkpoint.newest(checkpoint_folder(recipe)) if recipe.checkpoint.resume else None
+
+
 def _resume(
     recipe: Recipe, groups: ParallelGroups, student: Student, source: PromptSource, folder: Path
 ) -> checkpoint.TrainingState:
     """Load the newest whole checkpoint, or start anew; write the resolved recipe into the run's folder."""
-    checkpoints = checkpoint_folder(recipe)
-    found = [checkpoint.newest(checkpoints) if groups.rank == 0 and recipe.checkpoint.resume else None]
+    found = [_checkpoint_to_resume(recipe) if groups.rank == 0 else None]
     dist.broadcast_object_list(found, src=0)
 
     def write_recipe() -> None:

@@ -24,8 +24,7 @@ from megatron_tropd.parallel import ParallelGroups
 from megatron_tropd.partition import Partition
 from megatron_tropd.remote_teacher import RemoteTeacher
 from megatron_tropd.teacher import TeacherHook
-from megatron_tropd.tokenizer import Tokenizer, check_compatible, load_tokenizer
-from megatron_tropd.types import UserError
+from megatron_tropd.tokenizer import Tokenizer, check_compatible, check_vocabulary, load_tokenizer, open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,8 @@ def load_student_tokenizer(recipe: Recipe) -> tuple[Path, Any, Tokenizer]:
     """Return the student's folder, its configuration and the run's tokenizer; UserError where they do not match."""
     hf_path = resolve_hf_path(recipe.student, "student")
     hf_config = load_hf_config(hf_path)
-    tokenizer = load_tokenizer(recipe.tokenizer.path or hf_path, recipe.tokenizer.chat_template)
-    _check_vocabulary(tokenizer, hf_config, "student")
+    tokenizer = open_tokenizer(recipe.tokenizer, recipe.student, hf_path, "student")
+    check_vocabulary(tokenizer, hf_config, "student")
     return hf_path, hf_config, tokenizer
 
 
@@ -55,18 +54,10 @@ def check_teacher(recipe: Recipe, tokenizer: Tokenizer) -> TeacherFiles:
     hf_path = resolve_hf_path(recipe.teacher, "teacher")
     hf_config = load_hf_config(hf_path)
     check_sizes(hf_config, recipe.teacher, "teacher")
-    _check_vocabulary(tokenizer, hf_config, "teacher")
+    check_vocabulary(tokenizer, hf_config, "teacher")
     if recipe.tokenizer.check_compatibility:
-        check_compatible(tokenizer, load_tokenizer(hf_path))
+        check_compatible(tokenizer, load_tokenizer(hf_path, with_template=False))
     return TeacherFiles(hf_path, hf_config, find_endings(recipe, "student", tokenizer))
-
-
-def _check_vocabulary(tokenizer: Tokenizer, hf_config: Any, role: str) -> None:
-    if tokenizer.vocab_size > hf_config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids and the {role} embeds only {hf_config.vocab_size}; give the "
-            f"{role}'s own tokenizer in tokenizer.path, or resize its embeddings."
-        )
 
 
 def open_teacher(

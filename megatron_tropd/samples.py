@@ -41,7 +41,7 @@ def _record(
     tokens = []
     for position in range(start, rollouts.lengths[row]):
         token: dict[str, Any] = {"text": tokenizer.pieces().get(sequence[position], ""), "kind": "guidance"}
-        if decoded := tokenizer.decode([sequence[position]]):
+        if decoded := tokenizer.decode_response([sequence[position]]):
             token["text"] = decoded
         if position >= prefix_end and numbers is not None:
             # Position t of a score speaks of token t + 1.

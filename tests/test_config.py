@@ -54,6 +54,30 @@ def test_shipped_recipes_are_valid_and_saved_ones_read_back_equal(name, tmp_path
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
 
 
+def test_field_cases_a18_a_mapping_is_given_in_yaml_as_a_whole_or_by_entry(tmp_path):
+    for override in ("={enable_thinking: false}", '={"enable_thinking": false}', ".enable_thinking=false"):
+        recipe = load_recipe(None, [*PATHS, f"tokenizer.chat_template_kwargs{override}"])
+        assert recipe.tokenizer.chat_template_kwargs == {"enable_thinking": False}, override
+    (tmp_path / "base.yaml").write_text("tokenizer:\n  chat_template_kwargs:\n    a: 1\n    b: {c: [x, 2.5]}\n")
+    (tmp_path / "mine.yaml").write_text("base: base.yaml\ntokenizer: {date: 2020-02-29}\n")
+    recipe = load_recipe(tmp_path / "mine.yaml", ["tokenizer.chat_template_kwargs.a=text"])
+    assert recipe.tokenizer.chat_template_kwargs == {"a": "text", "b": {"c": ["x", 2.5]}}
+    assert recipe.tokenizer.date == "2020-02-29"
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml") == recipe
+    whole = load_recipe(tmp_path / "mine.yaml", ["tokenizer.chat_template_kwargs={d: null}"])
+    assert whole.tokenizer.chat_template_kwargs == {"d": None}  # replaced, not merged
+    assert load_recipe(None, [*PATHS, "tokenizer.chat_template_kwargs={}"]).tokenizer.chat_template_kwargs == {}
+
+
+def test_field_cases_a18_what_is_no_mapping_is_refused():
+    for value in ("5", "[a]", "text", "null", "{1: 2}"):
+        assert "expected mapping (variables of the chat template" in _refused(f"tokenizer.chat_template_kwargs={value}")
+    assert "unknown key tokenizer.chat_template_kwarg.a" in _refused("tokenizer.chat_template_kwarg.a=1")
+    assert "unknown key training.steps.a" in _refused("training.steps.a=1")
+    assert "tokenizer.chat_template_kwargs = {}  (mapping)" in describe()
+
+
 def test_file_and_base(tmp_path):
     (tmp_path / "mine.yaml").write_text("base: other.yaml\ntraining:\n  steps: 3\nrollout:\n")
     (tmp_path / "other.yaml").write_text("base: tropd_paper\ntraining: {steps: 5, lr: 1e-4}\n")
