@@ -31,6 +31,9 @@ def train(arguments: argparse.Namespace) -> None:
     from megatron_tropd.train import train as distil
 
     summary = distil(recipe)
+    if summary.get("nothing_to_do"):
+        _print(f"finished already: {summary['steps']} steps are done in {recipe.logging.dir}; nothing to do")
+        return
     _print(
         f"{summary['steps']} steps in {summary['seconds']:.0f} s; records and checkpoints are in {recipe.logging.dir}"
     )

@@ -26,10 +26,11 @@ from megatron.core import dist_checkpointing
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.hf_weights import SafetensorsFolder, load_hf_weights, save_hf_weights
 from megatron_tropd.manifest import MANIFEST, find_damage, write_manifest
-from megatron_tropd.megatron_compat import save_sharded
+from megatron_tropd.megatron_compat import load_sharded, save_sharded
 from megatron_tropd.model import build_model, load_hf_config
 from megatron_tropd.parallel import ParallelGroups, on_rank_zero
 from megatron_tropd.process_groups import process_groups
+from megatron_tropd.safe_pickles import check_folder
 from megatron_tropd.types import UserError
 from megatron_tropd.verify import check_host_memory, logit_difference
 
@@ -136,7 +137,7 @@ def load_checkpoint_weights(
         UserError: it is not whole.
     """
     check_checkpoint(directory)
-    loaded = dist_checkpointing.load(_sharded_weights(chunks, groups), str(directory))
+    loaded = load_sharded(_sharded_weights(chunks, groups), str(directory))
     for i, chunk in enumerate(chunks):
         missing, unexpected = chunk.load_state_dict(loaded[f"model{i}"], strict=False)
         lacking = [name for name in missing if not _EXTRA_STATE.search(name)]
@@ -276,6 +277,7 @@ def convert_mcore_to_hf(
 
 def stored_dtype(checkpoint: str | Path) -> torch.dtype:
     """Return the dtype of a checkpoint's weights."""
+    check_folder(checkpoint)
     tensors = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     return next(iter(tensors.values())).dtype
 
