@@ -29,6 +29,9 @@ _INDEX_TYPES = {
 }
 
 
+_BROKEN = (AttributeError, EOFError, ImportError, IndexError, TypeError, ValueError)
+
+
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         allowed = _INDEX_TYPES.get(module, set())
@@ -53,7 +56,9 @@ def check_folder(folder: str | Path) -> None:
             with open(folder / place.relative_path, "rb") as file:
                 file.seek(place.offset)
                 load_plain(io.BytesIO(file.read(place.length)))
-    except (pickle.UnpicklingError, AttributeError, EOFError, ImportError, IndexError, TypeError, ValueError) as error:
+        if (folder / "common.pt").is_file():  # Megatron's; TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD would load it unrestricted
+            load_plain(folder / "common.pt")
+    except (OSError, RuntimeError, pickle.UnpicklingError, *_BROKEN) as error:
         raise UserError(
             f"{folder} is not a checkpoint of plain data alone ({' '.join(str(error).split())[:200]}), and loading it "
             "could run code: it was not loaded. Use a checkpoint that this program wrote, or convert the model again."
@@ -77,8 +82,5 @@ def load_plain(file: Any) -> Any:
     arrays = [core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype("uint32")), type(np.dtype("int64"))]
     if hasattr(core.multiarray, "scalar"):
         arrays.append(core.multiarray.scalar)
-    with torch.serialization.safe_globals([*arrays, *_OBJECT_TYPES]):
+    with torch.serialization.safe_globals([*arrays, io.BytesIO]):
         return torch.load(file, map_location="cpu", weights_only=True)
-
-
-_OBJECT_TYPES = (io.BytesIO,)
