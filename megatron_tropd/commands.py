@@ -11,7 +11,7 @@ import os
 
 from megatron_tropd.config import Recipe
 from megatron_tropd.errors import UserError
-from megatron_tropd.json_files import write_json
+from megatron_tropd.json_files import has_keys, refuse_foreign, write_json
 from megatron_tropd.recipe import load_recipe, shipped_recipes, to_yaml
 from megatron_tropd.validation import check_layout, require, validate
 
@@ -26,7 +26,14 @@ def train(arguments: argparse.Namespace) -> None:
         from megatron_tropd.objectives import build_objective
 
         build_objective(recipe.objective, recipe.guidance, recipe.training.seed)
+        from megatron_tropd.resume import decide
+
+        start = decide(recipe)
         _print(to_yaml(recipe).rstrip())
+        if start.is_finished:
+            _print(f"# finished: {start.step} steps are done in {recipe.logging.dir}")
+        elif start.checkpoint:
+            _print(f"# would continue from {start.checkpoint} after step {start.step}")
         return
     from megatron_tropd.train import train as distil
 
@@ -60,7 +67,7 @@ def generate(arguments: argparse.Namespace) -> None:
     recipe = _model_recipe(arguments)
     recipe.data.prompts = arguments.prompts or recipe.data.prompts
     require(recipe, "data.prompts")
-    from megatron_tropd.generation import open_model, write_responses
+    from megatron_tropd.generation import open_model, unanswered, write_responses
     from megatron_tropd.prompts import load_prompts
     from megatron_tropd.types import Sampling
 
@@ -77,9 +84,11 @@ def generate(arguments: argparse.Namespace) -> None:
     with open_model(recipe, arguments.model) as model:
         prompts = load_prompts(recipe.data.prompts, model.tokenizer, model.longest_prompt(sampling.max_new_tokens))
         prompts = prompts[: arguments.limit]
-        written = write_responses(
-            model.engine(), prompts, sampling, model.groups, arguments.output, arguments.field, rollout.max_batch_size
-        )
+        output, field, digest = arguments.output, arguments.field, model.digest()
+        written = 0
+        if unanswered(prompts, sampling, output, field, digest):  # else, or where it refuses, no weights are read
+            batch = rollout.max_batch_size
+            written = write_responses(model.engine(), prompts, sampling, model.groups, output, field, batch, digest)
     _print(f"{written} responses written to {arguments.output}")
 
 
@@ -92,6 +101,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from megatron_tropd.evaluation import evaluate, extract_answer, load_problems
     from megatron_tropd.generation import open_model
 
+    if arguments.output:
+        refuse_foreign(arguments.output, has_keys("accuracy", "samples"), "the result of an evaluation", "--output")
     extract_answer("", config.answer_pattern)  # a pattern that does not compile is refused before the model is read
     options = {key: getattr(arguments, key) for key in ("samples", "temperature", "max_new_tokens")}
     config = dataclasses.replace(config, **{key: value for key, value in options.items() if value is not None})
@@ -173,6 +184,13 @@ def doctor(arguments: argparse.Namespace) -> int:
     for role in ("student", "teacher"):
         check_layout(role, getattr(recipe, role))
     from megatron_tropd.doctor import run_doctor
+
+    if arguments.json:
+        refuse_foreign(arguments.json, has_keys("title", "checks"), "the checks of a doctor", "--json")
+    if arguments.calibrate:
+        refuse_foreign(
+            arguments.calibrate, has_keys("flops", "bandwidth"), "the measurements of a doctor", "--calibrate"
+        )
 
     return run_doctor(recipe, arguments.recipe, arguments.json, arguments.calibrate)
 
