@@ -37,6 +37,10 @@ logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d+)$")
 _CONTENT = {"model", "optimizer", "rng", "state.json", "recipe.yaml", MANIFEST}
+_NO_ROOM = (
+    "Earlier checkpoints are as they were. Make room, or copy the newest checkpoint to another checkpoint.dir, and "
+    "start the command again to continue."
+)
 _OPTIMIZER_FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     # Only the first data-parallel rank holds a whole model-parallel shard in host memory, see checkpoint_on_one_rank.
@@ -73,9 +77,7 @@ def save(
     final = directory / f"step_{state.step:06d}"
     temporary = directory / f".{final.name}.tmp"
     student.gather_parameters(wait=True)
-    kind = student.optimizer.chained_optimizers[0].config.optimizer
-    needed = checkpoint_bytes(student.modules, kind, student.groups)
-    with room_or_refusal(temporary, final, needed):
+    with room_or_refusal(temporary, final, size_of(student), _NO_ROOM):
         on_rank_zero(lambda: _fresh_folder(temporary))
         save_checkpoint_weights(student.modules, temporary / "model", hf_path)
         on_rank_zero(lambda: (temporary / "optimizer").mkdir())
@@ -95,6 +97,12 @@ def save(
 
         on_rank_zero(publish)
     return final
+
+
+def size_of(student: Student) -> int:
+    """Estimate the bytes of one checkpoint; collective."""
+    config = student.optimizer.chained_optimizers[0].config
+    return checkpoint_bytes(student.modules, config, student.groups)
 
 
 def load(path: str | Path, student: Student, with_random_states: bool = True) -> TrainingState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,18 +15,19 @@ import torch.distributed as dist
 
 from megatron_tropd.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 _ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # torch's writers report a write that came short in their own words.
 _WORDS = ("No space left", "Disk quota exceeded", "File too large", "unexpected pos", "PytorchStreamWriter failed")
 _OTHER = 1 << 20  # bytes of indices, tokenizer, random states
-_ADAM, _SGD = 12, 8  # bytes per parameter of the optimizer's files: fp32 main weights and moments
 
 
 def check_room(folder: str | Path, needed: int, what: str, remedy: str) -> None:
     """Raise UserError if the file system of `folder`, which need not exist yet, has less than `needed` bytes free."""
     free = free_bytes(folder)
     if free < needed:
-        raise UserError(f"{folder} has {show(free)} free, and {what} takes {show(needed)}: {remedy}.")
+        raise UserError(f"{folder} has {show(free)} free, and {what} takes {show(needed)}; {remedy}.")
 
 
 def free_bytes(folder: str | Path) -> int:
@@ -39,34 +41,61 @@ def folder_bytes(folder: str | Path) -> int:
     return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
 
 
-def checkpoint_bytes(chunks: list[torch.nn.Module], optimizer: str, groups: Any) -> int:
+def checkpoint_bytes(chunks: list[torch.nn.Module], optimizer: Any, groups: Any) -> int:
     """Estimate the bytes of a training checkpoint: weights in their type, optimizer in fp32; collective.
 
     Args:
         chunks: this rank's bare model chunks.
-        optimizer: `training.optimizer`.
+        optimizer: Megatron's OptimizerConfig.
         groups: the student's parallel.ParallelGroups.
     """
-    per_parameter = _ADAM if optimizer == "adam" else _SGD
+    moments = 8 if optimizer.optimizer == "adam" else 4
+    # In fp32 the parameters are their own main weights, which a distributed optimizer stores all the same.
+    main = 4 if optimizer.use_distributed_optimizer or optimizer.params_dtype != torch.float32 else 0
     total = 0
     for parameter in (p for chunk in chunks for p in chunk.parameters()):
         is_expert = not getattr(parameter, "allreduce", True)
         replicas = groups.collection.expt_dp if is_expert else groups.dp_cp
         if replicas.rank() == 0:
-            total += parameter.numel() * (parameter.element_size() + per_parameter)
-    sum_of_all = torch.tensor(total, dtype=torch.int64, device=groups.device)
-    dist.all_reduce(sum_of_all)
-    return int(sum_of_all) + _OTHER
+            total += parameter.numel() * (parameter.element_size() + main + moments)
+    over_all = torch.tensor(total, dtype=torch.int64, device=groups.device)
+    dist.all_reduce(over_all)
+    return int(over_all) + _OTHER
+
+
+def check_checkpoints(folder: Path, existing: list[Path], size: int, keep: int, saves: int) -> None:
+    """Raise UserError if the checkpoints of a run will not fit; warn where only not all of them will.
+
+    Args:
+        folder: of the checkpoints.
+        existing: those that are there already, which later ones replace.
+        size: bytes of one.
+        keep: `checkpoint.keep`.
+        saves: how many are still to be written.
+    """
+    if not saves:
+        return
+    most = saves + len(existing) if keep == 0 else min(saves + len(existing), keep + 1)  # one more while it is written
+    needed = max(size, most * size - sum(map(folder_bytes, existing)))
+    if keep == 0 and size <= free_bytes(folder) < needed:
+        logger.warning(
+            "%s has %s free, and the run will write %d checkpoints of %s: they will not all fit",
+            *(folder, show(free_bytes(folder)), saves, show(size)),
+        )
+        return
+    what = f"one checkpoint takes about {show(size)}, and with checkpoint.keep={keep} there are up to {most} of them"
+    check_room(folder, needed, f"{what}, which", "make room, give another checkpoint.dir, or lower checkpoint.keep")
 
 
 @contextlib.contextmanager
-def room_or_refusal(temporary: Path, final: Path, needed: int) -> Iterator[None]:
+def room_or_refusal(temporary: Path, final: Path, needed: int, remedy: str) -> Iterator[None]:
     """Turn a write that fails for want of room into a UserError, and remove what was written by then.
 
     Args:
         temporary: the folder that is being written.
         final: the name that it will get.
         needed: bytes that it takes, for the message.
+        remedy: what stands and what to do, a sentence.
     """
     try:
         yield
@@ -75,13 +104,12 @@ def room_or_refusal(temporary: Path, final: Path, needed: int) -> Iterator[None]
     except BaseException as error:  # torch's CheckpointException is no Exception
         if not _is_about_room(error):
             raise
-        written, free = folder_bytes(temporary), free_bytes(temporary.parent)
+        written, free = folder_bytes(temporary), free_bytes(temporary)
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"no room for checkpoint {final}: it takes about {show(needed)}, {show(written)} of it could be written, "
-            f"and {show(free)} were then free in {final.parent} (where that is enough, a quota or a limit on file "
-            "sizes was reached). What was written of it is removed, and earlier checkpoints are as they were. Make "
-            "room, or copy the newest checkpoint to another checkpoint.dir, and start the command again to continue."
+            f"no room for {final}: it takes about {show(needed)}, {show(written)} of it could be written, and "
+            f"{show(free)} were then free in {final.parent} (where that is enough, a quota or a limit on file sizes "
+            f"was reached). What was written of it is removed. {remedy}"
         ) from error
 
 

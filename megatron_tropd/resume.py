@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megatron_tropd import checkpoint
 from megatron_tropd.config import Recipe
+from megatron_tropd.disk_space import check_checkpoints
 from megatron_tropd.errors import UserError
 from megatron_tropd.fingerprint import read_config, recipe_contents
 from megatron_tropd.json_files import has_keys, refuse_foreign, write_json, write_text
@@ -81,11 +82,7 @@ def prepare(recipe: Recipe, groups: ParallelGroups) -> Start:
             with other settings, or the run's folder holds files of another origin under the names that it needs.
     """
     decided: list[Start | None] = [None]
-
-    def decide() -> None:
-        decided[0] = _decide(recipe)
-
-    on_rank_zero(decide)
+    on_rank_zero(lambda: decided.__setitem__(0, decide(recipe)))
     dist.broadcast_object_list(decided, src=0)
     start = decided[0]
     for key, value in start.pinned.items():
@@ -98,7 +95,8 @@ def prepare(recipe: Recipe, groups: ParallelGroups) -> Start:
     return start
 
 
-def _decide(recipe: Recipe) -> Start:
+def decide(recipe: Recipe) -> Start:
+    """Decide where a run would begin, from files alone; `prepare` is its collective form, and says what it raises."""
     folder, checkpoints = Path(recipe.logging.dir), checkpoint_folder(recipe)
     _refuse_foreign_files(folder, checkpoints)
     training = recipe.training
@@ -195,10 +193,19 @@ def restore(
         state = checkpoint.load(start.checkpoint, student, with_random_states=start.keeps_random_states)
         state.layout = layout
     state.contents = start.contents
+    _foresee_room(recipe, student, start)
     on_rank_zero(lambda: _put_in_force(recipe, start))
     student.gather_parameters()
     student.leave_device()
     return state
+
+
+def _foresee_room(recipe: Recipe, student: Student, start: Start) -> None:
+    size, interval, folder = checkpoint.size_of(student), recipe.checkpoint.save_interval, checkpoint_folder(recipe)
+    steps = range(start.step + 1, start.last_step + 1)
+    saves = sum(step == start.last_step or (interval > 0 and step % interval == 0) for step in steps)
+    existing = checkpoint.step_folders(folder) if start.checkpoint else []
+    on_rank_zero(lambda: check_checkpoints(folder, existing, size, recipe.checkpoint.keep, saves))
 
 
 def _put_in_force(recipe: Recipe, start: Start) -> None:
