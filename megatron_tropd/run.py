@@ -96,8 +96,7 @@ def set_up(
     """Build a Run; collective over all processes of the student.
 
     Args:
-        recipe: the whole of it.
-        groups: the student's.
+        recipe, groups: the whole of it; the student's.
         partition: where the teacher has ranks of its own, which must come to `build_served_teacher`.
         start: from `resume.prepare`, which is called if it is None.
 
@@ -134,7 +133,6 @@ def set_up(
     engine = RolloutEngine(modules, tokenizer, groups, recipe.rollout, max_sequence_length=context, end=end)
     source = PromptSource(prompts, seed=recipe.data.seed, shuffle=recipe.data.shuffle)
     held_out = _build_held_out(recipe, student, held_out_prompts, tokenizer, teacher, divergences.get("held_out"))
-    state = restore(recipe, groups, student, source, start)
     return Run(
         recipe,
         Path(recipe.logging.dir),
@@ -148,7 +146,7 @@ def set_up(
         student,
         teacher,
         engine,
-        state,
+        restore(recipe, groups, student, source, start),
         hf_path,
         micro_batch_budget(recipe, longest_prompt, uses_transformer_engine()),
     )

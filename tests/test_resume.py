@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from helpers import run_distributed
 from test_train import assert_same, overrides_of, records, refused_rank, train_rank
@@ -25,7 +24,9 @@ def refused(material: Path, folder: Path, *options: str) -> str:
 
 def read_groups(folder: Path, step: int) -> list[dict]:
     """Return the optimizer's groups of parameters of a checkpoint: the settings that its last update had."""
-    state = torch.load(folder / "checkpoints" / f"step_{step:06d}" / "optimizer" / "common.pt", weights_only=True)
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    state = load_common_state_dict(str(folder / "checkpoints" / f"step_{step:06d}" / "optimizer"))
     return state["optimizer"].get("optimizer", state["optimizer"])["param_groups"]
 
 
@@ -249,3 +250,12 @@ def test_field_cases_a9_a_folder_with_other_files_is_left_as_it_is(name, materia
     message = refused(material, tmp_path / "run", "checkpoint.keep=1", "training.steps=1")
     assert str(path if path.suffix != ".bin" else path.parent) in message
     assert snapshot(tmp_path / "run") == {name: FOREIGN[name].encode()}
+
+
+def test_field_cases_a8_a_finished_run_with_a_teacher_apart_ends_on_all_ranks(material, tmp_path):
+    options = overrides_of(material, tmp_path, "training.steps=1", "teacher.ranks=dedicated")
+    run_distributed(train_rank, 2, options)
+    before = snapshot(tmp_path)
+    summaries = run_distributed(train_rank, 2, options)
+    assert all(summary["nothing_to_do"] for summary in summaries)
+    assert snapshot(tmp_path) == before
