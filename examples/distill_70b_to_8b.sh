@@ -126,7 +126,7 @@ main() {
   settings+=("$@")
   local train=(python -m megatron_tropd train "${settings[@]}" guidance.responses="$RUN/responses.jsonl")
 
-  # A mistake in the recipe is found now. RANK=0: only that rank prints.
+  # A mistake in the recipe, or a change that the run so far does not allow, is found now. RANK=0: only that rank prints.
   local resolved errors
   errors=$(mktemp)
   resolved=$(RANK=0 WORLD_SIZE=1 "${train[@]}" --dry-run 2>"$errors") || fail "$(cat "$errors")"
@@ -145,8 +145,8 @@ main() {
   [[ -e $RUN/student/complete.json ]] || TODO+="student "
   [[ -e $RUN/responses.jsonl && $(wc -l <"$RUN/responses.jsonl") -ge $(grep -c '[^[:space:]]' "$PROMPTS") ]] ||
     TODO+="responses "
-  [[ -e $checkpoint/complete.json && "$(cat "$RUN/train/recipe.yaml")" == "$resolved" ]] &&
-    grep -q "\"steps\": $steps," "$RUN/train/summary.json" || TODO+="train "
+  [[ $resolved == *"# finished: $steps steps"* ]] && grep -q "\"steps\": $steps," "$RUN/train/summary.json" ||
+    TODO+="train "
   [[ -e $evaluation ]] || TODO+="evaluate "
   [[ -e $export/config.json ]] || TODO+="export "
 

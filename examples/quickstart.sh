@@ -32,8 +32,13 @@ LAYOUT=(
 require_gpus "$PROCESSES"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one thread a process: two processes share two cores
 STARTED=$(date +%s)
+if [[ -e $RUN && ! -e $RUN/.quickstart && ! -e $RUN/train/recipe.yaml && -n "$(ls -A "$RUN")" ]]; then
+  echo "quickstart: error: RUN=$RUN holds files that no quickstart wrote, and would be emptied; give another folder." >&2
+  exit 2
+fi
 rm -rf "$RUN"
 mkdir -p "$RUN"
+touch "$RUN/.quickstart"
 
 for model in teacher student; do
   echo "== Converting the $model from Hugging Face to Megatron's distributed checkpoint"

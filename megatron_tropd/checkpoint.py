@@ -10,29 +10,38 @@ from __future__ import annotations
 import json
 import logging
 import os
-import random
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_tropd.convert import load_checkpoint_weights, save_checkpoint_weights
-from megatron_tropd.manifest import find_damage, write_manifest
-from megatron_tropd.megatron_compat import allocate_optimizer_state, save_sharded, separate_adam_steps
+from megatron_tropd.disk_space import checkpoint_bytes, room_or_refusal
+from megatron_tropd.errors import UserError
+from megatron_tropd.manifest import MANIFEST, find_damage, write_manifest
+from megatron_tropd.megatron_compat import (
+    allocate_optimizer_state,
+    load_sharded,
+    put_settings_in_force,
+    save_sharded,
+    separate_adam_steps,
+)
 from megatron_tropd.parallel import ParallelGroups, on_rank_zero
+from megatron_tropd.random_states import load_random_states, save_random_states
 from megatron_tropd.train_step import Student
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d+)$")
+_CONTENT = {"model", "optimizer", "rng", "state.json", "recipe.yaml", MANIFEST}
+_NO_ROOM = (
+    "Earlier checkpoints are as they were. Make room, or copy the newest checkpoint to another checkpoint.dir, and "
+    "start the command again to continue."
+)
 _OPTIMIZER_FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     # Only the first data-parallel rank holds a whole model-parallel shard in host memory, see checkpoint_on_one_rank.
@@ -49,6 +58,7 @@ class TrainingState:
     cursor: dict[str, Any]  # PromptSource.state_dict()
     layout: dict[str, int]
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    contents: dict[str, str] = field(default_factory=dict)  # fingerprint.recipe_contents() of the recipe in force
 
 
 def save(
@@ -75,53 +85,90 @@ def save(
     final = directory / f"step_{state.step:06d}"
     temporary = directory / f".{final.name}.tmp"
     student.gather_parameters(wait=True)
-    on_rank_zero(lambda: _fresh_folder(temporary))
-    save_checkpoint_weights(student.modules, temporary / "model", hf_path, finish_folder)
-    on_rank_zero(lambda: (temporary / "optimizer").mkdir())
-    with student.training_state():
-        save_sharded(_optimizer_state(student, is_loading=False), str(temporary / "optimizer"))
-    torch.save(_rng_state(), temporary / "rng" / f"rank_{dist.get_rank():05d}.pt")
+    with room_or_refusal(temporary, final, size_of(student), _NO_ROOM):
+        on_rank_zero(lambda: _fresh_folder(temporary))
+        save_checkpoint_weights(student.modules, temporary / "model", hf_path, finish_folder)
+        on_rank_zero(lambda: (temporary / "optimizer").mkdir())
+        with student.training_state():
+            save_sharded(_optimizer_state(student, is_loading=False), str(temporary / "optimizer"))
+        save_random_states(temporary / "rng" / f"rank_{dist.get_rank():05d}.pt")
 
-    def publish() -> None:
-        shutil.copy(recipe_file, temporary / "recipe.yaml")
-        (temporary / "state.json").write_text(json.dumps(vars(state), indent=1))
-        write_manifest(temporary)
-        replaced = directory / f".{final.name}.replaced.tmp"
-        if final.exists():  # a step trained again after a damaged or abandoned checkpoint
-            os.rename(final, replaced)
-        os.rename(temporary, final)
-        _remove_old(directory, keep)
+        def publish() -> None:
+            shutil.copy(recipe_file, temporary / "recipe.yaml")
+            (temporary / "state.json").write_text(json.dumps(vars(state), indent=1))
+            write_manifest(temporary)
+            replaced = directory / f".{final.name}.replaced.tmp"
+            if final.exists():  # a step trained again after a damaged or abandoned checkpoint
+                os.rename(final, replaced)
+            os.rename(temporary, final)
+            _remove_old(directory, keep, state.step)
 
-    on_rank_zero(publish)
+        on_rank_zero(publish)
     return final
 
 
-def load(path: str | Path, student: Student) -> TrainingState:
+def size_of(student: Student) -> int:
+    """Estimate the bytes of one checkpoint; collective."""
+    config = student.optimizer.chained_optimizers[0].config
+    return checkpoint_bytes(student.modules, config, student.groups)
+
+
+def load(path: str | Path, student: Student, with_random_states: bool = True) -> TrainingState:
     """Restore `student` and the random states from a whole checkpoint; collective over all ranks.
 
     The layout may differ from the one that saved: weights and optimizer reshard, the random states are then reseeded.
+    Rates, decays and schedules are those that `student` was built with, at the step that the checkpoint had reached.
+
+    Raises:
+        UserError: the checkpoint cannot be read; the message names the folder.
     """
     path = Path(path)
+    state = read_state(path)
     load_checkpoint_weights(student.modules, path / "model")
     with student.training_state():
         allocate_optimizer_state(student.optimizer)
-        sharded = _optimizer_state(student, is_loading=True)
-        loaded = dist_checkpointing.load(sharded, str(path / "optimizer"))
+        loaded = load_sharded(_optimizer_state(student, is_loading=True), str(path / "optimizer"))
+        put_settings_in_force(loaded["optimizer"], student.optimizer)
         student.optimizer.load_state_dict(loaded["optimizer"])
         separate_adam_steps(student.optimizer)
-    student.scheduler.load_state_dict(loaded["scheduler"])
-    state = TrainingState(**json.loads((path / "state.json").read_text()))
-    if state.layout == layout_of(student.groups):
-        _set_rng_state(torch.load(path / "rng" / f"rank_{dist.get_rank():05d}.pt", weights_only=False))
+    student.scheduler.num_steps = 0
+    student.scheduler.step(increment=loaded["scheduler"]["num_steps"])
+    if not with_random_states:
+        logger.warning("training.seed has changed: random states start anew")
+    elif state.layout == layout_of(student.groups):
+        load_random_states(path / "rng" / f"rank_{dist.get_rank():05d}.pt")
     else:
         logger.warning("layout changed from %s: dropout's random states start anew", state.layout)
     return state
 
 
+def read_state(path: str | Path) -> TrainingState:
+    """Read a checkpoint's state.json; UserError if it cannot be read."""
+    file = Path(path) / "state.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        names = {f.name for f in fields(TrainingState)}
+        return TrainingState(**{key: value for key, value in content.items() if key in names})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file} cannot be read ({error}). Restore it, or move the checkpoint away to go on from the one before it."
+        ) from error
+
+
+def step_folders(directory: str | Path) -> list[Path]:
+    """Return the folders named like checkpoints, the last step's first."""
+    found = [path for path in Path(directory).glob("step_*") if _NAME.match(path.name)]
+    return sorted(found, key=lambda path: int(_NAME.match(path.name).group(1)), reverse=True)
+
+
+def is_ours(path: str | Path) -> bool:
+    """Whether a folder holds nothing but what checkpoints hold, whole or not."""
+    return Path(path).is_dir() and {entry.name for entry in Path(path).iterdir()} <= _CONTENT
+
+
 def newest(directory: str | Path) -> Path | None:
     """Return the newest whole checkpoint, skipping (with a warning) any whose files are missing or cut short."""
-    candidates = sorted((p for p in Path(directory).glob("step_*") if _NAME.match(p.name)), reverse=True)
-    for path in candidates:
+    for path in step_folders(directory):
         problem = find_damage(path)
         if problem is None:
             return path
@@ -140,10 +187,12 @@ def _fresh_folder(temporary: Path) -> None:
     (temporary / "rng").mkdir(parents=True)
 
 
-def _remove_old(directory: Path, keep: int) -> None:
-    whole = sorted(p for p in directory.glob("step_*") if _NAME.match(p.name))
-    for path in whole[:-keep] if keep else []:
-        shutil.rmtree(path, ignore_errors=True)
+def _remove_old(directory: Path, keep: int, step: int) -> None:
+    """Remove all but the newest `keep` checkpoints up to `step`; later ones are damaged, and count for nothing."""
+    done = [path for path in step_folders(directory) if int(_NAME.match(path.name).group(1)) <= step]
+    for path in done[keep:] if keep else []:
+        if is_ours(path):
+            shutil.rmtree(path, ignore_errors=True)
     for leftover in directory.glob(".step_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -155,21 +204,3 @@ def _optimizer_state(student: Student, is_loading: bool) -> dict[str, Any]:
         "optimizer": student.optimizer.sharded_state_dict(chunks, is_loading=is_loading, metadata=metadata),
         "scheduler": student.scheduler.state_dict(),
     }
-
-
-def _rng_state() -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(),
-        "tracker": get_cuda_rng_tracker().get_states(),
-    }
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
-    torch.cuda.set_rng_state(state["cuda"])
-    torch.set_rng_state(state["torch"])

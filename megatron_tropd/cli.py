@@ -43,7 +43,12 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"megatron-tropd: error: {error}", 2)
     except KeyboardInterrupt:
         return _fail("megatron-tropd: interrupted", 130)
-    except Exception:
+    except SystemExit as error:
+        if not error.code:
+            return 0
+        message, status = (error.code, 1) if isinstance(error.code, str) else ("megatron-tropd: ended", error.code)
+        return _fail(message, status)
+    except BaseException:  # torch's CheckpointException and others are no Exception
         return _fail(traceback.format_exc().rstrip(), 1)
 
 

@@ -11,7 +11,7 @@ import os
 
 from megatron_tropd.config import Recipe
 from megatron_tropd.errors import UserError
-from megatron_tropd.json_files import write_json
+from megatron_tropd.json_files import has_keys, refuse_foreign, write_json
 from megatron_tropd.recipe import load_recipe, shipped_recipes, to_yaml
 from megatron_tropd.validation import check_layout, require, validate
 
@@ -26,11 +26,21 @@ def train(arguments: argparse.Namespace) -> None:
         from megatron_tropd.objectives import build_objective
 
         build_objective(recipe.objective, recipe.guidance, recipe.training.seed)
+        from megatron_tropd.resume import decide
+
+        start = decide(recipe)
         _print(to_yaml(recipe).rstrip())
+        if start.is_finished:
+            _print(f"# finished: {start.step} steps are done in {recipe.logging.dir}")
+        elif start.checkpoint:
+            _print(f"# would continue from {start.checkpoint} after step {start.step}")
         return
     from megatron_tropd.train import train as distil
 
     summary = distil(recipe)
+    if summary.get("nothing_to_do"):
+        _print(f"finished already: {summary['steps']} steps are done in {recipe.logging.dir}; nothing to do")
+        return
     _print(
         f"{summary['steps']} steps in {summary['seconds']:.0f} s; records and checkpoints are in {recipe.logging.dir}"
     )
@@ -58,7 +68,7 @@ def generate(arguments: argparse.Namespace) -> None:
     recipe.data.prompts = arguments.prompts or recipe.data.prompts
     require(recipe, "data.prompts")
     from megatron_tropd.decoding import make_sampling
-    from megatron_tropd.generation import open_model, write_responses
+    from megatron_tropd.generation import open_model, unanswered, write_responses
     from megatron_tropd.prompts import load_prompts
 
     rollout = recipe.rollout
@@ -72,9 +82,11 @@ def generate(arguments: argparse.Namespace) -> None:
     with open_model(recipe, arguments.model) as model:
         prompts = load_prompts(recipe.data.prompts, model.tokenizer, model.longest_prompt(sampling.max_new_tokens))
         prompts = prompts[: arguments.limit]
-        written = write_responses(
-            model.engine(), prompts, sampling, model.groups, arguments.output, arguments.field, rollout.max_batch_size
-        )
+        output, field, digest = arguments.output, arguments.field, model.digest()
+        written = 0
+        if unanswered(prompts, sampling, output, field, digest):  # else, or where it refuses, no weights are read
+            batch = rollout.max_batch_size
+            written = write_responses(model.engine(), prompts, sampling, model.groups, output, field, batch, digest)
     _print(f"{written} responses written to {arguments.output}")
 
 
@@ -88,6 +100,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from megatron_tropd.generation import open_model
     from megatron_tropd.grading import check_pattern
 
+    if arguments.output:
+        refuse_foreign(arguments.output, has_keys("accuracy", "samples"), "the result of an evaluation", "--output")
     check_pattern(config.answer_pattern)  # a pattern that does not compile is refused before the model is read
     options = {key: getattr(arguments, key) for key in ("samples", "temperature", "max_new_tokens")}
     config = dataclasses.replace(config, **{key: value for key, value in options.items() if value is not None})
@@ -166,6 +180,13 @@ def doctor(arguments: argparse.Namespace) -> int:
     for role in ("student", "teacher"):
         check_layout(role, getattr(recipe, role))
     from megatron_tropd.doctor import run_doctor
+
+    if arguments.json:
+        refuse_foreign(arguments.json, has_keys("title", "checks"), "the checks of a doctor", "--json")
+    if arguments.calibrate:
+        refuse_foreign(
+            arguments.calibrate, has_keys("flops", "bandwidth"), "the measurements of a doctor", "--calibrate"
+        )
 
     return run_doctor(recipe, arguments.recipe, arguments.json, arguments.calibrate)
 

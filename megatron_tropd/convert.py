@@ -24,13 +24,15 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_tropd.config import ModelConfig
+from megatron_tropd.disk_space import check_room, folder_bytes, room_or_refusal
 from megatron_tropd.hf_folder import GENERATION_CONFIG, TOKENIZER_FILES, copy_files
 from megatron_tropd.hf_weights import SafetensorsFolder, load_hf_weights, save_hf_weights
 from megatron_tropd.manifest import MANIFEST, find_damage, write_manifest
-from megatron_tropd.megatron_compat import save_sharded
+from megatron_tropd.megatron_compat import load_sharded, save_sharded
 from megatron_tropd.model import build_model, load_hf_config
 from megatron_tropd.parallel import ParallelGroups, on_rank_zero
 from megatron_tropd.process_groups import process_groups
+from megatron_tropd.safe_pickles import check_folder
 from megatron_tropd.tokenizer import describe_check
 from megatron_tropd.types import UserError
 from megatron_tropd.verify import check_host_memory, logit_difference
@@ -43,6 +45,8 @@ _ARCHITECTURE = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "vocab_size", "tie_word_embeddings"),
 )
+_NO_ROOM = "make room, or give an --output on another disk"
+_NOTHING_WRITTEN = "Make room, or give an --output on another disk, and start the command again."
 _EXTRA_STATE = re.compile(r"_extra_state\d*$")  # grouped experts number theirs: _extra_state, _extra_state1, ...
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -141,7 +145,7 @@ def load_checkpoint_weights(
         UserError: it is not whole.
     """
     check_checkpoint(directory)
-    loaded = dist_checkpointing.load(_sharded_weights(chunks, groups), str(directory))
+    loaded = load_sharded(_sharded_weights(chunks, groups), str(directory))
     for i, chunk in enumerate(chunks):
         missing, unexpected = chunk.load_state_dict(loaded[f"model{i}"], strict=False)
         lacking = [name for name in missing if not _EXTRA_STATE.search(name)]
@@ -188,6 +192,8 @@ def convert_hf_to_mcore(
     _refuse_existing(output)
     with SafetensorsFolder(hf_path) as folder:
         dtype = folder.dtype()
+    size = sum(file.stat().st_size for file in hf_path.glob("*.safetensors"))
+    check_room(output.parent, size, f"the converted model {output}", _NO_ROOM)
     layout = ModelConfig(
         hf_path=str(hf_path),
         dtype=_dtype_name(dtype, hf_path),
@@ -196,7 +202,7 @@ def convert_hf_to_mcore(
         expert_model_parallel_size=expert_model_parallel_size,
     )
     temporary = output.with_name(f".{output.name}.tmp")
-    with process_groups(layout) as groups:
+    with process_groups(layout) as groups, room_or_refusal(temporary, output, size, _NOTHING_WRITTEN):
         try:
             if verify:
                 check_host_memory(hf_path, groups)
@@ -265,7 +271,9 @@ def convert_mcore_to_hf(
         expert_model_parallel_size=expert_model_parallel_size,
     )
     temporary = output.with_name(f".{output.name}.tmp")
-    with process_groups(layout) as groups:
+    size = folder_bytes(checkpoint)
+    check_room(output.parent, size, f"the exported model {output}", _NO_ROOM)
+    with process_groups(layout) as groups, room_or_refusal(temporary, output, size, _NOTHING_WRITTEN):
         chunks = build_model(hf_config, layout, groups, training=False)
         load_checkpoint_weights(chunks, checkpoint)
 
@@ -282,6 +290,7 @@ def convert_mcore_to_hf(
 
 def stored_dtype(checkpoint: str | Path) -> torch.dtype:
     """Return the dtype of a checkpoint's weights."""
+    check_folder(checkpoint)
     tensors = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     return next(iter(tensors.values())).dtype
 

@@ -51,7 +51,9 @@ class Agreement:
         self._running = (self._number, name, time.monotonic())
         try:
             mine = body()
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # torch's CheckpointException is no Exception
             mine = from_exception(name, error)
         if self.world_size > 1:
             mine = self._agree(mine)

@@ -8,8 +8,6 @@ with open_model(recipe, "teacher") as model:
 from __future__ import annotations
 
 import contextlib
-import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +22,12 @@ from megatron_tropd.convert import load_model_weights, resolve_hf_path
 from megatron_tropd.endings import Endings, find_endings
 from megatron_tropd.environment import gather
 from megatron_tropd.errors import UserError
-from megatron_tropd.metrics import read_records
+from megatron_tropd.fingerprint import digest_of, model_digest, tokenizer_digest
 from megatron_tropd.model import build_model, load_hf_config
-from megatron_tropd.parallel import ParallelGroups
+from megatron_tropd.parallel import ParallelGroups, on_rank_zero
 from megatron_tropd.pinned_date import pin_date
 from megatron_tropd.process_groups import process_groups
+from megatron_tropd.responses_file import Origin, append, finished_ids, prepare_file
 from megatron_tropd.rollout import RolloutEngine
 from megatron_tropd.tokenizer import Tokenizer, check_vocabulary, open_tokenizer
 from megatron_tropd.types import Prompt, Rollouts, Sampling
@@ -45,6 +44,8 @@ class OpenModel:
     hf_config: Any
     tokenizer: Tokenizer
     endings: Endings
+    tokenizer_path: Path
+    chat_template: str | None = None
 
     def longest_prompt(self, max_new_tokens: int) -> int:
         """Return the tokens that a response of `max_new_tokens` leaves for the prompt; UserError if there are none."""
@@ -55,6 +56,12 @@ class OpenModel:
                 f"{self.hf_config.max_position_embeddings} tokens (max_position_embeddings); lower it."
             )
         return room
+
+    def digest(self) -> str:
+        """Return a digest of weights, tokenizer, chat template and end ids, by which responses are told apart."""
+        weights = model_digest(self.config.hf_path, self.config.checkpoint)
+        ends = sorted(self.endings.eos | self.endings.stop_ids)
+        return digest_of([weights, tokenizer_digest(self.tokenizer_path, self.chat_template), ends])
 
     def engine(self) -> RolloutEngine:
         """Build the model, read its weights and return an engine over it; collective over all ranks."""
@@ -81,7 +88,8 @@ def open_model(recipe: Recipe, role: str) -> Iterator[OpenModel]:
         check_vocabulary(tokenizer, hf_config, role)
         pin_date(recipe.tokenizer, tokenizer)
         endings = find_endings(recipe, role, tokenizer)
-        yield OpenModel(role, config, recipe.rollout, groups, hf_config, tokenizer, endings)
+        path, template = Path(recipe.tokenizer.path or hf_path), recipe.tokenizer.chat_template
+        yield OpenModel(role, config, recipe.rollout, groups, hf_config, tokenizer, endings, path, template)
 
 
 def write_responses(
@@ -92,15 +100,19 @@ def write_responses(
     output: str | Path,
     field: str = "response",
     batch_size: int = 256,
+    model: str = "",
 ) -> int:
-    """Append one line a response to `output`, {"id", "sample", field, "finish_reason", "length"}; collective.
+    """Append {"id", "sample", field, "finish_reason", "length", "digests"} per response to `output`; collective.
 
     Prompts whose responses are all there already are passed over, so a killed run is completed by running it again.
-    `batch_size` responses at a time on each data-parallel rank are generated and then written. Returns how many
-    responses were written now.
+    `batch_size` responses at a time on each data-parallel rank are generated and then written. `model` is the digest
+    of the model, see `OpenModel.digest`. Returns how many responses were written now; UserError if `output` holds
+    anything but responses to these prompts by the same model and sampling.
     """
     per_prompt = sampling.samples_per_prompt
-    finished = [_finished_ids(Path(output), per_prompt) if dist.get_rank() == 0 else None]
+    origin = Origin(model, sampling)
+    finished: list[Any] = [None]
+    on_rank_zero(lambda: finished.__setitem__(0, prepare_file(output, prompts, origin, field)))
     dist.broadcast_object_list(finished, src=0)
     todo = [prompt for prompt in prompts if prompt.id not in finished[0]]
     chunk = max(1, batch_size // per_prompt) * groups.dp_size
@@ -111,16 +123,27 @@ def write_responses(
         for start in range(0, len(todo), chunk):
             part = todo[start : start + chunk]
             mine = part[groups.dp_rank :: groups.dp_size]
-            records = _records(engine.generate(mine, [[] for _ in mine], sampling), per_prompt, field)
+            records = _records(engine.generate(mine, [[] for _ in mine], sampling), origin, field)
             gathered: list[Any] = [None] * groups.dp_size
             dist.all_gather_object(gathered, records, group=groups.dp)
             if reports:
-                _append(Path(output), [record for records in gathered for record in records])
+                append(output, [record for records in gathered for record in records])
             bar.update(len(part))
     return len(todo) * per_prompt
 
 
-def _records(rollouts: Rollouts, per_prompt: int, field: str) -> list[dict[str, Any]]:
+def unanswered(
+    prompts: list[Prompt], sampling: Sampling, output: str | Path, field: str = "response", model: str = ""
+) -> list[Prompt]:
+    """Return the prompts that `write_responses` would answer, or raise as it would; reads the file only, collective."""
+    finished: list[Any] = [None]
+    on_rank_zero(lambda: finished.__setitem__(0, finished_ids(output, prompts, Origin(model, sampling), field)))
+    dist.broadcast_object_list(finished, src=0)
+    return [prompt for prompt in prompts if prompt.id not in finished[0]]
+
+
+def _records(rollouts: Rollouts, origin: Origin, field: str) -> list[dict[str, Any]]:
+    per_prompt = origin.sampling.samples_per_prompt
     return [
         {
             "id": prompt.id,
@@ -128,34 +151,7 @@ def _records(rollouts: Rollouts, per_prompt: int, field: str) -> list[dict[str, 
             field: rollouts.texts[i],
             "finish_reason": rollouts.finish_reasons[i],
             "length": rollouts.lengths[i] - rollouts.prompt_lengths[i] - rollouts.prefix_lengths[i],
+            "digests": origin.digests(prompt),
         }
         for i, prompt in enumerate(rollouts.prompts)
     ]
-
-
-def _finished_ids(output: Path, per_prompt: int) -> set[str]:
-    """Return the ids with all their responses in `output`, after dropping what a killed run wrote by halves."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if not output.exists():
-        return set()
-    records = read_records(output)
-    counts = Counter(record.get("id") for record in records)
-    if any(count > per_prompt for count in counts.values()):
-        raise UserError(
-            f"{output} holds more than {per_prompt} responses of a prompt: it was written with other settings. Move it "
-            "away, or give another output."
-        )
-    finished = {name for name, count in counts.items() if count == per_prompt}
-    partial = output.with_name(output.name + ".partial")
-    partial.write_text(_lines([record for record in records if record["id"] in finished]), encoding="utf-8")
-    partial.replace(output)
-    return finished
-
-
-def _append(output: Path, records: list[dict[str, Any]]) -> None:
-    with open(output, "a", encoding="utf-8") as file:
-        file.write(_lines(records))
-
-
-def _lines(records: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

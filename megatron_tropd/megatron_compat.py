@@ -20,6 +20,9 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.utils import get_model_config
 from packaging.version import Version
 
+from megatron_tropd.errors import UserError
+from megatron_tropd.safe_pickles import check_folder
+
 MEGATRON_VERSION = Version(metadata.version("megatron-core"))
 
 
@@ -80,11 +83,15 @@ def is_of_experts(layer_submodules: Any) -> bool:
 
 
 def allocate_optimizer_state(optimizer: Any) -> None:
-    """Give a fresh distributed optimizer the (dummy) state that loading a checkpoint overwrites.
+    """Give a fresh optimizer the (dummy) state that loading a checkpoint overwrites.
 
-    With torch's AdamW, Megatron-Core reads the step off the existing state even while it loads. The parameters do not
-    move: the learning rate is 0 meanwhile.
+    With torch's AdamW, Megatron-Core reads the step off the existing state of a distributed optimizer even while it
+    loads. The parameters do not move: the learning rate is 0 meanwhile. For SGD it has no function that makes the
+    state, and calls it all the same (0.16 to 0.19).
     """
+    for plain in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if getattr(plain, "init_state_fn", True) is None:
+            plain.init_state_fn = _allocate_momentum
     for distributed in _distributed_optimizers(optimizer):
         if len(distributed.optimizer.state):
             continue
@@ -95,6 +102,12 @@ def allocate_optimizer_state(optimizer: Any) -> None:
         distributed._init_optimizer_states_with_dummy_values()
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
+
+
+def _allocate_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("momentum") else ():
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter.data))
 
 
 def separate_adam_steps(optimizer: Any) -> None:
@@ -222,3 +235,49 @@ def save_sharded(state: dict[str, Any], directory: str) -> None:
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(state, directory)
+
+
+def load_sharded(state: dict[str, Any], directory: str) -> dict[str, Any]:
+    """Read a sharded state dict with Megatron's distributed checkpointing; collective.
+
+    Raises:
+        UserError: the folder holds pickles of more than plain data, or it cannot be read; the message names it.
+    """
+    check_folder(directory)
+    try:
+        return dist_checkpointing.load(state, directory)
+    except (KeyboardInterrupt, SystemExit, MemoryError, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        raise UserError(
+            f"checkpoint {directory} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:400]}). "
+            "Restore the folder, or move it away to go on from the checkpoint before it."
+        ) from error
+
+
+# By these the groups of Megatron's optimizers are told apart; 0.19 also matches by settings, such as max_lr.
+_GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+
+
+def put_settings_in_force(state: Any, optimizer: Any) -> None:
+    """Give a loaded optimizer state the settings of `optimizer`: its rates, decays, betas, not the checkpoint's.
+
+    Args:
+        state: of `optimizer.sharded_state_dict`, loaded and not yet handed to `optimizer.load_state_dict`; changed.
+        optimizer: fresh from get_megatron_optimizer.
+
+    Raises:
+        UserError: the state has no group of parameters for one of the optimizer's.
+    """
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = [state] if len(chained) == 1 else [state[i] for i in range(len(chained))]
+    for part, one in zip(parts, chained, strict=True):
+        saved = part.get("optimizer", part)["param_groups"]
+        ours = {_group_of(group): group for group in one.param_groups}
+        for group in saved:
+            if _group_of(group) in ours:
+                group.update({k: v for k, v in ours[_group_of(group)].items() if k not in ("params", "step")})
+
+
+def _group_of(group: dict[str, Any]) -> tuple:
+    return tuple(group.get(key, group.get(f"pre_{key}")) for key in _GROUP_KEYS)

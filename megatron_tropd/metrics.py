@@ -7,6 +7,7 @@ are dropped first. `evaluations.jsonl` and `samples.jsonl` lie beside it, one ob
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import time
@@ -15,6 +16,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_tropd.json_files import refuse_foreign, write_bytes
+
+logger = logging.getLogger(__name__)
+
+JSONL_FILES = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")
 _BAR_KEYS = {"loss": "loss", "trust_fraction": "trust", "mean_rho": "rho", "response_length": "length"}
 _LOG_SECONDS = 10.0  # at most one line in so many seconds where the bar would fill a log file
 
@@ -120,24 +126,61 @@ class MetricsWriter:
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """Read a JSONL file of records; a last line that a killed run left incomplete is passed over."""
+    """Read a JSONL file of records.
+
+    A last line that a killed run left incomplete and blank lines are passed over; of other lines that are no JSON
+    object, a warning names the number.
+    """
     records = []
-    for line in Path(path).read_text(encoding="utf-8").split("\n"):  # splitlines would also split inside of texts
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")  # splitlines would also split in texts
+    for number, line in enumerate(lines, start=1):
+        record = _parse(line)
+        if record is not None:
+            records.append(record)
+        elif line.strip() and number < len(lines):
+            logger.warning("%s line %d is damaged and is passed over", path, number)
     return records
 
 
+def is_record_file(path: str | Path) -> bool:
+    """Whether a file's first whole line is a record of a step, as this module writes them."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if not line.endswith("\n"):
+                return line.startswith('{"step": '[: len(line)])  # all that a killed run could write
+            record = _parse(line)
+            if record is not None or line.strip():
+                return record is not None and isinstance(record.get("step"), int)
+    return True
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
 def _open(path: Path, last_step: int) -> Any:
-    """Open for appending without the records later than `last_step`; the old file stands until the new is whole."""
+    """Open for appending without the records later than `last_step`; the old file stands until the new is whole.
+
+    Lines that are damaged stay as they are, but for the last one, which a killed run left incomplete.
+    """
+    refuse_foreign(path, is_record_file, "a run's records", "logging.dir holds")
     if path.exists():
-        kept = [record for record in read_records(path) if record["step"] <= last_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), encoding="utf-8")
-        partial.replace(path)
+        lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+        kept = [line for line in lines[:-1] if _stays(line, last_step)]
+        if _parse(lines[-1]) is not None and _stays(lines[-1], last_step):
+            kept.append(lines[-1])
+        text = "".join(line + "\n" for line in kept)
+        write_bytes(path, text.encode("utf-8", errors="surrogateescape"))
     return open(path, "a", encoding="utf-8")
+
+
+def _stays(line: str, last_step: int) -> bool:
+    record = _parse(line)
+    return record is None or not isinstance(record.get("step"), int) or record["step"] <= last_step
 
 
 def _number(value: Any) -> Any:

@@ -301,13 +301,16 @@ def on_rank_zero(action: Callable[[], object]) -> None:
     """
     dist.barrier()
     failure: list[tuple[bool, str] | None] = [None]
+    cause: BaseException | None = None
     if dist.get_rank() == 0:
         try:
             action()
-        except Exception as error:
-            is_user_error = isinstance(error, UserError)
+        except BaseException as error:  # torch's CheckpointException is no Exception
+            cause, is_user_error = error, isinstance(error, UserError)
             failure[0] = (is_user_error, str(error) if is_user_error else f"{type(error).__name__}: {error}")
     dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
         is_user_error, message = failure[0]
-        raise UserError(message) if is_user_error else RuntimeError(f"rank 0 failed: {message}")
+        if isinstance(cause, KeyboardInterrupt | SystemExit):
+            raise cause
+        raise (UserError(message) if is_user_error else RuntimeError(f"rank 0 failed: {message}")) from cause

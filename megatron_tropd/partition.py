@@ -109,7 +109,7 @@ class Partition:
         self._take("all_ready")
         self.connect()
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Tell all other processes what ends this one, so that they do not wait for ever; the first failure counts."""
         is_user_error = isinstance(error, UserError)
         failure = [is_user_error, str(error) if is_user_error else f"{type(error).__name__}: {error}"]

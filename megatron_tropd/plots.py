@@ -5,11 +5,14 @@ A plot whose numbers were not recorded is left out. One run: a colour a series; 
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from megatron_tropd.json_files import refuse_foreign, write_bytes
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -235,5 +238,7 @@ def plot_accuracy(summary: dict[str, Any], path: str | Path) -> None:
         axes.grid(alpha=0.25, linewidth=0.6)
     for axes in (left, *right):
         axes.spines[["top", "right"]].set_visible(False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    refuse_foreign(path, lambda p: b"Matplotlib" in p.read_bytes()[:1024], "a plot", "the picture")
+    data = io.BytesIO()
+    figure.savefig(data, dpi=120, format="png")
+    write_bytes(path, data.getvalue())

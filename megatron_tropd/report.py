@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_tropd.errors import UserError
+from megatron_tropd.json_files import refuse_foreign, write_bytes, write_text
 from megatron_tropd.metrics import read_records
 from megatron_tropd.plots import RunRecords, draw, plot_accuracy
 
@@ -50,16 +51,36 @@ def write_report(folders: str | Path | Sequence[str | Path], output: str | Path 
             run.name = str(folder)
     beside = Path(folders[0]) if len(runs) == 1 else Path(folders[0]).parent / "comparison"
     output = Path(output) if output else beside
-    (output / "plots").mkdir(parents=True, exist_ok=True)
-    pictures = []
+    page, images = output / "report.html", {}
+    refuse_foreign(page, _is_report, "a report", "--output holds")
     for name, title, figure in draw(runs):
         data = io.BytesIO()
-        figure.savefig(data, format="png", dpi=120)
-        (output / "plots" / f"{name}.png").write_bytes(data.getvalue())
-        pictures.append((title, base64.b64encode(data.getvalue()).decode()))
-    page = output / "report.html"
-    page.write_text(_page(runs, pictures), encoding="utf-8")
+        figure.savefig(data, format="png", dpi=120, metadata={"Software": _MARK})
+        path = output / "plots" / f"{name}.png"
+        refuse_foreign(path, _is_picture, "a report's picture", "--output holds")
+        images[path] = (title, data.getvalue())
+    for path, (_, data) in images.items():  # after all of them were looked at: nothing is written where one refuses
+        write_bytes(path, data)
+    write_text(page, _page(runs, [(title, base64.b64encode(data).decode()) for title, data in images.values()]))
     return page
+
+
+def _is_report(page: Path) -> bool:
+    """Whether a page is one that this module, or an earlier version of it, wrote."""
+    text = page.read_text(encoding="utf-8")
+    return text.startswith("<!doctype html><html") and "<h2>Settings</h2>" in text and "<th>run</th>" in text
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether a picture is a report's: it bears our mark, or an earlier version's report lies beside it."""
+    head = path.read_bytes()[:1024]
+    if _MARK.encode() in head:
+        return True
+    page = path.parent.parent / "report.html"
+    return b"Matplotlib" in head and page.is_file() and _is_report(page)
+
+
+_MARK = "megatron-tropd report"
 
 
 _STYLE = """

@@ -5,12 +5,9 @@ Configurations, tokenizers and prompt files come first, then models and weights,
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch.distributed as dist
 
 from megatron_tropd import checkpoint
 from megatron_tropd.config import Recipe
@@ -27,12 +24,12 @@ from megatron_tropd.layer_specs import uses_transformer_engine
 from megatron_tropd.model import build_model
 from megatron_tropd.objectives import Objective, build_objective
 from megatron_tropd.packing import micro_batch_budget
-from megatron_tropd.parallel import ParallelGroups, build_groups, on_rank_zero
+from megatron_tropd.parallel import ParallelGroups, build_groups
 from megatron_tropd.partition import Partition
 from megatron_tropd.pinned_date import pin_date
 from megatron_tropd.prompts import PromptSource, load_prompts
-from megatron_tropd.recipe import save_recipe
 from megatron_tropd.remote_teacher import RemoteTeacher
+from megatron_tropd.resume import Start, prepare, restore
 from megatron_tropd.rollout import RolloutEngine
 from megatron_tropd.run_teacher import check_teacher, load_student_tokenizer, open_teacher
 from megatron_tropd.teacher import TeacherHook
@@ -40,8 +37,6 @@ from megatron_tropd.tokenizer import Tokenizer
 from megatron_tropd.train_step import Student, build_student
 from megatron_tropd.types import Prompt, Sampling, UserError
 from megatron_tropd.validation import validate
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -94,22 +89,25 @@ class Run:
         self.engine.endings.finish_folder(folder, self.recipe, self.tokenizer)
 
 
-def set_up(recipe: Recipe, groups: ParallelGroups, partition: Partition | None = None) -> Run:
+def set_up(
+    recipe: Recipe, groups: ParallelGroups, partition: Partition | None = None, start: Start | None = None
+) -> Run:
     """Build a Run; collective over all processes of the student.
 
     Args:
-        recipe: the whole of it.
-        groups: the student's.
+        recipe, groups: the whole of it; the student's.
         partition: where the teacher has ranks of its own, which must come to `build_served_teacher`.
+        start: from `resume.prepare`, which is called if it is None.
 
     Raises:
         UserError: something in the recipe or in the files that it names is wrong.
     """
     validate(recipe)
     _check_batch(recipe, groups)
+    start = start or prepare(recipe, groups)
     objective = build_objective(recipe.objective, recipe.guidance, recipe.training.seed)
     hf_path, hf_config, tokenizer = load_student_tokenizer(recipe)
-    pin_date(recipe.tokenizer, tokenizer, lambda: _checkpoint_to_resume(recipe))
+    pin_date(recipe.tokenizer, tokenizer, lambda: start.checkpoint)
     files = check_teacher(recipe, tokenizer) if objective.needs_teacher else None
     endings = files.endings if files else find_endings(recipe, "student", tokenizer)
     teacher_groups = build_groups(recipe.teacher, groups) if files and not partition else groups
@@ -136,11 +134,9 @@ def set_up(recipe: Recipe, groups: ParallelGroups, partition: Partition | None =
     engine = RolloutEngine(modules, tokenizer, groups, recipe.rollout, max_sequence_length=context, endings=endings)
     source = PromptSource(prompts, seed=recipe.data.seed, shuffle=recipe.data.shuffle)
     held_out = _build_held_out(recipe, student, held_out_prompts, tokenizer, teacher, divergences.get("held_out"))
-    folder = Path(recipe.logging.dir)
-    state = _resume(recipe, groups, student, source, folder)
     return Run(
         recipe,
-        folder,
+        Path(recipe.logging.dir),
         groups,
         tokenizer,
         objective,
@@ -151,7 +147,7 @@ def set_up(recipe: Recipe, groups: ParallelGroups, partition: Partition | None =
         student,
         teacher,
         engine,
-        state,
+        restore(recipe, groups, student, source, start),
         hf_path,
         micro_batch_budget(recipe, longest_prompt, uses_transformer_engine()),
     )
@@ -160,11 +156,6 @@ def set_up(recipe: Recipe, groups: ParallelGroups, partition: Partition | None =
 def pad_multiple(recipe: Recipe, groups: ParallelGroups) -> int:
     """Return what sequence lengths are rounded up to, so that both models can shard them."""
     return math.lcm(*(groups.token_multiple(model) for model in (recipe.student, recipe.teacher)))
-
-
-def checkpoint_folder(recipe: Recipe) -> Path:
-    """Return the folder of the run's checkpoints."""
-    return Path(recipe.checkpoint.dir or Path(recipe.logging.dir) / "checkpoints")
 
 
 def _check_batch(recipe: Recipe, groups: ParallelGroups) -> None:
@@ -274,30 +265,3 @@ def _build_held_out(
         max_response_tokens=recipe.rollout.max_new_tokens,
         pad_multiple=pad_multiple(recipe, student.groups),
     )
-
-
-def _checkpoint_to_resume(recipe: Recipe) -> Path | None:
-    return checkpoint.newest(checkpoint_folder(recipe)) if recipe.checkpoint.resume else None
-
-
-def _resume(
-    recipe: Recipe, groups: ParallelGroups, student: Student, source: PromptSource, folder: Path
-) -> checkpoint.TrainingState:
-    """Load the newest whole checkpoint, or start anew; write the resolved recipe into the run's folder."""
-    found = [_checkpoint_to_resume(recipe) if groups.rank == 0 else None]
-    dist.broadcast_object_list(found, src=0)
-
-    def write_recipe() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, folder / "recipe.yaml")
-
-    on_rank_zero(write_recipe)
-    state = checkpoint.TrainingState(step=0, cursor=source.state_dict(), layout=checkpoint.layout_of(groups))
-    if found[0] is not None:
-        state = checkpoint.load(found[0], student)
-        source.load_state_dict(state.cursor)
-        state.layout = checkpoint.layout_of(groups)
-        logger.warning("resuming from %s after step %d", found[0], state.step)
-    student.gather_parameters()
-    student.leave_device()
-    return state

@@ -8,7 +8,6 @@ killed at any moment continues from its newest whole checkpoint; SIGTERM saves o
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from typing import Any
@@ -16,18 +15,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_tropd import checkpoint, preflight
+from megatron_tropd import checkpoint, preflight, resume
 from megatron_tropd.batching import pack
 from megatron_tropd.config import Recipe
 from megatron_tropd.determinism import make_deterministic
 from megatron_tropd.environment import gather
 from megatron_tropd.evaluation import evaluate, training_record
+from megatron_tropd.json_files import write_json
 from megatron_tropd.metrics import MetricsWriter
 from megatron_tropd.parallel import on_rank_zero
 from megatron_tropd.partition import Partition, split_processes
 from megatron_tropd.process_groups import process_groups
 from megatron_tropd.remote_teacher import serve
-from megatron_tropd.run import Run, checkpoint_folder, set_up
+from megatron_tropd.resume import checkpoint_folder
+from megatron_tropd.run import Run, set_up
 from megatron_tropd.run_teacher import build_served_teacher
 from megatron_tropd.samples import sample_records
 from megatron_tropd.termination import TerminationFlag
@@ -55,7 +56,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
     if partition is not None:
         return _train_in_parts(recipe, partition)
     with process_groups(recipe.student, **_start(recipe)) as groups:
-        return _train(set_up(recipe, groups))
+        start = resume.prepare(recipe, groups)
+        if start.is_finished:
+            return resume.finished_summary(recipe, start, groups)
+        return _train(set_up(recipe, groups, None, start))
 
 
 def _start(recipe: Recipe) -> dict[str, int]:
@@ -66,15 +70,19 @@ def _train_in_parts(recipe: Recipe, partition: Partition) -> dict[str, Any]:
     """Train on the student's ranks and serve on the teacher's."""
     try:
         with process_groups(getattr(recipe, partition.role), partition=partition, **_start(recipe)) as groups:
-            if partition.is_teacher:
+            start = resume.prepare(recipe, groups)  # both parts decide from the same files, before either writes any
+            if start.is_finished:
+                partition.meet()
+                summary = resume.finished_summary(recipe, start, groups)
+            elif partition.is_teacher:
                 summary = serve(build_served_teacher(recipe, groups, partition), partition)
             else:
-                summary = _train(set_up(recipe, groups, partition))
+                summary = _train(set_up(recipe, groups, partition, start))
                 partition.order("stop", summary=summary)
             partition.finish()
             partition.close()
             return summary
-    except Exception as error:
+    except BaseException as error:  # torch's CheckpointException is no Exception
         partition.fail(error)
         raise
 
@@ -245,10 +253,7 @@ def _summarise(run: Run, seconds: float) -> dict[str, Any]:
         "data_parallel_size": run.groups.dp_size,
     }
 
-    def write() -> None:
-        (run.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-
-    on_rank_zero(write)
+    on_rank_zero(lambda: write_json(run.folder / "summary.json", summary))
     return summary
 
 

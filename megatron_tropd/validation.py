@@ -145,6 +145,11 @@ def _check_training(recipe: Recipe) -> None:
             "training.overlap_param_gather=true needs training.use_distributed_optimizer=true, whose shards it "
             "gathers, and training.overlap_grad_reduce=true. Set both or drop it."
         )
+    if training.optimizer == "sgd" and training.use_distributed_optimizer:
+        raise UserError(
+            "training.optimizer=sgd contradicts training.use_distributed_optimizer=true, which shards Adam's state "
+            "alone. Set use_distributed_optimizer=false, or optimizer=adam."
+        )
     if training.offload_optimizer and recipe.student.dtype == "float32":
         raise UserError(
             "training.offload_optimizer=true contradicts student.dtype=float32, whose parameters are their own main "

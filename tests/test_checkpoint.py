@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import run_distributed
-from test_train import assert_same, overrides_of, records, train_rank
+from test_train import assert_same, overrides_of, records, refused_rank, train_rank
 from test_train import material as material  # a fixture
 from test_train import single as single  # a fixture
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -161,3 +161,15 @@ def test_one_data_parallel_rank_alone_holds_the_whole_optimizer_state(name, proc
         bound = max(1.01 * whole, 0.6 * max(size for _, size in buffers))  # padding comes on top of the whole
         assert all(whole <= size <= bound for size in largest), (buffers, largest)
     assert any(rank > 0 for buffers, *_ in ranks for rank, _ in buffers)
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+def test_field_cases_b5_files_with_other_bytes_are_named_by_their_folder(part, material, tmp_path):
+    """Their sizes are right, so that only reading them finds it out."""
+    run_distributed(train_rank, 1, overrides_of(material, tmp_path, "training.exit_step=1"))
+    folder = tmp_path / "checkpoints" / "step_000001" / part
+    for path in folder.glob("*.distcp"):
+        path.write_bytes(b"\x00" * path.stat().st_size)
+    (message,) = run_distributed(refused_rank, 1, overrides_of(material, tmp_path))
+    assert f"checkpoint {folder} cannot be read" in message
+    assert "move it away" in message

@@ -94,3 +94,41 @@ exec {sys.executable} -c 'from megatron_tropd import config, parallel; parallel.
     refused = _call("--no-python", "bash", "-c", script, launcher=TORCHRUN)
     assert refused.returncode != 0
     assert refused.stderr.count("[rank 1] megatron-tropd: error: training.steps=0") == 1
+
+
+def _raise(kind):
+    """Return a command that ends with an exception of this kind."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    makers = {
+        "checkpoint": lambda: CheckpointException("reading failed", {}),
+        "system_exit_text": lambda: SystemExit("a library gave up"),
+        "system_exit_number": lambda: SystemExit(3),
+        "generator_exit": GeneratorExit,
+        "interrupt": KeyboardInterrupt,
+        "group": lambda: type("Odd", (BaseException,), {})("odd"),
+    }
+
+    def command(*_):
+        raise makers[kind]()
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "text"),
+    [
+        ("checkpoint", 1, "CheckpointException"),
+        ("system_exit_text", 1, "a library gave up"),
+        ("system_exit_number", 3, "megatron-tropd: ended"),
+        ("generator_exit", 1, "GeneratorExit"),
+        ("interrupt", 130, "interrupted"),
+        ("group", 1, "Odd: odd"),
+    ],
+)
+def test_field_cases_b5_every_exception_is_printed_and_ends_with_its_status(kind, status, text, monkeypatch, capsys):
+    from megatron_tropd import commands
+
+    monkeypatch.setattr(commands, "plan", _raise(kind))
+    assert main(["plan"]) == status
+    assert text in capsys.readouterr().err

@@ -56,3 +56,30 @@ def lives_rank(error: Exception | None, has_groups: bool) -> bool:
 )
 def test_groups_are_destroyed_where_no_other_rank_may_be_waiting_in_them(processes, error, has_groups, lives):
     assert run_distributed(lives_rank, processes, error, has_groups) == [lives] * processes
+
+
+def _rank_zero_fails(kind):
+    """Return what a rank sees of rank 0's failure; an exception that is no Exception must not leave others waiting."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from megatron_tropd.config import ModelConfig
+    from megatron_tropd.parallel import initialize, on_rank_zero
+
+    initialize(ModelConfig())
+
+    def fail():
+        raise CheckpointException("no", {}) if kind == "checkpoint" else KeyboardInterrupt
+
+    try:
+        on_rank_zero(fail)
+    except BaseException as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "interrupt"])
+def test_field_cases_b5_every_failure_of_rank_zero_reaches_all_ranks(kind):
+    first, second = run_distributed(_rank_zero_fails, 2, kind)
+    assert second[0] == "RuntimeError"
+    assert {"checkpoint": "CheckpointException", "interrupt": "KeyboardInterrupt"}[kind] in second[1]
+    assert first[0] == {"checkpoint": "RuntimeError", "interrupt": "KeyboardInterrupt"}[kind]

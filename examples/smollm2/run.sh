@@ -59,6 +59,7 @@ echo "== Distilling: the student writes, the teacher scores, the trust region de
 
 echo "== Exporting the student to Hugging Face format, and the student after"
 checkpoint=$(ls -d "$RUN"/distill/checkpoints/step_* | tail -n 1)
+[[ $RUN/student_hf -nt $checkpoint ]] || rm -rf "$RUN/student_hf" "$RUN/samples_after.jsonl" # of an earlier checkpoint
 [[ -e $RUN/student_hf ]] || python tools/convert_mcore_to_hf.py --checkpoint "$checkpoint" --output "$RUN/student_hf"
 samples "$RUN/samples_after.jsonl" "$checkpoint/model"
 
