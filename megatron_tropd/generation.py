@@ -58,10 +58,12 @@ class OpenModel:
         return room
 
     def digest(self) -> str:
-        """Return a digest of weights, tokenizer, chat template and end ids, by which responses are told apart."""
+        """Return a digest of weights, tokenizer, end ids and template: what tells responses apart."""
         weights = model_digest(self.config.hf_path, self.config.checkpoint)
         ends = sorted(self.endings.eos | self.endings.stop_ids)
-        return digest_of([weights, tokenizer_digest(self.tokenizer_path, self.chat_template), ends])
+        template = self.tokenizer.template
+        variables = None if template is None else [template.kwargs, template.date]
+        return digest_of([weights, tokenizer_digest(self.tokenizer_path, self.chat_template), ends, variables])
 
     def engine(self) -> RolloutEngine:
         """Build the model, read its weights and return an engine over it; collective over all ranks."""

@@ -24,7 +24,7 @@ _BEGINNING = '{"id": '  # of every record, as json.dumps writes it
 _FIELDS = ("id", "sample", "finish_reason", "length")
 _DIGESTS = {
     "prompt": "other prompts under the same ids",
-    "model": "another model, tokenizer or chat template",
+    "model": "another model, tokenizer, end of text or chat template (with its variables and tokenizer.date)",
     "sampling": "other sampling (temperature, top_k, top_p, stop, max_new_tokens, seed or samples)",
 }
 
