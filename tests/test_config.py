@@ -158,10 +158,13 @@ def test_unreadable_recipes(tmp_path):
 
 def test_every_key_is_described():
     text = describe()
-    for section, config in vars(Recipe()).items():
+    sections = dict(vars(Recipe()))
+    sections["data.columns"] = sections["data"].columns
+    for section, config in sections.items():
         for field in dataclasses.fields(config):
-            assert f"{section}.{field.name} = " in text
-            assert field.metadata["help"] in text
+            if f"{section}.{field.name}" not in sections:
+                assert f"{section}.{field.name} = " in text
+                assert field.metadata["help"] in text
 
 
 def test_a_key_of_words_and_numbers_names_both():
