@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_tropd.config import EvaluationConfig
+from megatron_tropd.config import DataConfig, EvaluationConfig
 from megatron_tropd.errors import UserError
-from megatron_tropd.prompts import PromptEncoder, load_prompts
+from megatron_tropd.prompts import PromptEncoder, evaluation_data, load_prompts
 from megatron_tropd.types import Prompt, Sampling
 
 if TYPE_CHECKING:
@@ -30,10 +30,18 @@ if TYPE_CHECKING:
 _NUMBER = re.compile(r"(?:(?<![\w).])-)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|(?<![\w.])-?\.\d+")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}")
 
+_LENGTH_REMEDY = "lower evaluation.max_new_tokens (default: rollout.max_new_tokens), which leaves more of the context"
 
-def load_problems(path: str | Path, tokenizer: PromptEncoder, max_tokens: int | None = None) -> list[Prompt]:
-    """Read a prompt file whose every line has an `answer`; see prompts.load_prompts."""
-    return load_prompts(path, tokenizer, max_tokens, require=("answer",))
+
+def load_problems(
+    path: str | Path | list[str],
+    tokenizer: PromptEncoder,
+    max_tokens: int | None = None,
+    data: DataConfig | None = None,
+) -> list[Prompt]:
+    """Read prompt files whose every row has an `answer`; see prompts.load_prompts."""
+    options = {"key": "evaluation.problems", "data": evaluation_data(data), "length_remedy": _LENGTH_REMEDY}
+    return load_prompts(path, tokenizer, max_tokens, require=("answer",), **options)
 
 
 def extract_answer(response: str, pattern: str = "auto") -> str | None:
