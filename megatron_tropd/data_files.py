@@ -10,6 +10,7 @@ JSONL, JSON, CSV and TSV by data_text.py. The format is told by a file's first b
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from typing import Any, Protocol
 
 from megatron_tropd.data_text import open_text
 from megatron_tropd.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _BATCH = 1000  # rows of a columnar file that are converted at once
 _LARGE_BYTES = 1 << 28  # a conversion from here on shows its progress
@@ -171,10 +174,28 @@ class _Parquet:
         cache = Path(datasets.config.HF_DATASETS_CACHE) / "megatron_tropd" / f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
         name = glob.escape(str(self._path.resolve()))
         try:
+            cache.mkdir(parents=True, exist_ok=True)
             with _progress(datasets, stat.st_size > _LARGE_BYTES):  # a lock lets the first of several ranks convert
                 return datasets.Dataset.from_parquet(name, cache_dir=str(cache), columns=names)
-        except PermissionError:  # no cache can be written: each process holds the columns itself
+        except Exception as error:
+            reason = _no_cache(error)
+            if reason is None:
+                raise
+            logger.warning(
+                "%s: no cache can be written in %s (%s), so each process holds the columns in memory; set "
+                "HF_DATASETS_CACHE to a folder with room",
+                *(self._path, datasets.config.HF_DATASETS_CACHE, reason),
+            )
             return datasets.Dataset(InMemoryTable(pyarrow.parquet.read_table(self._path, columns=names)))
+
+
+def _no_cache(error: BaseException | None) -> str | None:
+    """Return why a cache cannot be written, if that is what an exception is about."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.strerror
+        error = error.__cause__ or error.__context__
+    return None
 
 
 class _progress:

@@ -90,7 +90,8 @@ class PromptSet(Sequence):
         self.problems, self.duplicates, self.too_long, self.longest, self.cut = Problems(), 0, 0, 0, 0
         self._parts = open_data(spec, key)
         self.files = [rows for part in self._parts for rows in part]
-        self.readers = [self._reader(rows) for rows in self.files]
+        self.readers = [self._reader(rows) for rows in self.files]  # of the check, which counts what it understands
+        self._again = [reader.again() for reader in self.readers]
         self._file, self._place, self._size, self._shape = array("L"), array("L"), array("L"), array("L")
         self._contents, self._digests, self._ids = array("Q"), array("Q"), []
         self._without_response: list[str] = []
@@ -117,7 +118,7 @@ class PromptSet(Sequence):
         return prompt
 
     def __iter__(self) -> Iterator[Prompt]:
-        return (self[place] for place in range(len(self)))
+        return (self[place] for place in self._progress(range(len(self)), len(self), "read"))
 
     @property
     def deduplicates(self) -> bool:
@@ -284,7 +285,7 @@ class PromptSet(Sequence):
     def _prompt(self, row: int) -> Prompt:
         i, place = self._file[row], self._place[row]
         rows = self.files[i]
-        prompt = self.readers[i].read(rows.read(place), self._default_id(rows, rows.number(place)))
+        prompt = self._again[i].read(rows.read(place), self._default_id(rows, rows.number(place)))
         prompt.row = f"{rows.path}:{rows.number(place)}"
         return prompt
 

@@ -118,13 +118,12 @@ def test_a_parquet_file_that_changes_is_read_again_and_the_cache_lies_elsewhere(
     assert os.listdir(folder) == ["a.parquet"]
 
 
-def test_a_parquet_file_is_read_where_no_cache_can_be_written(tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise PermissionError("read-only")
-
-    monkeypatch.setattr(datasets.Dataset, "from_parquet", refuse)
+@pytest.mark.parametrize("cache", ["/proc/no/cache", "/dev/full/cache"])
+def test_a_parquet_file_is_read_where_no_cache_can_be_written(tmp_path, monkeypatch, cache, caplog):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
     _write_columnar(tmp_path)
     assert _rows(tmp_path / "a.parquet").read(4) == ROWS[4]
+    assert "no cache can be written" in caplog.text
 
 
 def test_null_fields_of_structs_are_left_out_and_types_stay(tmp_path):
