@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import os
 import re
 import sys
@@ -191,6 +192,8 @@ def data(arguments: argparse.Namespace) -> int:
     from megatron_tropd.run_data import open_prompts, prompt_limit
     from megatron_tropd.tokenizer import load_tokenizer
 
+    # transformers warns of texts beyond model_max_length, which the report measures by the recipe's own limit
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     path = arguments.tokenizer or recipe.tokenizer.path or recipe.student.hf_path
     tokenizer = load_tokenizer(path, recipe.tokenizer.chat_template) if path else None
     limit, reason = prompt_limit(recipe)

@@ -73,6 +73,10 @@ class RowReader:
         self._plan: dict[str, tuple[str, ...]] = {}  # of the row that is read: the columns it has for each of _SOURCES
         self.roles: Counter[str] = Counter()  # of messages, those that no known template has
 
+    def again(self) -> RowReader:
+        """Return a reader of the same settings, for rows that are read once more: each row is counted once."""
+        return RowReader(self.columns, self.assistant_turn, self.require)
+
     @property
     def sources(self) -> dict[str, list[str]]:
         """The columns that each role came from."""

@@ -41,7 +41,7 @@ def _files(prompts: PromptSet) -> list[str]:
     lines = []
     for rows, reader in zip(prompts.files, prompts.readers, strict=True):
         layouts = ", ".join(
-            f"{name} ({count} rows)" if len(reader.layouts) > 1 else name
+            f"{name} ({_count(count, 'row')})" if len(reader.layouts) > 1 else name
             for name, count in reader.layouts.most_common()
         )
         lines += [
@@ -78,9 +78,9 @@ def _rendered(prompt: Prompt, tokenizer: Tokenizer | None, colours: bool) -> lis
     if tokenizer is not None:
         text = visible(prompt.tokens, tokenizer, marks)
     elif prompt.messages is not None:
-        text = "\n".join(f"[{m['role']}] {m['content'] or m.get('tool_calls')}" for m in prompt.messages)
+        text = _printable("\n".join(f"[{m['role']}] {m['content'] or m.get('tool_calls')}" for m in prompt.messages))
     else:
-        text = prompt.text
+        text = _printable(prompt.text)
     lines = [f"  \u2502 {line}" for line in text.split("\n")]
     if prompt.teacher_response is not None:
         cut = ", which was cut: no EOS follows" if prompt.teacher_finish_reason == "length" else ""

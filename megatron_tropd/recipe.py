@@ -190,6 +190,8 @@ def _set(tree: Any, key: str, value: Any, source: str) -> None:
     field = _FIELDS[key]
     if type(value) is int and "float" in field.type:
         value = float(value)  # OmegaConf does so but for keys that take a word as well
+    if OmegaConf.is_config(value):  # a list on the command line
+        value = OmegaConf.to_container(value)
     is_text = all(isinstance(item, str) and item for item in (value if isinstance(value, list) else [value]))
     if field.metadata["takes"] and value is not None and (not is_text or value == []):
         raise UserError(f"{key}={value!r} ({source}): expected {_kind(field)} ({field.metadata['help']}).")

@@ -117,10 +117,10 @@ def length_remedy(recipe: Recipe, context: int, limit: int) -> str:
             f"raise data.max_prompt_tokens={asked} (up to {context - new}, which rollout.max_new_tokens={new} leaves "
             f"of the context of {context}), or set data.skip_long_prompts=true"
         )
-    other = "can only lower the limit" if asked is None else f"={asked} is above that"
+    other = " can only lower the limit" if asked is None else f"={asked} is above that"
     return (
         f"lower rollout.max_new_tokens={new}, which leaves {limit} of the context of {context} tokens "
-        f"(data.max_prompt_tokens {other}), or set data.skip_long_prompts=true"
+        f"(data.max_prompt_tokens{other}), or set data.skip_long_prompts=true"
     )
 
 
