@@ -4,8 +4,9 @@
     python tests/benchmarks/data_start.py --rows 200000 --whole      # every prompt read and tokenized first
 
 Rows are random, the same each time: a system message, 20 to 150 words of the user, a teacher response of 50 to 300.
-cpu_s are the process's own seconds, which other work on the machine delays less. Each measurement runs in a fresh process. RSS counts the pages of mapped files that were touched, which the kernel can
-drop again; anonymous memory is what the process holds itself.
+cpu_s are the process's own seconds, which other work on the machine delays less. Each measurement runs in a fresh
+process. RSS counts the pages of mapped files that were touched, which the kernel can drop again; anonymous memory is
+what the process holds itself.
 """
 
 from __future__ import annotations
