@@ -1,4 +1,4 @@
-"""The command line `megatron-tropd`: doctor | train | generate | evaluate | convert | plan | report.
+"""The command line `megatron-tropd`: doctor | train | generate | evaluate | data | convert | plan | report.
 
 Under torchrun every rank runs it (`torchrun --nproc-per-node 2 -m megatron_tropd train tiny`); without torchrun it is
 one process. A UserError is printed once and ends every rank with status 2; what a rank alone runs into ends that rank
@@ -18,6 +18,7 @@ import warnings
 from typing import Any
 
 from megatron_tropd import commands
+from megatron_tropd.cli_data import add_data_arguments
 from megatron_tropd.errors import UserError
 
 _RECIPE_HELP = "YAML file, or the name of a shipped recipe"
@@ -104,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(subcommands)
     _add_generate(subcommands)
     _add_evaluate(subcommands)
+    add_data_arguments(_command(subcommands, "data", commands.data, "show what is understood of data files"))
     _add_convert(subcommands)
     _add_plan(subcommands)
     _add_report(subcommands)

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import os
+import re
+import sys
 
 from megatron_tropd.config import Recipe
 from megatron_tropd.errors import UserError
@@ -80,8 +83,10 @@ def generate(arguments: argparse.Namespace) -> None:
         temperature=arguments.temperature,
     )
     with open_model(recipe, arguments.model) as model:
-        prompts = load_prompts(recipe.data.prompts, model.tokenizer, model.longest_prompt(sampling.max_new_tokens))
-        prompts = prompts[: arguments.limit]
+        room = model.longest_prompt(sampling.max_new_tokens)
+        remedy = "lower --max-new-tokens (default: rollout.max_new_tokens), or set data.skip_long_prompts=true"
+        options = {"data": recipe.data, "length_remedy": remedy}
+        prompts = load_prompts(recipe.data.prompts, model.tokenizer, room, **options)[: arguments.limit]
         output, field, digest = arguments.output, arguments.field, model.digest()
         written = 0
         if unanswered(prompts, sampling, output, field, digest):  # else, or where it refuses, no weights are read
@@ -107,7 +112,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     config = dataclasses.replace(config, **{key: value for key, value in options.items() if value is not None})
     longest = config.max_new_tokens or recipe.rollout.max_new_tokens
     with open_model(recipe, arguments.model) as model:
-        problems = load_problems(config.problems, model.tokenizer, model.longest_prompt(longest))[: arguments.limit]
+        room = model.longest_prompt(longest)
+        problems = load_problems(config.problems, model.tokenizer, room, recipe.data)[: arguments.limit]
         result = evaluate(
             model.engine(),
             problems,
@@ -189,6 +195,27 @@ def doctor(arguments: argparse.Namespace) -> int:
         )
 
     return run_doctor(recipe, arguments.recipe, arguments.json, arguments.calibrate)
+
+
+def data(arguments: argparse.Namespace) -> int:
+    """Print what is understood of data files; return 1 where rows of them cannot be used."""
+    words = [*([arguments.recipe] if arguments.recipe else []), *arguments.overrides]
+    files = [word for word in words if not re.match(r"[a-z_]+(\.\w+)+=", word)]
+    recipe = load_recipe(arguments.base, [word for word in words if word not in files])
+    recipe.data.prompts = files or recipe.data.prompts
+    require(recipe, "data.prompts")
+    from megatron_tropd.data_view import describe
+    from megatron_tropd.run_data import open_prompts, prompt_limit
+    from megatron_tropd.tokenizer import load_tokenizer
+
+    # transformers warns of texts beyond model_max_length, which the report measures by the recipe's own limit
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+    path = arguments.tokenizer or recipe.tokenizer.path or recipe.student.hf_path
+    tokenizer = load_tokenizer(path, recipe.tokenizer.chat_template) if path else None
+    limit, reason = prompt_limit(recipe)
+    prompts = open_prompts(recipe, tokenizer, limit)
+    _print(describe(prompts, tokenizer, reason, colours=sys.stdout.isatty()))
+    return 1 if prompts.problems else 0
 
 
 def report(arguments: argparse.Namespace) -> None:

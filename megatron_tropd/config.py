@@ -20,12 +20,14 @@ def _key(
     high: float | None = None,
     above: float | None = None,
     words: tuple[str, ...] = (),
+    takes: str | None = None,
 ) -> Any:
     """Declare a key: documentation, allowed values of an enumeration, range [low, high] or values > `above`.
 
-    `words` are the texts that a numeric key takes beside its numbers.
+    `words` are the texts that a numeric key takes beside its numbers; `takes` the types of a key declared as Any.
     """
     metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above, "words": words}
+    metadata["takes"] = takes
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: default.copy(), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -93,15 +95,51 @@ class TokenizerConfig:
     check_compatibility: bool = _key(True, "refuse a teacher whose vocabulary differs from the student's")
 
 
+_FILES = "str | list[str] | null"  # OmegaConf knows no union with a list: such keys are declared as Any
+
+
+@dataclass
+class ColumnsConfig:
+    """`data.columns.*`: the columns of data.prompts, and of the other files as far as they have them."""
+
+    prompt: str | None = _key(None, "column of the prompt: a string (one user message) or a list of messages")
+    messages: str | None = _key(None, "column of the conversation")
+    text: str | None = _key(None, "column of the raw prompt, to which no chat template is applied")
+    system: str | None = _key(None, "column of the system message; default: system or system_prompt")
+    answer: str | None = _key(None, "column of the answer; a.b is field b of the objects in column a")
+    id: str | None = _key(None, "column of the id; default: id, else the line's number")
+    teacher_response: str | None = _key(None, "column of the teacher's response")
+    finish_reason: str | None = _key(None, "column of why that response ended; length: it was cut, so no EOS follows")
+    domain: str | None = _key(None, "column of the domain")
+    tools: str | None = _key(None, "column of the tools that the chat template describes")
+
+
 @dataclass
 class DataConfig:
     """`data.*`."""
 
-    prompts: str | None = _key(None, "JSONL file of prompts: messages or text, optional id, answer, teacher_response")
+    prompts: Any = _key(
+        None,
+        "prompts: a JSONL, JSON, CSV, Parquet or Arrow file, a folder of save_to_disk, a pattern, or a list of these",
+        takes=_FILES,
+    )
+    columns: ColumnsConfig = field(
+        default_factory=ColumnsConfig, metadata={"help": "columns by role; default: the common layouts are recognised"}
+    )
+    weights: list[float] = _key(
+        [], "sampling proportions, one per entry of prompts; default: each prompt once per epoch"
+    )
     seed: int = _key(0, "seed of the prompt order")
     shuffle: bool = _key(True, "draw a new order of the prompts each epoch")
     max_prompt_tokens: int | None = _key(
         None, "longest prompt; default: what max_new_tokens leaves of the context", low=1
+    )
+    skip_long_prompts: bool = _key(False, "leave out longer prompts and count them, instead of refusing the file")
+    deduplicate: bool = _key(False, "leave out prompts that stand in an earlier row; false: only count them")
+    assistant_turn: str = _key(
+        "response",
+        "an assistant's turn at the end of a conversation: response: it is the teacher_response; refuse: an error",
+        ("response", "refuse"),
     )
 
 
@@ -140,7 +178,9 @@ class GuidanceConfig:
     schedule: str = _key("cosine", "prefix share over the steps", ("cosine", "linear", "constant", "none"))
     start: float = _key(1.0, "share of the teacher's response at step 0, in [0, 1]", low=0, high=1)
     beta: float = _key(0.001, "weight of the loss on prefix tokens", low=0)
-    responses: str | None = _key(None, "JSONL of teacher responses (id, teacher_response); default: data.prompts' own")
+    responses: Any = _key(
+        None, "files of teacher responses (id, teacher_response); default: data.prompts' own", takes=_FILES
+    )
 
 
 @dataclass
@@ -217,9 +257,9 @@ class CheckpointConfig:
 class EvaluationConfig:
     """`evaluation.*`."""
 
-    problems: str | None = _key(None, "JSONL of problems with answers")
-    held_out: str | None = _key(None, "JSONL of prompts: forward KL to the teacher before and after training")
-    held_out_responses: str | None = _key(None, "JSONL of teacher responses to held_out; default: its own")
+    problems: Any = _key(None, "files of problems with answers", takes=_FILES)
+    held_out: Any = _key(None, "files of prompts: forward KL to the teacher before and after training", takes=_FILES)
+    held_out_responses: Any = _key(None, "files of teacher responses to held_out; default: its own", takes=_FILES)
     interval: int = _key(0, "steps between evaluations; 0: none during training", low=0)
     samples: int = _key(1, "samples a problem; the accuracy is their mean", low=1)
     temperature: float = _key(0.0, "sampling temperature; 0 is greedy", low=0)

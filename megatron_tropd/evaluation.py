@@ -16,11 +16,11 @@ from tqdm import tqdm
 from megatron_tropd.accuracy import measure
 from megatron_tropd.answer_comparison import same_answer
 from megatron_tropd.answers import find_answer, known_answer
-from megatron_tropd.config import EvaluationConfig, RolloutConfig
+from megatron_tropd.config import DataConfig, EvaluationConfig, RolloutConfig
 from megatron_tropd.decoding import make_sampling
 from megatron_tropd.errors import UserError
 from megatron_tropd.grading import Grader, check_pattern, shared_worker
-from megatron_tropd.prompts import PromptEncoder, load_prompts
+from megatron_tropd.prompts import PromptEncoder, evaluation_data, load_prompts
 from megatron_tropd.types import Prompt, Rollouts
 
 if TYPE_CHECKING:
@@ -28,9 +28,18 @@ if TYPE_CHECKING:
     from megatron_tropd.rollout import RolloutEngine
 
 
-def load_problems(path: str | Path, tokenizer: PromptEncoder, max_tokens: int | None = None) -> list[Prompt]:
-    """Read a prompt file whose every line has an `answer`; see prompts.load_prompts."""
-    return load_prompts(path, tokenizer, max_tokens, require=("answer",))
+_LENGTH_REMEDY = "lower evaluation.max_new_tokens (default: rollout.max_new_tokens), which leaves more of the context"
+
+
+def load_problems(
+    path: str | Path | list[str],
+    tokenizer: PromptEncoder,
+    max_tokens: int | None = None,
+    data: DataConfig | None = None,
+) -> list[Prompt]:
+    """Read prompt files whose every row has an `answer`; see prompts.load_prompts."""
+    options = {"key": "evaluation.problems", "data": evaluation_data(data), "length_remedy": _LENGTH_REMEDY}
+    return load_prompts(path, tokenizer, max_tokens, require=("answer",), **options)
 
 
 def extract_answer(response: str, pattern: str = "auto") -> str | None:

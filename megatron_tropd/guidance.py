@@ -5,15 +5,17 @@ Prefix length = floor(alpha(step) L_T). `sft` and `seqkd` use the same way: thei
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
+from collections.abc import Sequence
 
-from megatron_tropd.config import GuidanceConfig
+from megatron_tropd.config import ColumnsConfig, GuidanceConfig
 from megatron_tropd.endings import Endings
 from megatron_tropd.errors import UserError
+from megatron_tropd.responses import Responses
 from megatron_tropd.tokenizer import Tokenizer
 from megatron_tropd.types import Prompt
+
+_KEPT_RESPONSES = 10_000  # tokenized ones that are held for the next epoch: all of a small file
 
 
 def prefix_fraction(schedule: str, step: int, steps: int, start: float = 1.0) -> float:
@@ -36,26 +38,6 @@ def prefix_fraction(schedule: str, step: int, steps: int, start: float = 1.0) ->
     return start * shares[schedule]
 
 
-def load_responses(path: str | Path) -> dict[str, str]:
-    """Read a JSONL of {"id", "teacher_response"}; UserError names file and line of anything else."""
-    responses = {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines would also split inside of texts
-    except OSError as error:
-        raise UserError(f"guidance.responses={path} cannot be read ({error.strerror}); give a JSONL file.") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            responses[str(record["id"])] = str(record["teacher_response"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f'{path}:{number} is no object with "id" and "teacher_response" ({error!r}); mend or remove the line.'
-            ) from error
-    return responses
-
-
 class Guidance:
     """Hands out a step's prefixes."""
 
@@ -69,6 +51,7 @@ class Guidance:
         enabled: bool = True,
         whole_response: bool = False,
         endings: Endings | None = None,
+        columns: ColumnsConfig | None = None,
     ):
         """Prepare the schedule and read `guidance.responses`, if the recipe names them.
 
@@ -80,13 +63,16 @@ class Guidance:
             enabled: False for objectives without guidance: every prefix is empty.
             whole_response: `sft` and `seqkd`: every prefix is the whole response with EOS, whatever the schedule.
             endings: which EOS follows a response; default: the tokenizer's.
+            columns: `data.columns.*`, for the file of responses as far as it has them.
         """
         self.config, self.steps, self.tokenizer, self.max_tokens = config, steps, tokenizer, max_tokens
         self.whole_response = whole_response
         self.endings = endings or Endings.of(tokenizer)
         self.enabled = whole_response or (enabled and config.schedule != "none")
-        self._responses = load_responses(config.responses) if self.enabled and config.responses else {}
-        self._tokens: dict[str, list[int]] = {}
+        self._responses: Responses | None = None
+        if self.enabled and config.responses:
+            self._responses = Responses(config.responses, "guidance.responses", columns)
+        self._tokens: dict[str, list[int]] = {}  # of the latest prompts
 
     def fraction(self, step: int) -> float:
         """Return alpha(step)."""
@@ -96,14 +82,19 @@ class Guidance:
             1.0 if self.whole_response else prefix_fraction(self.config.schedule, step, self.steps, self.config.start)
         )
 
-    def check(self, prompts: list[Prompt]) -> None:
-        """Raise UserError if some prompt has no teacher response though prefixes are wanted."""
+    def check(self, ids_without_response: Sequence[str], total: int) -> None:
+        """Raise UserError if prefixes are wanted and prompts have no teacher response, here or in their own rows.
+
+        Args:
+            ids_without_response: of the prompts whose rows carry none.
+            total: number of all prompts.
+        """
         if not self.enabled:
             return
-        missing = [p.id for p in prompts if self._response(p) is None]
+        missing = [name for name in ids_without_response if self._responses is None or name not in self._responses]
         if missing:
             raise UserError(
-                f"{len(missing)} of {len(prompts)} prompts have no teacher_response, the first is id {missing[0]!r}; "
+                f"{len(missing)} of {total} prompts have no teacher_response, the first is id {missing[0]!r}; "
                 "write responses with tools/generate_teacher_responses.py and name the file in guidance.responses, "
                 "or set guidance.schedule=none."
             )
@@ -111,7 +102,8 @@ class Guidance:
     def prefixes(self, prompts: list[Prompt], step: int) -> list[list[int]]:
         """Return one list of token ids a prompt: the first floor(alpha(step) L_T) of the teacher's L_T tokens.
 
-        The response ends in EOS, so that a whole one leaves nothing for the student to write.
+        The response ends in EOS, so that a whole one leaves nothing for the student to write; one that was cut at its
+        own token limit has no EOS, and is never whole.
         """
         fraction = self.fraction(step)
         if fraction == 0.0:
@@ -122,13 +114,15 @@ class Guidance:
             prefixes.append(response[: min(math.floor(fraction * len(response)), self.max_tokens)])
         return prefixes
 
-    def _response(self, prompt: Prompt) -> str | None:
-        return self._responses.get(prompt.id, prompt.teacher_response)
-
     def _encode(self, prompt: Prompt) -> list[int]:
         if prompt.id not in self._tokens:
-            tokens = self.tokenizer.encode_response(self._response(prompt))
-            if not tokens or tokens[-1] not in self.endings.eos:  # some data sets write it into the text
+            response = self._responses.get(prompt.id) if self._responses is not None else None
+            text, finish_reason = response or (prompt.teacher_response, prompt.teacher_finish_reason)
+            if len(self._tokens) >= _KEPT_RESPONSES:
+                self._tokens.clear()
+            tokens = self.tokenizer.encode_response(text)
+            # Some data sets write it into the text.
+            if finish_reason != "length" and (not tokens or tokens[-1] not in self.endings.eos):
                 tokens = [*tokens, self.endings.eos_after(prompt, self.tokenizer)]
             self._tokens[prompt.id] = tokens
         return self._tokens[prompt.id]

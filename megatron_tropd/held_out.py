@@ -10,6 +10,7 @@ last stage only, where they meet the teacher's output layer in the student's sha
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +20,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.batching import microbatches, pack
+from megatron_tropd.config import DataConfig
 from megatron_tropd.divergence import Divergence
 from megatron_tropd.megatron_compat import run_schedule
-from megatron_tropd.metrics import read_records
 from megatron_tropd.micro_batches import Pairs, split_batch
-from megatron_tropd.prompts import load_prompts
+from megatron_tropd.prompts import evaluation_data, load_prompts
+from megatron_tropd.responses import Responses
 from megatron_tropd.types import LOSS_NONE, Prompt, Rollouts, TrainingBatch, UserError
 
 if TYPE_CHECKING:
@@ -130,33 +132,39 @@ class HeldOut:
 
 
 def load_held_out(
-    path: str | Path, responses: str | Path | None, tokenizer: Tokenizer, max_tokens: int | None = None
+    path: str | Path | list[str],
+    responses: str | Path | list[str] | None,
+    tokenizer: Tokenizer,
+    max_tokens: int | None = None,
+    data: DataConfig | None = None,
 ) -> list[Prompt]:
     """Read held-out prompts with the teacher's responses to them.
 
     Args:
-        path: JSONL of prompts.
-        responses: JSONL of `{"id", "teacher_response"}`, as `megatron-tropd generate` writes it; None when the prompts
-            carry their own.
+        path: files of prompts.
+        responses: files of `{"id", "teacher_response"}`, as `megatron-tropd generate` writes them; None when the
+            prompts carry their own.
         tokenizer: encodes the prompts.
         max_tokens: longest prompt.
+        data: `data.columns.*` as far as the files have them.
 
     Raises:
         UserError: a file cannot be read, or a prompt has no response.
     """
+    options = {"key": "evaluation.held_out", "data": evaluation_data(data)}
     if responses is None:
-        return load_prompts(path, tokenizer, max_tokens, require=("teacher_response",))
-    prompts = load_prompts(path, tokenizer, max_tokens)
-    if not Path(responses).is_file():
+        return load_prompts(path, tokenizer, max_tokens, require=("teacher_response",), **options)
+    prompts = load_prompts(path, tokenizer, max_tokens, **options)
+    if isinstance(responses, str | Path) and not glob.has_magic(str(responses)) and not Path(responses).exists():
         raise UserError(f"evaluation.held_out_responses={responses}: no such file; {_remedy(path, responses)}")
-    by_id = {str(r.get("id")): r.get("teacher_response") for r in read_records(responses)}
-    missing = [prompt.id for prompt in prompts if not by_id.get(prompt.id)]
+    by_id = Responses(responses, "evaluation.held_out_responses", data.columns if data else None)
+    missing = [prompt.id for prompt in prompts if prompt.id not in by_id]
     if missing:
         raise UserError(
             f"{responses}: no teacher_response for {len(missing)} of the {len(prompts)} prompts of {path}, such as "
             f"{missing[0]!r}; {_remedy(path, responses)}"
         )
-    return [replace(prompt, teacher_response=by_id[prompt.id]) for prompt in prompts]
+    return [replace(prompt, teacher_response=by_id.get(prompt.id)[0]) for prompt in prompts]
 
 
 def _remedy(path: str | Path, responses: str | Path) -> str:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterator
+from functools import reduce
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,20 @@ from typing import Any
 from megatron_tropd.config import UNGUIDED_OBJECTIVES, Recipe
 from megatron_tropd.errors import UserError
 
-_FIELDS: dict[str, dataclasses.Field] = {
-    f"{section}.{field.name}": field
-    for section, config in vars(Recipe()).items()
-    for field in dataclasses.fields(config)
-}
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field | None]]:
+    """Yield the full name of every key with its field, and of every section (`data`, `data.columns`) with None."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield name, None
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield name, field
+
+
+_FIELDS: dict[str, dataclasses.Field] = {name: field for name, field in _leaves(Recipe()) if field is not None}
+_SECTIONS = [name for name, field in _leaves(Recipe()) if field is None]
 _EXAMPLES = Path("examples/recipes")  # a checkout's own, relative to the current directory
 
 
@@ -61,6 +72,11 @@ def to_yaml(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
 
 
+def recipe_sections() -> list[str]:
+    """Return the names of all sections, those within others in full: `data`, `data.columns`."""
+    return list(_SECTIONS)
+
+
 def describe() -> str:
     """Return one line a key: name, type or choices, default, documentation."""
     lines, section = [], ""
@@ -78,7 +94,8 @@ def _kind(field: dataclasses.Field) -> str:
     """Return what a key takes: its choices, or its types, after the words that a numeric key knows."""
     if field.metadata["choices"]:
         return " | ".join(field.metadata["choices"])
-    types = ["mapping"] if _is_mapping(field) else field.type.replace("None", "null").split(" | ")
+    takes = "mapping" if _is_mapping(field) else field.metadata["takes"]
+    types = (takes or field.type.replace("None", "null")).split(" | ")
     words = field.metadata["words"]
     return " | ".join([*words, *(name for name in types if not words or name != "str")])
 
@@ -134,13 +151,14 @@ def _read_file(path: Path, chain: tuple[Path, ...]) -> list[tuple[str, Any, str]
     return settings + _flatten(content, str(path))
 
 
-def _flatten(content: dict, source: str) -> list[tuple[str, Any, str]]:
+def _flatten(content: dict, source: str, prefix: str = "") -> list[tuple[str, Any, str]]:
     settings = []
-    for section, values in content.items():
-        if isinstance(values, dict):
-            settings += [(f"{section}.{key}", value, source) for key, value in values.items()]
-        elif values is not None or section not in vars(Recipe()):  # None: a section whose keys are all commented out
-            settings.append((str(section), values, source))
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and name not in _FIELDS:
+            settings += _flatten(value, source, f"{name}.")
+        elif value is not None or name not in _SECTIONS:  # None: a section whose keys are all commented out
+            settings.append((name, value, source))
     return settings
 
 
@@ -154,7 +172,7 @@ def _parse_override(text: str) -> tuple[str, Any, str]:
     if not equals or not key:
         raise UserError(f"{source} is not of the form section.key=value, such as training.steps=10.")
     field = _FIELDS.get(key)
-    if field is None or value in ("null", "") or not _is_text(field):
+    if field is None or value in ("null", "") or not _is_text(field, value):
         try:
             return key, OmegaConf.from_dotlist([f"value={value}"])["value"], source
         except yaml.YAMLError as error:
@@ -162,8 +180,10 @@ def _parse_override(text: str) -> tuple[str, Any, str]:
     return key, value, source
 
 
-def _is_text(field: dataclasses.Field) -> bool:
-    """Whether a key's value on the command line is taken as it stands; that of numeric keys with words is not."""
+def _is_text(field: dataclasses.Field, value: str) -> bool:
+    """Whether a value on the command line is taken as it stands; that of numeric keys with words and a list are not."""
+    if field.metadata["takes"]:
+        return not value.lstrip().startswith("[")
     return "str" in field.type and not field.type.startswith(("list", "dict")) and not field.metadata["words"]
 
 
@@ -179,6 +199,11 @@ def _set(tree: Any, key: str, value: Any, source: str) -> None:
         _check_stop_strings(key, list(value), source)
     if type(value) is int and "float" in field.type:
         value = float(value)  # OmegaConf does so but for keys that take a word as well
+    if OmegaConf.is_config(value):  # a list on the command line
+        value = OmegaConf.to_container(value)
+    is_text = all(isinstance(item, str) and item for item in (value if isinstance(value, list) else [value]))
+    if field.metadata["takes"] and value is not None and (not is_text or value == []):
+        raise UserError(f"{key}={value!r} ({source}): expected {_kind(field)} ({field.metadata['help']}).")
     try:
         OmegaConf.update(tree, key, value, merge=False)  # a mapping is replaced, one of its entries is set
     except OmegaConfBaseException as error:
@@ -216,11 +241,11 @@ def _is_mapping(field: dataclasses.Field) -> bool:
 
 
 def _refuse_unknown(key: str, source: str) -> None:
-    if key in vars(Recipe()):
+    if key in _SECTIONS:
         raise UserError(
             f"{key} ({source}) is a section, not a key: it takes no value. Set its keys, as in {key}.KEY=VALUE."
         )
-    leaves = {name.split(".")[1]: name for name in reversed(_FIELDS)}
+    leaves = {name.split(".")[-1]: name for name in reversed(_FIELDS)}
     leaf = key.split(".")[-1]  # perhaps the right key in the wrong section, or without one
     nearest = leaves.get(leaf) or _nearest(key, list(_FIELDS)) or leaves.get(_nearest(leaf, list(leaves)))
     hint = f"did you mean {nearest}?" if nearest else "no known key is near it."
@@ -246,8 +271,7 @@ def _to_recipe(tree: Any) -> Recipe:
 def _check_values(recipe: Recipe, sources: dict[str, str]) -> None:
     """Check every value against its field's choices and range."""
     for key, field in _FIELDS.items():
-        section, name = key.split(".")
-        value = getattr(getattr(recipe, section), name)
+        value = reduce(getattr, key.split("."), recipe)
         rule = field.metadata
         if value is None or value in rule["words"]:
             continue

@@ -10,12 +10,14 @@ or a pattern to the table that says what a user may expect who restarts a run wi
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_tropd.config import Recipe
 from megatron_tropd.errors import UserError
+from megatron_tropd.recipe import recipe_sections
 
 APPLIED, FIXED, IRRELEVANT, UNKNOWN = "applied", "fixed", "irrelevant", "unknown"
 EFFECTS = {
@@ -51,6 +53,11 @@ MAY_NOT_CHANGE = {
     "data.prompts": "the order of the prompts is that of the file's contents",
     "data.seed": "the order of the prompts follows from it",
     "data.shuffle": "the order of the prompts follows from it",
+    "data.weights": "the order of the prompts follows from it",
+    "data.columns.*": "it makes other prompts of the same file",
+    "data.skip_long_prompts": "it leaves other prompts in the order",
+    "data.deduplicate": "it leaves other prompts in the order",
+    "data.assistant_turn": "it makes other prompts of the same file",
     "training.optimizer": "the optimizer's state is of no use to the other",
     "training.use_distributed_optimizer": "the optimizer's state is stored in another format",
 }
@@ -108,7 +115,7 @@ def classes_of(key: str) -> list[str]:
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe's values by `section.key`."""
-    return {f"{section}.{key}": value for section, keys in vars(recipe).items() for key, value in vars(keys).items()}
+    return dict(_leaves(vars(recipe), lambda value: vars(value) if is_dataclass(value) else None))
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -127,7 +134,23 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read as a recipe ({' '.join(str(error).split())}); restore it.") from error
     if not isinstance(content, dict) or not all(isinstance(keys, dict) for keys in content.values()):
         raise UserError(f"{path} is not the recipe of a run: expected a section of keys under each name; restore it.")
-    return {f"{section}.{key}": value for section, keys in content.items() for key, value in keys.items()}
+    sections = set(recipe_sections())
+    return dict(_leaves(content, lambda value: value if isinstance(value, dict) else None, sections))
+
+
+def _leaves(
+    tree: dict[str, Any],
+    children: Callable[[Any], dict[str, Any] | None],
+    sections: set[str] | None = None,
+    above: str = "",
+) -> Iterator[tuple[str, Any]]:
+    """Yield the full name and value of every key; `sections`: what of `tree` are sections, None: all that have keys."""
+    for name, value in tree.items():
+        keys = children(value)
+        if keys is not None and (sections is None or not above or f"{above}{name}" in sections):
+            yield from _leaves(keys, children, sections, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
 
 
 def compare(
@@ -167,12 +190,16 @@ def refuse(changes: list[Change], what: str) -> None:
     fixed = [change for change in changes if change.kind == FIXED]
     if not fixed:
         return
-    reasons = "; ".join(f"{change} ({MAY_NOT_CHANGE[change.key]})" for change in fixed)
+    reasons = "; ".join(f"{change} ({_reason(change.key)})" for change in fixed)
     those = "that value" if len(fixed) == 1 else "those values"
     raise UserError(
         f"{what} with this recipe: {reasons}. Restore {those}, or start a new run with another logging.dir, or in "
         "the same folder with checkpoint.resume=false."
     )
+
+
+def _reason(key: str) -> str:
+    return next(reason for pattern, reason in MAY_NOT_CHANGE.items() if fnmatch.fnmatchcase(key, pattern))
 
 
 def describe(changes: list[Change]) -> str:

@@ -114,7 +114,7 @@ class RolloutEngine:
             return response
         room = self.max_sequence_length - len(response.start)
         response.budget = min(sampling.max_new_tokens - len(prefix), room)
-        if room < 1:
+        if room < 1 and sampling.max_new_tokens > len(prefix):
             raise UserError(
                 f"prompt {prompt.id!r} has {len(prompt.tokens)} tokens and a prefix of {len(prefix)}, and the context "
                 f"is {self.max_sequence_length}: no room for a response. Shorten it, or lower rollout.max_new_tokens."

@@ -15,11 +15,9 @@ from megatron_tropd.convert import load_model_weights
 from megatron_tropd.decoding import make_sampling
 from megatron_tropd.divergence import Divergence
 from megatron_tropd.end_of_text import EndOfText
-from megatron_tropd.endings import Endings, find_endings
-from megatron_tropd.evaluation import load_problems
-from megatron_tropd.grading import check_pattern
+from megatron_tropd.endings import find_endings
 from megatron_tropd.guidance import Guidance
-from megatron_tropd.held_out import HeldOut, load_held_out
+from megatron_tropd.held_out import HeldOut
 from megatron_tropd.layer_specs import uses_transformer_engine
 from megatron_tropd.model import build_model
 from megatron_tropd.objectives import Objective, build_objective
@@ -27,10 +25,11 @@ from megatron_tropd.packing import micro_batch_budget
 from megatron_tropd.parallel import ParallelGroups, build_groups
 from megatron_tropd.partition import Partition
 from megatron_tropd.pinned_date import pin_date
-from megatron_tropd.prompts import PromptSource, load_prompts
+from megatron_tropd.prompts import PromptSource
 from megatron_tropd.remote_teacher import RemoteTeacher
 from megatron_tropd.resume import Start, prepare, restore
 from megatron_tropd.rollout import RolloutEngine
+from megatron_tropd.run_data import load_run_data
 from megatron_tropd.run_teacher import check_teacher, load_student_tokenizer, open_teacher
 from megatron_tropd.teacher import TeacherHook
 from megatron_tropd.tokenizer import Tokenizer
@@ -74,15 +73,17 @@ class Run:
         """Batches are filled up to a multiple of it: micro-batches, interleaved in groups of the pipeline's size."""
         return self.recipe.training.micro_batch_size * self.groups.micro_batch_multiple
 
-    def shard(self, prompts: list[Prompt]) -> list[Prompt]:
-        """Return this data-parallel rank's contiguous share of a step's prompts."""
-        share = len(prompts) // self.groups.dp_size
-        return prompts[self.groups.dp_rank * share : (self.groups.dp_rank + 1) * share]
+    def draw(self, count: int) -> list[Prompt]:
+        """Draw the next `count` prompts and return this data-parallel rank's contiguous share, tokenized."""
+        return self.source.next(count, self.groups.dp_rank, self.groups.dp_size)
 
     def sampling(self, step: int) -> Sampling:
         """Return how this step's responses are drawn."""
         samples = None if self.objective.needs_rollout else 1
-        return make_sampling(self.recipe.rollout, self.recipe.training.seed, step, samples_per_prompt=samples)
+        # Without rollouts nothing follows a response that was cut and has no EOS.
+        longest = None if self.objective.needs_rollout else 0
+        own = {"samples_per_prompt": samples, "max_new_tokens": longest}
+        return make_sampling(self.recipe.rollout, self.recipe.training.seed, step, **own)
 
     def finish_folder(self, folder: Path) -> None:
         """Let the Hugging Face folder of a checkpoint tokenize and end responses as the run does."""
@@ -112,13 +113,7 @@ def set_up(
     endings = files.endings if files else find_endings(recipe, "student", tokenizer)
     teacher_groups = build_groups(recipe.teacher, groups) if files and not partition else groups
     context = hf_config.max_position_embeddings
-    max_prompt = _longest_prompt(recipe, context)
-    prompts = load_prompts(recipe.data.prompts, tokenizer, max_prompt)
-    problems = _load_problems(recipe, tokenizer, context)
-    held_out_prompts = _load_held_out(recipe, tokenizer, max_prompt)
-    guidance = _load_guidance(recipe, tokenizer, endings, objective, prompts)
-    longest_prompt = max(len(prompt.tokens) for prompt in prompts)
-    _check_budget(recipe, longest_prompt)
+    data = load_run_data(recipe, tokenizer, endings, objective, context)
 
     fixed = {"deterministic_mode": recipe.training.deterministic}
     modules = build_model(hf_config, recipe.student, groups, role="student", **fixed)
@@ -129,27 +124,26 @@ def set_up(
     if files:
         models = (groups, teacher_groups, partition)
         teacher = open_teacher(recipe, *models, files, objective, tokenizer.vocab_size)
-    divergences = _open_divergences(recipe, student, objective, teacher, held_out_prompts)
+    divergences = _open_divergences(recipe, student, objective, teacher, data.held_out)
     student.divergence = divergences.get("objective")
     engine = RolloutEngine(modules, tokenizer, groups, recipe.rollout, max_sequence_length=context, endings=endings)
-    source = PromptSource(prompts, seed=recipe.data.seed, shuffle=recipe.data.shuffle)
-    held_out = _build_held_out(recipe, student, held_out_prompts, tokenizer, teacher, divergences.get("held_out"))
+    held_out = _build_held_out(recipe, student, data.held_out, tokenizer, teacher, divergences.get("held_out"))
     return Run(
         recipe,
         Path(recipe.logging.dir),
         groups,
         tokenizer,
         objective,
-        source,
-        problems,
+        data.source,
+        data.problems,
         held_out,
-        guidance,
+        data.guidance,
         student,
         teacher,
         engine,
-        restore(recipe, groups, student, source, start),
+        restore(recipe, groups, student, data.source, start),
         hf_path,
-        micro_batch_budget(recipe, longest_prompt, uses_transformer_engine()),
+        micro_batch_budget(recipe, data.longest_prompt, uses_transformer_engine()),
     )
 
 
@@ -165,57 +159,6 @@ def _check_batch(recipe: Recipe, groups: ParallelGroups) -> None:
             f"training.prompts_per_step={prompts} cannot be split over {groups.dp_size} data-parallel ranks "
             f"({groups.world_size} processes); use a multiple of {groups.dp_size}"
         )
-
-
-def _check_budget(recipe: Recipe, longest: int) -> None:
-    budget = recipe.training.max_tokens_per_micro_batch
-    if isinstance(budget, int) and budget < longest + recipe.rollout.max_new_tokens:
-        raise UserError(
-            f"training.max_tokens_per_micro_batch={budget} cannot hold {longest} prompt tokens (the longest of "
-            f"{recipe.data.prompts}) and rollout.max_new_tokens={recipe.rollout.max_new_tokens}; use at least "
-            f"{longest + recipe.rollout.max_new_tokens}, or auto"
-        )
-
-
-def _longest_prompt(recipe: Recipe, context: int) -> int:
-    room = context - recipe.rollout.max_new_tokens
-    if room < 1:
-        raise UserError(
-            f"rollout.max_new_tokens={recipe.rollout.max_new_tokens} leaves no room for a prompt in the student's "
-            f"context of {context} tokens (max_position_embeddings); lower it below {context}"
-        )
-    return min(room, recipe.data.max_prompt_tokens or room)
-
-
-def _load_guidance(
-    recipe: Recipe, tokenizer: Tokenizer, endings: Endings, objective: Objective, prompts: list[Prompt]
-) -> Guidance:
-    guidance = Guidance(
-        recipe.guidance,
-        recipe.training.steps,
-        tokenizer,
-        max_tokens=recipe.rollout.max_new_tokens,
-        whole_response=not objective.needs_rollout,
-        enabled=objective.uses_guidance,
-        endings=endings,
-    )
-    guidance.check(prompts)
-    return guidance
-
-
-def _load_problems(recipe: Recipe, tokenizer: Tokenizer, context: int) -> list[Prompt]:
-    config = recipe.evaluation
-    if not config.problems:
-        return []
-    check_pattern(config.answer_pattern)
-    return load_problems(config.problems, tokenizer, context - (config.max_new_tokens or recipe.rollout.max_new_tokens))
-
-
-def _load_held_out(recipe: Recipe, tokenizer: Tokenizer, max_prompt: int) -> list[Prompt]:
-    config = recipe.evaluation
-    if not config.held_out:
-        return []
-    return load_held_out(config.held_out, config.held_out_responses, tokenizer, max_prompt)
 
 
 def _open_divergences(

@@ -106,7 +106,7 @@ def _loop(run: Run, termination: TerminationFlag) -> dict[str, Any]:
         _evaluate(run, writer)
     for step in range(run.state.step, last_step):
         clock = _Clock(run.groups.device)
-        prompts = run.shard(run.source.next(training.prompts_per_step))
+        prompts = run.draw(training.prompts_per_step)
         rollouts = run.engine.generate(prompts, run.guidance.prefixes(prompts, step), run.sampling(step))
         clock.lap("seconds_rollout")
         batch = pack(

@@ -216,10 +216,13 @@ def test_unreadable_recipes(tmp_path):
 
 def test_every_key_is_described():
     text = describe()
-    for section, config in vars(Recipe()).items():
+    sections = dict(vars(Recipe()))
+    sections["data.columns"] = sections["data"].columns
+    for section, config in sections.items():
         for field in dataclasses.fields(config):
-            assert f"{section}.{field.name} = " in text
-            assert field.metadata["help"] in text
+            if f"{section}.{field.name}" not in sections:
+                assert f"{section}.{field.name} = " in text
+                assert field.metadata["help"] in text
 
 
 def test_a_key_of_words_and_numbers_names_both():
@@ -246,3 +249,43 @@ def test_a_numeric_key_may_take_a_word(text, value):
 )
 def test_a_numeric_key_takes_no_other_word(text, expected):
     assert f"expected {expected}" in _refused(f"rollout.kv_cache_gb={text}")
+
+
+def test_a_section_within_a_section(tmp_path):
+    recipe = load_recipe(None, ["data.columns.prompt=question", "data.columns.id=7"])
+    assert (recipe.data.columns.prompt, recipe.data.columns.id, recipe.data.columns.answer) == ("question", "7", None)
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml") == recipe
+    file = tmp_path / "recipe.yaml"
+    file.write_text("data:\n  seed: 3\n  columns:\n    answer: a.b\n")
+    assert (load_recipe(file).data.columns.answer, load_recipe(file).data.seed) == ("a.b", 3)
+    file.write_text("data:\n  columns:\n")
+    assert load_recipe(file) == load_recipe(None)
+    file.write_text("data:\n  columns: {promt: x}\n")
+    with pytest.raises(
+        UserError, match=r"unknown key data.columns.promt .*recipe.yaml.*did you mean data.columns.prompt"
+    ):
+        load_recipe(file)
+    assert "data.columns (override 'data.columns=x') is a section, not a key" in _refused("data.columns=x")
+    assert "data.columns.prompt = null  (str | null)" in describe()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a,b.jsonl", "a,b.jsonl"),
+        ("7", "7"),
+        ("[a.jsonl, b.parquet]", ["a.jsonl", "b.parquet"]),
+        ("null", None),
+    ],
+)
+def test_files_are_one_path_or_a_list(text, value, tmp_path):
+    recipe = load_recipe(None, [f"data.prompts={text}"])
+    assert recipe.data.prompts == value
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml").data.prompts == value
+
+
+@pytest.mark.parametrize("text", ["[]", "[1]", "[[a]]", "[a, null]"])
+def test_files_are_nothing_else(text):
+    assert "expected str | list[str] | null (prompts:" in _refused(f"data.prompts={text}")

@@ -9,7 +9,7 @@ from tiny_models import make_tokenizer
 from megatron_tropd.config import GuidanceConfig
 from megatron_tropd.endings import Endings
 from megatron_tropd.errors import UserError
-from megatron_tropd.guidance import Guidance, load_responses, prefix_fraction
+from megatron_tropd.guidance import Guidance, prefix_fraction
 from megatron_tropd.tokenizer import HuggingFaceTokenizer
 from megatron_tropd.types import Prompt
 
@@ -71,7 +71,7 @@ def test_without_guidance_every_prefix_is_empty(tokenizer):
     for options in ({"enabled": False}, {}):
         config = GuidanceConfig(schedule="none" if not options else "cosine")
         guidance = Guidance(config, 8, tokenizer, max_tokens=100, **options)
-        guidance.check([prompt(None)])
+        guidance.check(["p"], 1)
         assert guidance.prefixes([prompt()], 0) == [[]]
         assert guidance.fraction(0) == 0
 
@@ -85,7 +85,7 @@ def test_data_objectives_take_the_whole_response_at_every_step(tokenizer):
 def test_prompts_without_responses_are_named(tokenizer):
     guidance = Guidance(GuidanceConfig(), 8, tokenizer, max_tokens=100)
     with pytest.raises(UserError, match="1 of 2 prompts have no teacher_response, the first is id 'q'"):
-        guidance.check([prompt(), Prompt(id="q", text="?")])
+        guidance.check(["q"], 2)
 
 
 def test_a_file_of_responses_goes_before_the_prompts_own(tokenizer, tmp_path: Path):
@@ -95,9 +95,19 @@ def test_a_file_of_responses_goes_before_the_prompts_own(tokenizer, tmp_path: Pa
     assert guidance.prefixes([prompt()], 0)[0] == [*tokenizer.encode("ab"), tokenizer.eos_id]
 
 
-@pytest.mark.parametrize("line", ["{", '{"id": "p"}', "[1]"])
-def test_broken_lines_of_responses_are_named_by_number(line, tmp_path: Path):
+def test_field_cases_a6_a_response_that_was_cut_has_no_eos(tokenizer, tmp_path: Path):
+    """Neither of the prompt's own row nor of a file, neither as guidance nor as the data of sft and seqkd."""
+    cut = Prompt(id="p", text="?", teacher_response="0123456", teacher_finish_reason="length", tokens=[1])
+    for options in ({}, {"whole_response": True}):
+        guidance = Guidance(GuidanceConfig(), 8, tokenizer, max_tokens=100, **options)
+        assert guidance.prefixes([cut], 0) == [tokenizer.encode("0123456")]
     file = tmp_path / "responses.jsonl"
-    file.write_text(json.dumps({"id": "p", "teacher_response": "ab"}) + "\n" + line + "\n")
-    with pytest.raises(UserError, match=r"responses\.jsonl:2 is no object"):
-        load_responses(file)
+    file.write_text(json.dumps({"id": "p", "teacher_response": "ab", "finish_reason": "length"}))
+    config = GuidanceConfig(responses=str(file))
+    guidance = Guidance(config, 8, tokenizer, max_tokens=100)
+    assert guidance.prefixes([prompt()], 0) == [tokenizer.encode("ab")]
+
+
+def test_field_cases_a6_a_response_that_is_cut_here_has_no_eos(tokenizer):
+    guidance = Guidance(GuidanceConfig(), 8, tokenizer, max_tokens=7, whole_response=True)
+    assert guidance.prefixes([prompt()], 0) == [tokenizer.encode("0123456")]

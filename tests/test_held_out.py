@@ -111,3 +111,10 @@ def test_a_missing_response_is_named(tmp_path):
         load_held_out(prompts, tmp_path / "absent.jsonl", _Words())
     with pytest.raises(UserError, match="line 1: teacher_response is missing"):
         load_held_out(prompts, None, _Words())
+
+
+def test_field_cases_b6_responses_are_joined_by_numeric_ids_and_behind_a_byte_order_mark(tmp_path):
+    prompts = _write(tmp_path / "prompts.jsonl", [{"id": 1, "text": "one"}, {"text": "two"}])
+    responses = _write(tmp_path / "r.jsonl", [{"id": 2, "teacher_response": "B"}, {"id": "1", "teacher_response": "A"}])
+    responses.write_bytes(b"\xef\xbb\xbf" + responses.read_bytes())
+    assert [p.teacher_response for p in load_held_out(prompts, responses, _Words())] == ["A", "B"]

@@ -5,8 +5,8 @@ import math
 
 import torch
 
-from megatron_tropd.guidance import load_responses
 from megatron_tropd.metrics import MetricsWriter, read_records
+from megatron_tropd.responses import Responses
 
 
 def test_records_tensors_and_not_a_number(tmp_path):
@@ -75,4 +75,5 @@ def test_only_newlines_end_a_record(tmp_path):
     file = tmp_path / "responses.jsonl"
     file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
     assert read_records(file) == records
-    assert load_responses(file) == {r["id"]: r["teacher_response"] for r in records}
+    responses = Responses(file, key="guidance.responses")
+    assert {r["id"]: responses.get(r["id"])[0] for r in records} == {r["id"]: r["teacher_response"] for r in records}

@@ -66,7 +66,7 @@ def peaks_rank(recipe) -> dict[str, int]:
     sizes = (recipe.training.micro_batch_size, None)
     multiples = {"pad_multiple": run.pad_multiple, "row_multiple": run.row_multiple, "pad_id": run.tokenizer.pad_id}
     for step in range(2):
-        prompts = run.shard(run.source.next(recipe.training.prompts_per_step))
+        prompts = run.draw(recipe.training.prompts_per_step)
         written = (prompts, run.guidance.prefixes(prompts, step), run.sampling(step))
         call = measured if step else plainly
         rollouts = call(found, "rollout", run.engine.generate, *written)

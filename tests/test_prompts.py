@@ -45,9 +45,13 @@ def test_reads_every_kind_of_line(path):
         {"prompt": "Say hello", "id": 17},
     )
     chat, text, plain = load_prompts(path, _WordTokenizer())
-    assert chat == Prompt("a", messages=messages, answer="4", teacher_response="4", tokens=[0, 1, 2, 3, 4])
-    assert text == Prompt("3", text="Once upon", index=1, tokens=[0, 1])
-    assert plain == Prompt("17", messages=[{"role": "user", "content": "Say hello"}], index=2, tokens=[0, 1])
+    where = [f"{path}:{line}" for line in (1, 3, 4)]
+    answers = {"answer": "4", "teacher_response": "4"}
+    assert chat == Prompt("a", messages=messages, **answers, row=where[0], tokens=[0, 1, 2, 3, 4])
+    assert text == Prompt("3", text="Once upon", index=1, row=where[1], tokens=[0, 1])
+    assert plain == Prompt(
+        "17", messages=[{"role": "user", "content": "Say hello"}], row=where[2], index=2, tokens=[0, 1]
+    )
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,20 @@ def test_evaluations_samples_and_held_out_divergence_are_written(material, tmp_p
     assert kinds == {"trust", "outlier", "guidance"}
 
 
+def test_field_cases_a6_nothing_is_generated_after_a_response_that_was_cut(material, tmp_path):
+    """`sft` on a response without EOS: the student would otherwise go on writing, and be trained on its own words."""
+    prompts = [json.loads(line) for line in (material / "prompts.jsonl").read_text().splitlines()]
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text(
+        "".join(json.dumps({**p, "teacher_response": "it", "finish_reason": "length"}) + "\n" for p in prompts)
+    )
+    options = ["objective.name=sft", "training.steps=1", f"data.prompts={cut}"]
+    run_distributed(train_rank, 1, overrides_of(material, tmp_path / "run", *options))
+    (record,) = records(tmp_path / "run")
+    assert (record["finish_length"], record["response_length"]) == (1, 0)
+    assert record["num_loss_tokens"] == 4 * record["prefix_length"] > 0
+
+
 BAD_INPUT = {
     "student.tensor_model_parallel_size=3 teacher.tensor_model_parallel_size=3": "attention heads",
     "student.pipeline_model_parallel_size=3 teacher.pipeline_model_parallel_size=3": "4 layers",
