@@ -284,8 +284,9 @@ def topk_forward_kl(student_logprobs: torch.Tensor, teacher_logprobs: torch.Tens
     if tail == "renormalized":
         student_logprobs = student_logprobs.log_softmax(-1)
         # Where the teacher gives nothing to any of them there is nothing to normalise.
-        teacher_logprobs = torch.where(supported.any(-1, keepdim=True), teacher_logprobs, 0.0).log_softmax(-1)
-    kl = _kl_terms(teacher_logprobs, student_logprobs, supported).sum(-1)
+        listed = torch.where(supported.any(-1, keepdim=True), teacher_logprobs, 0.0).log_softmax(-1)
+        teacher_logprobs = torch.where(supported, listed, -torch.inf)
+    kl = kl_terms(teacher_logprobs, student_logprobs).sum(-1)
     if tail in ("truncated", "renormalized"):
         return kl
     if tail != "tail":
@@ -294,9 +295,11 @@ def topk_forward_kl(student_logprobs: torch.Tensor, teacher_logprobs: torch.Tens
     return kl + teacher_rest.exp() * (teacher_rest - student_rest)
 
 
-def _kl_terms(p: torch.Tensor, q: torch.Tensor, supported: torch.Tensor) -> torch.Tensor:
-    """p (log p - log q) of log-probs; 0 where nothing is `supported`, in the gradient too."""
-    return torch.where(supported, p, -torch.inf).exp() * (torch.where(supported, p, 0.0) - q)
+def kl_terms(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Return p (log p - log q) of log-probs; 0, in the gradients too, where p has no probability."""
+    possible = p != -torch.inf
+    difference = torch.where(possible, p, 0.0) - torch.where(possible, q, 0.0)
+    return torch.where(possible, p, -torch.inf).exp() * difference
 
 
 def _log_rest(logprobs: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,8 @@ from test_objectives import BETA, CAP, CLIP, SEED, STEP, K, variants
 
 from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
 from megatron_tropd.counter_rng import STREAM_GATE, counter_uniform
+from megatron_tropd.divergence import Divergence
+from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.objectives import METHODS, build_objective, topk_forward_kl
 from megatron_tropd.trust_region import GATES, trust_gate
 from megatron_tropd.types import LOSS_GUIDANCE, LOSS_STUDENT, TeacherScores, TrainingBatch
@@ -169,3 +171,29 @@ def test_field_cases_a22_a_short_list_of_the_teacher_has_the_divergence_of_what_
     expected, gradient = kl_by_hand(SOME, PART, tail)
     assert kl.item() == pytest.approx(expected, rel=1e-5)
     assert student.grad.tolist() == pytest.approx(gradient, rel=1e-4, abs=1e-6)
+
+
+def test_field_cases_a22_an_end_of_text_without_probability_has_no_gradient():
+    end = EndOfText([2, 3])
+    ids = torch.tensor([[1, 5, 2], [2, 3, 0], [1, 4, 6]])
+    leaf = torch.tensor(
+        [[-1.0, -2.0, NONE, NONE, NONE], [NONE, NONE, -1.0, NONE, NONE], [-1.0, -2.0, -3.0, -4.0, NONE]]
+    )
+    leaf.requires_grad_()
+    merged = end.merge(leaf, ids)
+    assert merged.tolist() == [[-1.0, -2.0, NONE], [NONE, NONE, -1.0], [-1.0, -2.0, -3.0]]
+    torch.where(merged == NONE, 0.0, merged).sum().backward()
+    assert leaf.grad.tolist() == [[1.0, 1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_field_cases_a22_merged_divergences_take_no_outcome_that_cannot_happen(kind):
+    divergence = Divergence(kind, None, None, 8, beta=0.3)
+    student = torch.tensor([NONE, -1.0, NONE], requires_grad=True)
+    teacher = torch.tensor([NONE, -2.0, -3.0 if kind == "jsd" else NONE])
+    terms = divergence._terms(student, teacher)
+    terms.sum().backward()
+    assert terms[0] == 0
+    assert torch.isfinite(terms).all()
+    assert torch.isfinite(student.grad).all()
+    assert student.grad[1] != 0
