@@ -71,6 +71,7 @@ def save(
     save_checkpoint_weights(student.modules, temporary / "model", hf_path)
     on_rank_zero(lambda: (temporary / "optimizer").mkdir())
     with student.training_state():
+        allocate_optimizer_state(student.optimizer)  # if every step so far was skipped
         save_sharded(_optimizer_state(student, is_loading=False), str(temporary / "optimizer"))
     torch.save(_rng_state(), temporary / "rng" / f"rank_{dist.get_rank():05d}.pt")
 

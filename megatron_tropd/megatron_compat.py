@@ -48,6 +48,22 @@ def keep_adam_step_on_load(optimizer: Any) -> None:
             original(model_param, tensors)
 
         distributed._set_main_param_and_optimizer_states = set_states
+    for member in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(getattr(member, "optimizer", None), (torch.optim.Adam, torch.optim.AdamW)):
+            _load_step_of_zero(member.optimizer)
+
+
+def _load_step_of_zero(adam: torch.optim.Optimizer) -> None:
+    """Let torch's Adam load the state of no update, whose step of 0 Megatron-Core takes for none and does not save."""
+    load = adam.load_state_dict
+
+    def load_with_step(saved: dict[str, Any]) -> None:
+        for state in saved["state"].values():
+            if "exp_avg" in state:
+                state.setdefault("step", torch.tensor(0.0))
+        load(saved)
+
+    adam.load_state_dict = load_with_step
 
 
 def mend_router_without_transformer_engine() -> None:
@@ -80,21 +96,29 @@ def is_of_experts(layer_submodules: Any) -> bool:
 
 
 def allocate_optimizer_state(optimizer: Any) -> None:
-    """Give a fresh distributed optimizer the (dummy) state that loading a checkpoint overwrites.
+    """Give an optimizer that has made no update yet the state of one that has: moments and steps of zero.
 
-    With torch's AdamW, Megatron-Core reads the step off the existing state even while it loads. The parameters do not
-    move: the learning rate is 0 meanwhile.
+    Loading a checkpoint overwrites it; with torch's AdamW, Megatron-Core reads the step off it even then. Saving needs
+    it where all steps so far were skipped. The parameters do not move: the learning rate is 0 meanwhile.
     """
-    for distributed in _distributed_optimizers(optimizer):
-        if len(distributed.optimizer.state):
+    for member in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = member.optimizer
+        if inner is None or len(inner.state):  # None: a rank without parameters of that kind
             continue
-        groups = distributed.optimizer.param_groups
-        rates = [group["lr"] for group in groups]
-        for group in groups:
+        rates = [group["lr"] for group in inner.param_groups]
+        for group in inner.param_groups:
             group["lr"] = 0.0
-        distributed._init_optimizer_states_with_dummy_values()
-        for group, rate in zip(groups, rates, strict=True):
+            for parameter in (p for p in group["params"] if p.numel()):
+                parameter.grad = torch.zeros_like(parameter)
+        inner.step()
+        inner.zero_grad()
+        for group, rate in zip(inner.param_groups, rates, strict=True):
             group["lr"] = rate
+            if "step" in group:  # of Transformer Engine's FusedAdam
+                group["step"] = group["step"] * 0
+        for state in inner.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"].zero_()
 
 
 def separate_adam_steps(optimizer: Any) -> None:
