@@ -48,6 +48,7 @@ class TrainingState:
     cursor: dict[str, Any]  # PromptSource.state_dict()
     layout: dict[str, int]
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    guard: dict[str, Any] = field(default_factory=dict)  # NumberGuard's
 
 
 def save(

@@ -75,7 +75,14 @@ def generate(arguments: argparse.Namespace) -> None:
         prompts = load_prompts(recipe.data.prompts, model.tokenizer, model.longest_prompt(sampling.max_new_tokens))
         prompts = prompts[: arguments.limit]
         written = write_responses(
-            model.engine(), prompts, sampling, model.groups, arguments.output, arguments.field, rollout.max_batch_size
+            model.engine(),
+            prompts,
+            sampling,
+            model.groups,
+            arguments.output,
+            arguments.field,
+            rollout.max_batch_size,
+            role=model.role,
         )
     _print(f"{written} responses written to {arguments.output}")
 
@@ -103,6 +110,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             max_new_tokens=longest,
             batch_size=recipe.rollout.max_batch_size,
             seed=recipe.training.seed,
+            role=model.role,
         )
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(result["finish_reasons"].items()))
     _print(f"accuracy {result['accuracy']:.4f} ({result['correct']} of {result['total']} responses right)")

@@ -111,15 +111,20 @@ def evaluate(
     batch_size: int = 256,
     seed: int = 0,
     progress: bool = True,
+    role: str = "student",
+    on_nan: str = "stop",
 ) -> dict[str, Any]:
     """Answer every problem `config.samples` times and count the right answers; collective over all ranks.
 
     Problems are dealt to the data-parallel ranks and the results gathered, so every rank returns the same, whatever the
     layout. The engine is asked for `batch_size` responses at a time; config.max_new_tokens goes first.
+    Responses drawn from logits that are not finite are refused (`role` is the model's), or warned of with on_nan=skip.
 
     Returns:
         accuracy, correct, total, mean_response_length, finish_reasons (counts) and samples (one dict a response).
     """
+    from megatron_tropd.number_guard import check_responses
+
     sampling = Sampling(
         samples_per_prompt=config.samples,
         max_new_tokens=config.max_new_tokens or max_new_tokens,
@@ -132,7 +137,9 @@ def evaluate(
     with tqdm(total=len(mine), desc="evaluate", unit="problem", disable=not progress or dist.get_rank() > 0) as bar:
         for start in range(0, -(-len(problems) // groups.dp_size), chunk):  # as often on every rank
             batch = mine[start : start + chunk]
-            graded += _grade(engine.generate(batch, [[] for _ in batch], sampling), config.answer_pattern)
+            rollouts = engine.generate(batch, [[] for _ in batch], sampling)
+            check_responses(rollouts, role, on_nan)
+            graded += _grade(rollouts, config.answer_pattern)
             bar.update(len(batch))
             accuracy = sum(s["correct"] for s in graded) / max(1, len(graded))
             bar.set_postfix(accuracy=f"{accuracy:.3f}", refresh=False)

@@ -23,8 +23,10 @@ from megatron_tropd.config import ModelConfig, Recipe, RolloutConfig
 from megatron_tropd.convert import load_model_weights, resolve_hf_path
 from megatron_tropd.environment import gather
 from megatron_tropd.errors import UserError
+from megatron_tropd.finite_weights import check_loaded
 from megatron_tropd.metrics import read_records
 from megatron_tropd.model import build_model, load_hf_config
+from megatron_tropd.number_guard import check_responses
 from megatron_tropd.parallel import ParallelGroups
 from megatron_tropd.process_groups import process_groups
 from megatron_tropd.rollout import RolloutEngine
@@ -57,6 +59,7 @@ class OpenModel:
         """Build the model, read its weights and return an engine over it; collective over all ranks."""
         chunks = build_model(self.hf_config, self.config, self.groups, training=False, role=self.role)
         load_model_weights(chunks, self.config, self.groups)
+        check_loaded(chunks, self.config, self.role)
         # The engine's pipeline sends over NCCL's group of all ranks, which all must open together: later a replica
         # without prompts would stay away.
         dist.barrier()
@@ -83,12 +86,13 @@ def write_responses(
     output: str | Path,
     field: str = "response",
     batch_size: int = 256,
+    role: str = "student",
 ) -> int:
     """Append one line a response to `output`, {"id", "sample", field, "finish_reason", "length"}; collective.
 
     Prompts whose responses are all there already are passed over, so a killed run is completed by running it again.
-    `batch_size` responses at a time on each data-parallel rank are generated and then written. Returns how many
-    responses were written now.
+    `batch_size` responses at a time on each data-parallel rank are generated and then written, unless they were drawn
+    from logits that are not finite (UserError; `role` is the model's). Returns how many responses were written now.
     """
     per_prompt = sampling.samples_per_prompt
     finished = [_finished_ids(Path(output), per_prompt) if dist.get_rank() == 0 else None]
@@ -102,7 +106,9 @@ def write_responses(
         for start in range(0, len(todo), chunk):
             part = todo[start : start + chunk]
             mine = part[groups.dp_rank :: groups.dp_size]
-            records = _records(engine.generate(mine, [[] for _ in mine], sampling), per_prompt, field)
+            rollouts = engine.generate(mine, [[] for _ in mine], sampling)
+            check_responses(rollouts, role)
+            records = _records(rollouts, per_prompt, field)
             gathered: list[Any] = [None] * groups.dp_size
             dist.all_gather_object(gathered, records, group=groups.dp)
             if reports:

@@ -132,6 +132,35 @@ def separate_adam_steps(optimizer: Any) -> None:
                 state["step"] = state["step"].clone()
 
 
+def step_optimizer(optimizer: Any, accept: Callable[[float], bool]) -> tuple[bool, float | None]:
+    """Step Megatron's optimizer where `accept` agrees to the gradient's norm; what is refused leaves no trace.
+
+    Megatron-Core asks for the norm and then updates, in one method. Where a loss scale overflows it does neither.
+
+    Args:
+        optimizer: from get_megatron_optimizer.
+        accept: global norm of the gradient -> whether to update; asked on every rank.
+
+    Returns:
+        Whether the parameters were updated, and the norm; None where the loss scale overflowed.
+    """
+    norms: list[float] = []
+    find_norm, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
+
+    def remember() -> Any:
+        norm = find_norm()
+        norms.append(float(norm or 0.0))
+        return norm
+
+    optimizer.get_grad_norm = remember
+    optimizer.step_with_ready_grads = lambda: accept(norms[-1]) and update()
+    try:
+        updated, _, _ = optimizer.step()
+    finally:
+        del optimizer.get_grad_norm, optimizer.step_with_ready_grads
+    return updated, norms[-1] if norms else None
+
+
 def checkpoint_on_one_rank(optimizer: Any, host_groups: Sequence[dist.ProcessGroup]) -> None:
     """Let the first data-parallel rank alone save and load `fully_reshardable` checkpoints, for all of them.
 

@@ -134,6 +134,11 @@ class Objective:
         """How many of the teacher's most probable tokens the loss reads."""
         return self.config.topk if self.outlier in ("fkl", "fkl_advantage") else 0
 
+    @property
+    def extremes(self) -> tuple[str, ...]:
+        """The names of `maxima` and, with a minus sign, of `minima` that `loss` returns."""
+        return ("advantage_max", "-advantage_min") if self.needs_teacher else ()
+
     def ids(self, batch: TrainingBatch, scores: TeacherScores | None) -> torch.Tensor:
         """Return the ids [b, s, 1 + k] at which the student is read: the sampled token, then the teacher's top-k."""
         labels = batch.labels.unsqueeze(-1)

@@ -18,6 +18,7 @@ from megatron_tropd.convert import load_model_weights
 from megatron_tropd.divergence import Divergence
 from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.evaluation import extract_answer, load_problems
+from megatron_tropd.finite_weights import check_loaded
 from megatron_tropd.guidance import Guidance
 from megatron_tropd.held_out import HeldOut, load_held_out
 from megatron_tropd.layer_specs import uses_transformer_engine
@@ -137,6 +138,7 @@ def set_up(recipe: Recipe, groups: ParallelGroups, partition: Partition | None =
     held_out = _build_held_out(recipe, student, held_out_prompts, tokenizer, teacher, divergences.get("held_out"))
     folder = Path(recipe.logging.dir)
     state = _resume(recipe, groups, student, source, folder)
+    check_loaded(modules, recipe.student, "student")
     return Run(
         recipe,
         folder,
