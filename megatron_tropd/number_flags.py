@@ -19,7 +19,7 @@ from megatron_tropd.types import LOSS_NONE, LOSS_STUDENT, TeacherScores, Trainin
 STAGES = ("rollout", "teacher scores", "student log-probs", "loss", "gradient")
 
 # No loss of a token is so large but one that is infinite (kernels count a log-prob of -inf as one of -1e30).
-_ABSURD = 1e12
+ABSURD = 1e12
 _SHOWN = 4  # samples named by each rank
 
 
@@ -59,7 +59,7 @@ def flag_tokens(
         _wrong(batch.old_logprobs) & (batch.loss_kind == LOSS_STUDENT),
         teacher,
         _wrong(logprobs.detach().amax(-1)),
-        ~(loss.detach().abs() < _ABSURD),
+        ~(loss.detach().abs() < ABSURD),
     )
     flags = torch.zeros_like(batch.loss_kind)
     for stage in range(len(wrong), 0, -1):  # the first stage last, so that it stands

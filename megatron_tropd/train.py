@@ -230,7 +230,7 @@ def _evaluate(run: Run, writer: MetricsWriter) -> None:
         )
         record |= {"accuracy": result["accuracy"], "evaluation_response_length": result["mean_response_length"]}
     if run.held_out:
-        record |= run.held_out.measure()
+        record |= run.held_out.measure(run.recipe.training.on_nan)
     if len(record) > 1:
         run.state.evaluations.append(record)
         if run.reports:
@@ -243,7 +243,7 @@ def _save(run: Run) -> None:
         run.student.modules,
         "student",
         f"after step {run.state.step - 1}: no checkpoint was written, and the newest one is as it was",
-        "An update made them so: lower training.lr.",
+        "Where the updates made them so, lower training.lr.",
     )
     path = checkpoint.save(
         checkpoint_folder(run.recipe),

@@ -382,6 +382,21 @@ def test_field_cases_b8_responses_of_nan_logits_are_refused(what, material, tmp_
     assert not (tmp_path / "out.jsonl").exists()
 
 
+@pytest.mark.parametrize(("role", "on_nan"), [("teacher", "stop"), ("student", "stop"), ("teacher", "skip")])
+def test_field_cases_b8_a_held_out_divergence_names_the_model(role, on_nan, material, tmp_path):
+    options = [f"evaluation.held_out={material / 'prompts.jsonl'}", f"training.on_nan={on_nan}", *PP2]
+    options += ["training.steps=1", "training.max_skipped_steps=1"]
+    error, summary = run_guarded(material, tmp_path, *options, ranks=2, spoil=partial(spoil_row, role, mark_id()))
+    if on_nan == "skip":
+        assert error is None
+        assert summary["evaluations"][0]["held_out_tokens"] > 0
+        return
+    assert error.startswith("the held-out divergence is NaN or infinite at ")
+    assert f"for the {role}'s hidden states" in error
+    assert "'p3'" in error
+    assert "'p0'" not in error
+
+
 def guard_with(**options) -> NumberGuard:
     return NumberGuard(TrainingConfig(**options), {})
 
