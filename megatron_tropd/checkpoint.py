@@ -59,6 +59,7 @@ class TrainingState:
     layout: dict[str, int]
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     contents: dict[str, str] = field(default_factory=dict)  # fingerprint.recipe_contents() of the recipe in force
+    guard: dict[str, Any] = field(default_factory=dict)  # NumberGuard's
 
 
 def save(
@@ -90,6 +91,7 @@ def save(
         save_checkpoint_weights(student.modules, temporary / "model", hf_path, finish_folder)
         on_rank_zero(lambda: (temporary / "optimizer").mkdir())
         with student.training_state():
+            allocate_optimizer_state(student.optimizer)  # if every step so far was skipped
             save_sharded(_optimizer_state(student, is_loading=False), str(temporary / "optimizer"))
         save_random_states(temporary / "rng" / f"rank_{dist.get_rank():05d}.pt")
 

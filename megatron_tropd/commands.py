@@ -91,7 +91,8 @@ def generate(arguments: argparse.Namespace) -> None:
         written = 0
         if unanswered(prompts, sampling, output, field, digest):  # else, or where it refuses, no weights are read
             batch = rollout.max_batch_size
-            written = write_responses(model.engine(), prompts, sampling, model.groups, output, field, batch, digest)
+            place = (model.groups, output, field)
+            written = write_responses(model.engine(), prompts, sampling, *place, batch, digest, role=model.role)
     _print(f"{written} responses written to {arguments.output}")
 
 
@@ -121,6 +122,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             model.groups,
             rollout=recipe.rollout,
             seed=recipe.training.seed,
+            role=model.role,
         )
     _print(describe(result))
     if arguments.output and int(os.environ.get("RANK", 0)) == 0:

@@ -219,7 +219,7 @@ class TrainingConfig:
         low=1,
     )
     optimizer: str = _key("adam", "Megatron optimizer (adam is AdamW)", ("adam", "sgd"))
-    lr: float = _key(5e-6, "peak learning rate", low=0)
+    lr: float = _key(5e-6, "peak learning rate", low=0, high=1e6)
     min_lr: float | None = _key(None, "lowest learning rate of a decaying schedule; default: 0", low=0)
     lr_schedule: str = _key("constant", "decay after the warm-up", ("constant", "linear", "cosine"))
     lr_warmup_steps: int = _key(0, "steps of linear warm-up", low=0)
@@ -228,6 +228,20 @@ class TrainingConfig:
     adam_beta2: float = _key(0.999, "Adam's beta2", low=0, high=1)
     adam_eps: float = _key(1e-8, "Adam's epsilon", above=0)
     clip_grad: float = _key(1.0, "largest global gradient norm; 0: off", low=0)
+    on_nan: str = _key(
+        "stop",
+        "where scores, log-probs, loss or gradient are not finite, there is no update: end the run with a message, or "
+        "skip the step",
+        ("stop", "skip"),
+    )
+    max_skipped_steps: int = _key(10, "steps skipped (on_nan, spikes) before the run ends all the same", low=0)
+    loss_spike_factor: float | None = _key(
+        None, "skip a step whose mean loss is so many times the usual one, in absolute values; null: none", above=1
+    )
+    grad_norm_spike_factor: float | None = _key(
+        None, "skip a step whose gradient norm, before clipping, is so many times the usual one; null: none", above=1
+    )
+    spike_window: int = _key(50, "the usual is the median of so many steps with an update before", low=1)
     seed: int = _key(1234, "seed of sampling, gate and dropout")
     deterministic: bool = _key(
         False, "reproducible algorithms on GPUs: the same run on the same machines gives the same bits, more slowly"

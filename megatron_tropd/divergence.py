@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.kernels import fused_linear_full_divergence, fused_linear_logprobs
+from megatron_tropd.objectives import kl_terms
 
 
 @dataclass
@@ -54,16 +55,17 @@ class Divergence:
         student, _ = fused_linear_logprobs(hidden, weight, ids, self.group, self.vocab_size, **options)
         with torch.no_grad():
             teacher, _ = fused_linear_logprobs(*theirs, ids, self.group, self.vocab_size, **options)
-        events = [logprobs.logsumexp(-1) for logprobs in (student, teacher)]
+        events = [self.end.event(logprobs).squeeze(-1) for logprobs in (student, teacher)]
         merged = self._terms(*events) - self._terms(student, teacher).sum(-1)
         return found + torch.where(mask.t(), merged, 0.0)
 
     def _terms(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         """Return what outcomes of these log-probs contribute to the divergence."""
         if self.kind == "forward_kl":
-            return teacher.exp() * (teacher - student)
+            return kl_terms(teacher, student)
         if self.kind == "reverse_kl":
-            return student.exp() * (student - teacher)
+            return kl_terms(student, teacher)
         weights = student.new_tensor([self.beta, 1 - self.beta])
-        mixture = torch.logaddexp(teacher + weights[0].log(), student + weights[1].log())
-        return weights[0] * teacher.exp() * (teacher - mixture) + weights[1] * student.exp() * (student - mixture)
+        possible = (student != -torch.inf) | (teacher != -torch.inf)  # elsewhere logaddexp's gradient is NaN
+        mixture = torch.logaddexp(teacher + weights[0].log(), torch.where(possible, student, 0.0) + weights[1].log())
+        return weights[0] * kl_terms(teacher, mixture) + weights[1] * kl_terms(student, mixture)

@@ -44,7 +44,7 @@ class EndOfText:
         if not self:
             return logprobs
         j = ids.size(-1)
-        own, event = logprobs[..., :j], logprobs[..., j:].logsumexp(-1, keepdim=True)
+        own, event = logprobs[..., :j], self.event(logprobs[..., j:])
         inside = self._inside(ids)
         sampled, topk = inside[..., :1], inside[..., 1:]
         repeated = torch.cat([torch.zeros_like(sampled), _repeated(topk)], dim=-1)
@@ -63,9 +63,15 @@ class EndOfText:
         if not self:
             return values, ids
         inside = self._inside(ids)
-        values = torch.where(inside, logprobs.logsumexp(-1, keepdim=True), values)
+        values = torch.where(inside, self.event(logprobs), values)
         values, order = torch.where(_repeated(inside), ABSENT, values).sort(dim=-1, descending=True, stable=True)
         return values, ids.gather(-1, order)
+
+    @staticmethod
+    def event(logprobs: torch.Tensor) -> torch.Tensor:
+        """Return the event's log-prob [..., 1] from those of its ids [..., e]; -inf has no gradient rather than NaN."""
+        possible = logprobs.amax(-1, keepdim=True) != -torch.inf
+        return torch.where(possible, torch.where(possible, logprobs, 0.0).logsumexp(-1, keepdim=True), -torch.inf)
 
     def _inside(self, ids: torch.Tensor) -> torch.Tensor:
         return torch.isin(ids, self._tensor(ids.device))

@@ -70,12 +70,15 @@ def evaluate(
     rollout: RolloutConfig,
     seed: int = 0,
     progress: bool = True,
+    role: str = "student",
+    on_nan: str = "stop",
 ) -> dict[str, Any]:
     """Answer every problem `config.samples` times and count the right answers; collective over all ranks.
 
     Problems are dealt to the data-parallel ranks, one rank of each replica grades, and the results are shared, so every
     rank returns the same, whatever the layout. Responses are drawn and end as `rollout` says where `config` says
-    nothing itself, the temperature apart; the engine is asked for rollout.max_batch_size of them at a time.
+    nothing itself, the temperature apart; the engine is asked for rollout.max_batch_size of them at a time. Those drawn
+    from logits that are not finite are refused (`role` is the model's), or warned of with on_nan=skip.
 
     Returns:
         what `summarise` returns.
@@ -83,6 +86,8 @@ def evaluate(
     Raises:
         UserError: on every rank, if an answer can never be met or the grading process does not start.
     """
+    from megatron_tropd.number_guard import check_responses
+
     own = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "stop")}
     sampling = make_sampling(rollout, seed, samples_per_prompt=config.samples, **own)
     mine = problems[groups.dp_rank :: groups.dp_size]
@@ -96,6 +101,7 @@ def evaluate(
         for start in range(0, -(-len(problems) // groups.dp_size), chunk):  # as often on every rank
             batch = mine[start : start + chunk]
             rollouts = engine.generate(batch, [[] for _ in batch], sampling)
+            check_responses(rollouts, role, on_nan)
             if grades:
                 share.grade(rollouts)
             bar.update(len(batch))

@@ -23,7 +23,9 @@ from megatron_tropd.endings import Endings, find_endings
 from megatron_tropd.environment import gather
 from megatron_tropd.errors import UserError
 from megatron_tropd.fingerprint import digest_of, model_digest, tokenizer_digest
+from megatron_tropd.finite_weights import check_loaded
 from megatron_tropd.model import build_model, load_hf_config
+from megatron_tropd.number_guard import check_responses
 from megatron_tropd.parallel import ParallelGroups, on_rank_zero
 from megatron_tropd.pinned_date import pin_date
 from megatron_tropd.process_groups import process_groups
@@ -69,6 +71,7 @@ class OpenModel:
         """Build the model, read its weights and return an engine over it; collective over all ranks."""
         chunks = build_model(self.hf_config, self.config, self.groups, training=False, role=self.role)
         load_model_weights(chunks, self.config, self.groups)
+        check_loaded(chunks, self.config, self.role)
         # The engine's pipeline sends over NCCL's group of all ranks, which all must open together: later a replica
         # without prompts would stay away.
         dist.barrier()
@@ -103,13 +106,17 @@ def write_responses(
     field: str = "response",
     batch_size: int = 256,
     model: str = "",
+    role: str = "student",
 ) -> int:
     """Append {"id", "sample", field, "finish_reason", "length", "digests"} per response to `output`; collective.
 
     Prompts whose responses are all there already are passed over, so a killed run is completed by running it again.
     `batch_size` responses at a time on each data-parallel rank are generated and then written. `model` is the digest
-    of the model, see `OpenModel.digest`. Returns how many responses were written now; UserError if `output` holds
-    anything but responses to these prompts by the same model and sampling.
+    of the model, see `OpenModel.digest`; `role` names it. Returns how many responses were written now.
+
+    Raises:
+        UserError: `output` holds anything but responses to these prompts by the same model and sampling, or responses
+            were drawn from logits that are not finite.
     """
     per_prompt = sampling.samples_per_prompt
     origin = Origin(model, sampling)
@@ -125,7 +132,9 @@ def write_responses(
         for start in range(0, len(todo), chunk):
             part = todo[start : start + chunk]
             mine = part[groups.dp_rank :: groups.dp_size]
-            records = _records(engine.generate(mine, [[] for _ in mine], sampling), origin, field)
+            rollouts = engine.generate(mine, [[] for _ in mine], sampling)
+            check_responses(rollouts, role)
+            records = _records(rollouts, origin, field)
             gathered: list[Any] = [None] * groups.dp_size
             dist.all_gather_object(gathered, records, group=groups.dp)
             if reports:

@@ -11,8 +11,10 @@ last stage only, where they meet the teacher's output layer in the student's sha
 from __future__ import annotations
 
 import glob
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +24,10 @@ import torch.distributed as dist
 from megatron_tropd.batching import microbatches, pack
 from megatron_tropd.config import DataConfig
 from megatron_tropd.divergence import Divergence
+from megatron_tropd.finite_weights import everywhere
 from megatron_tropd.megatron_compat import run_schedule
 from megatron_tropd.micro_batches import Pairs, split_batch
+from megatron_tropd.number_flags import ABSURD
 from megatron_tropd.prompts import evaluation_data, load_prompts
 from megatron_tropd.responses import Responses
 from megatron_tropd.types import LOSS_NONE, Prompt, Rollouts, TrainingBatch, UserError
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
     from megatron_tropd.teacher import TeacherHook
     from megatron_tropd.tokenizer import Tokenizer
     from megatron_tropd.train_step import Student
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -78,6 +84,7 @@ class HeldOut:
         self._group_rows = micro_batch_size * groups.micro_batch_multiple
         longest = -(-len(prompts) // groups.dp_size)  # every replica gets as many rows, the last ones perhaps fillers
         mine = prompts[groups.dp_rank :: groups.dp_size]
+        self._names = [prompt.id for prompt in mine]
         responses = [_response_tokens(prompt, tokenizer, max_response_tokens) for prompt in mine]
         self._batch = pack(
             _as_rollouts(mine, responses),
@@ -87,23 +94,43 @@ class HeldOut:
             device=groups.device,
         )
 
-    def measure(self) -> dict[str, float]:
+    def measure(self, on_nan: str = "stop") -> dict[str, float]:
         """Return `held_out_kl`, the mean over all response tokens in nats, and `held_out_tokens`, their number.
 
         Collective over all ranks of both models; the same answer everywhere. Leaves the student in eval mode.
+
+        Raises:
+            UserError: a divergence is not finite, unless `on_nan` is skip, which warns.
         """
-        total = torch.zeros(2, dtype=torch.float64, device=self.groups.device)
+        parts: list[torch.Tensor] = []  # of each micro-batch, on the last stage
         for module in self._student.modules:
             module.eval()
         with torch.no_grad(), self._teacher.weights():
             for rows in microbatches(self._batch, self._group_rows):
                 hidden = self._teacher.hidden_states(rows, self.micro_batch_size)
-                for sums in self._student_pass(rows, _Hidden(hidden)):
-                    total += sums
+                parts += self._student_pass(rows, _Hidden(hidden))
+        total = sum(parts, torch.zeros(4, dtype=torch.float64, device=self.groups.device))
         dist.all_reduce(total, group=self.groups.dp_cp)
         dist.all_reduce(total, group=self.groups.pp)  # the earlier stages hold zeros
-        kl_sum, tokens = total.tolist()
+        kl_sum, tokens, bad_teacher, bad = total.tolist()
+        if bad:
+            self._refuse("teacher" if bad_teacher else "student", int(bad), parts, on_nan)
         return {"held_out_kl": kl_sum / max(tokens, 1), "held_out_tokens": int(tokens)}
+
+    def _refuse(self, model: str, tokens: int, parts: list[torch.Tensor], on_nan: str) -> None:
+        """Raise UserError, or warn, with the prompts of which a token's divergence is not finite; collective."""
+        rows = self.micro_batch_size
+        starts = [i * rows for i, part in enumerate(parts) if part[3]]
+        names = everywhere([repr(name) for start in starts for name in self._names[start : start + rows]])
+        message = (
+            f"the held-out divergence is NaN or infinite at {tokens} tokens, for the {model}'s hidden states or "
+            f"logits, in micro-batches with the prompts {', '.join(names[:8])}. Look at the {model}'s weights and "
+            f"{model}.dtype."
+        )
+        if on_nan == "stop":
+            raise UserError(message)
+        if dist.get_rank() == 0:
+            logger.warning(message)
 
     def _student_pass(self, rows: TrainingBatch, hidden: _Hidden) -> list[torch.Tensor]:
         """Run some rows; return each micro-batch's sum of the divergence and number of tokens, on the last stage."""
@@ -128,7 +155,14 @@ class HeldOut:
 
         with self._student.hook.replaced(read):
             output = model(rows.tokens, rows.position_ids, None)
-        return output, lambda output, non_loss_data=True: torch.stack([output.double().sum(), mask.double().sum()])
+        return output, partial(_sums, mask=mask, hidden=theirs.states)
+
+
+def _sums(output: torch.Tensor, non_loss_data: bool = True, *, mask: torch.Tensor, hidden: torch.Tensor):
+    """Return the sum of a micro-batch's divergence, and how many tokens it has, bad ones of the teacher, bad ones."""
+    bad_teacher = ~torch.isfinite(hidden.sum(-1, dtype=torch.float32)) & mask
+    bad = (~(output.detach().abs() < ABSURD)).sum()
+    return torch.stack([output.sum(dtype=torch.float64), *(n.double() for n in (mask.sum(), bad_teacher.sum(), bad))])
 
 
 def load_held_out(

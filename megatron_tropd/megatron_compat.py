@@ -51,6 +51,22 @@ def keep_adam_step_on_load(optimizer: Any) -> None:
             original(model_param, tensors)
 
         distributed._set_main_param_and_optimizer_states = set_states
+    for member in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(getattr(member, "optimizer", None), (torch.optim.Adam, torch.optim.AdamW)):
+            _load_step_of_zero(member.optimizer)
+
+
+def _load_step_of_zero(adam: torch.optim.Optimizer) -> None:
+    """Let torch's Adam load the state of no update, whose step of 0 Megatron-Core takes for none and does not save."""
+    load = adam.load_state_dict
+
+    def load_with_step(saved: dict[str, Any]) -> None:
+        for state in saved["state"].values():
+            if "exp_avg" in state:
+                state.setdefault("step", torch.tensor(0.0))
+        load(saved)
+
+    adam.load_state_dict = load_with_step
 
 
 def mend_router_without_transformer_engine() -> None:
@@ -83,25 +99,32 @@ def is_of_experts(layer_submodules: Any) -> bool:
 
 
 def allocate_optimizer_state(optimizer: Any) -> None:
-    """Give a fresh optimizer the (dummy) state that loading a checkpoint overwrites.
+    """Give an optimizer that has made no update yet the state of one that has: moments and steps of zero.
 
-    With torch's AdamW, Megatron-Core reads the step off the existing state of a distributed optimizer even while it
-    loads. The parameters do not move: the learning rate is 0 meanwhile. For SGD it has no function that makes the
-    state, and calls it all the same (0.16 to 0.19).
+    Loading a checkpoint overwrites it; with torch's AdamW, Megatron-Core reads the step off it even then. Saving needs
+    it where all steps so far were skipped. The parameters do not move: the learning rate is 0 meanwhile. For SGD
+    Megatron-Core has no function that makes the state, and calls it all the same (0.16 to 0.19).
     """
-    for plain in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if getattr(plain, "init_state_fn", True) is None:
-            plain.init_state_fn = _allocate_momentum
-    for distributed in _distributed_optimizers(optimizer):
-        if len(distributed.optimizer.state):
+    for member in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if getattr(member, "init_state_fn", True) is None:
+            member.init_state_fn = _allocate_momentum
+        inner = member.optimizer
+        if inner is None or len(inner.state):  # None: a rank without parameters of that kind
             continue
-        groups = distributed.optimizer.param_groups
-        rates = [group["lr"] for group in groups]
-        for group in groups:
+        rates = [group["lr"] for group in inner.param_groups]
+        for group in inner.param_groups:
             group["lr"] = 0.0
-        distributed._init_optimizer_states_with_dummy_values()
-        for group, rate in zip(groups, rates, strict=True):
+            for parameter in (p for p in group["params"] if p.numel()):
+                parameter.grad = torch.zeros_like(parameter)
+        inner.step()
+        inner.zero_grad()
+        for group, rate in zip(inner.param_groups, rates, strict=True):
             group["lr"] = rate
+            if "step" in group:  # of Transformer Engine's FusedAdam
+                group["step"] = group["step"] * 0
+        for state in inner.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"].zero_()
 
 
 def _allocate_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
@@ -119,6 +142,35 @@ def separate_adam_steps(optimizer: Any) -> None:
         for state in distributed.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
+
+
+def step_optimizer(optimizer: Any, accept: Callable[[float], bool]) -> tuple[bool, float | None]:
+    """Step Megatron's optimizer where `accept` agrees to the gradient's norm; what is refused leaves no trace.
+
+    Megatron-Core asks for the norm and then updates, in one method. Where a loss scale overflows it does neither.
+
+    Args:
+        optimizer: from get_megatron_optimizer.
+        accept: global norm of the gradient -> whether to update; asked on every rank.
+
+    Returns:
+        Whether the parameters were updated, and the norm; None where the loss scale overflowed.
+    """
+    norms: list[float] = []
+    find_norm, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
+
+    def remember() -> Any:
+        norm = find_norm()
+        norms.append(float(norm or 0.0))
+        return norm
+
+    optimizer.get_grad_norm = remember
+    optimizer.step_with_ready_grads = lambda: accept(norms[-1]) and update()
+    try:
+        updated, _, _ = optimizer.step()
+    finally:
+        del optimizer.get_grad_norm, optimizer.step_with_ready_grads
+    return updated, norms[-1] if norms else None
 
 
 def checkpoint_on_one_rank(optimizer: Any, host_groups: Sequence[dist.ProcessGroup]) -> None:

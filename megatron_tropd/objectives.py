@@ -3,6 +3,9 @@
 Plain PyTorch over [..., 1 + k], differentiated by autograd on top of one kernel (kernels/logprobs); a new method is a
 line in METHODS or a few in this file, never a kernel. Formulas: arXiv 2606.01249, sections A (gate), B (outliers), C
 (guidance). Everything off the loss tokens is exactly zero, whatever garbage stands there.
+
+A log-prob of -inf is no mistake: a teacher may rule a token out, or an API list but its most probable ones. Such a
+token lies outside the trust region, and no part of the loss that would be infinite there is taken.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
+from megatron_tropd.end_of_text import ABSENT
 from megatron_tropd.errors import UserError
 from megatron_tropd.trust_region import TrustGate, trust_gate
 from megatron_tropd.types import LOSS_GUIDANCE, LOSS_STUDENT, TeacherScores, TrainingBatch
@@ -130,6 +134,11 @@ class Objective:
         """How many of the teacher's most probable tokens the loss reads."""
         return self.config.topk if self.outlier in ("fkl", "fkl_advantage") else 0
 
+    @property
+    def extremes(self) -> tuple[str, ...]:
+        """The names of `maxima` and, with a minus sign, of `minima` that `loss` returns."""
+        return ("advantage_max", "-advantage_min") if self.needs_teacher else ()
+
     def ids(self, batch: TrainingBatch, scores: TeacherScores | None) -> torch.Tensor:
         """Return the ids [b, s, 1 + k] at which the student is read: the sampled token, then the teacher's top-k."""
         labels = batch.labels.unsqueeze(-1)
@@ -158,7 +167,7 @@ class Objective:
         if self.divergence:  # of distributions: whoever wrote the token
             is_student, is_guidance = is_student | is_guidance, torch.zeros_like(is_guidance)
         beta = 1.0 if self.method.data else self.guidance_beta
-        given = torch.where(is_guidance, student_logprobs[..., 0], 0.0)
+        given = _floored(torch.where(is_guidance, student_logprobs[..., 0], 0.0))
         result = ObjectiveResult(loss=-beta * given)
         if self.needs_teacher:
             student = self._student_tokens(student_logprobs, scores, batch, step, is_student, divergence)
@@ -178,36 +187,43 @@ class Objective:
         gate = self._gate(sampled, teacher, batch, step)
         trusted = gate.weight * kept
         outlying = (1.0 - gate.weight) * kept
-        advantage = (teacher - sampled).detach()
         importance = self._importance(sampled, batch, kept)
+        ruled_out = kept & ((sampled == -torch.inf) | (teacher == -torch.inf))
+        details = TokenDetails(sampled.detach(), teacher, gate)
+        # From here on no infinity: what it would be multiplied by may be zero.
+        sampled = torch.where(sampled == -torch.inf, 0.0, sampled)
+        difference = torch.where(teacher == -torch.inf, -torch.inf, teacher - sampled).detach()
+        advantage = torch.where(ruled_out, 0.0, difference)
 
         trust_loss = -importance * advantage * sampled  # K1, -sg(A) log pi_S(x)
         if self.divergence:  # of distributions: nothing to weigh by how x was drawn
             trust_loss = torch.where(kept, divergence, 0.0)
-        outlier_loss, forward_kl = self._outlier(logprobs, scores, sampled, advantage, importance, kept)
-        loss = trusted * trust_loss + outlying * outlier_loss
-        mismatch = torch.where(kept, sampled.detach() - batch.old_logprobs, 0.0).abs()
+        outlier_loss, forward_kl = self._outlier(logprobs, scores, sampled, difference, importance, kept)
+        trust_loss, outlier_loss = _weighed(trusted, trust_loss), _weighed(outlying, outlier_loss)
+        mismatch = torch.where(kept, details.student_logprobs - batch.old_logprobs, 0.0).abs()
+        comparable, matched = kept & ~ruled_out, kept & (mismatch < torch.inf)
         metrics = {
-            "loss_trust": _total(trusted * trust_loss, trusted),
-            "loss_outlier": _total(outlying * outlier_loss, outlying),
+            "loss_trust": _total(trust_loss, trusted),
+            "loss_outlier": _total(outlier_loss, outlying),
             "trust_fraction": _total(trusted, kept),
             "outlier_fraction": _total(outlying, kept),
             "mean_rho": _total(torch.where(kept, gate.rho, 0.0), kept),
-            "advantage": _total(torch.where(kept, advantage, 0.0), kept),
-            "reverse_kl": _total(torch.where(kept, -advantage, 0.0), kept),
-            "logprob_mismatch": _total(mismatch, kept),
+            "advantage": _total(torch.where(comparable, advantage, 0.0), comparable),
+            "reverse_kl": _total(torch.where(comparable, -advantage, 0.0), comparable),
+            "ruled_out_fraction": _total(ruled_out, kept),
+            "logprob_mismatch": _total(torch.where(matched, mismatch, 0.0), matched),
             "importance_weight": _total(torch.where(kept, importance, 0.0), kept),
         }
         if forward_kl is not None:
-            metrics["outlier_forward_kl"] = _total(outlying * forward_kl, outlying)
+            metrics["outlier_forward_kl"] = _total(_weighed(outlying, forward_kl), outlying)
         if scores.entropy is not None:
             metrics["teacher_entropy"] = _total(torch.where(kept, scores.entropy, 0.0), kept)
         return ObjectiveResult(
-            loss=loss,
+            loss=trust_loss + outlier_loss,
             metrics=metrics,
-            maxima={"advantage_max": torch.where(kept, advantage, -torch.inf).amax()},
-            minima={"advantage_min": torch.where(kept, advantage, torch.inf).amin()},
-            details=TokenDetails(sampled.detach(), teacher, gate),
+            maxima={"advantage_max": torch.where(comparable, advantage, -torch.inf).amax()},
+            minima={"advantage_min": torch.where(comparable, advantage, torch.inf).amin()},
+            details=details,
         )
 
     def _gate(self, sampled, teacher, batch: TrainingBatch, step: int) -> TrustGate:
@@ -221,20 +237,28 @@ class Objective:
             sample_ids=batch.token_sample_ids,
             positions=batch.position_ids + 1,  # of the label
         )
-        return gate if self.method.gated else TrustGate(gate.rho, torch.ones_like(gate.weight))
+        if self.method.gated:
+            return gate
+        # Without a trust region all is in it, but for a token whose advantage would be infinite.
+        all_of_it = torch.ones_like(gate.weight)
+        return TrustGate(gate.rho, all_of_it if self.divergence else torch.where(teacher == -torch.inf, 0.0, all_of_it))
 
     def _importance(self, sampled, batch: TrainingBatch, kept: torch.Tensor) -> torch.Tensor:
         """Weight of the policy-gradient terms: min(pi_S / pi_old, C) (tis), or the ratio within [1/C, C] (icepop)."""
         if self.config.importance == "off":
             return torch.ones_like(sampled).detach()
-        ratio = torch.where(kept, sampled.detach() - batch.old_logprobs, 0.0).exp()
+        difference = torch.where(sampled == -torch.inf, -torch.inf, sampled - batch.old_logprobs).detach()
+        ratio = torch.where(kept, difference, 0.0).exp()
         cap = self.config.importance_cap
         if self.config.importance == "tis":
             return ratio.clamp(max=cap)
         return torch.where((ratio <= cap) & (ratio >= 1.0 / cap), ratio, 0.0)
 
     def _outlier(self, logprobs, scores, sampled, advantage, importance, kept):
-        """Part B: loss [b, s] of every token as if it were an outlier, and the forward KL where it was computed."""
+        """Part B: loss [b, s] of every token as if it were an outlier, and the forward KL where it was computed.
+
+        `advantage` is -inf where the teacher rules the token out; `sampled` is finite.
+        """
         if self.outlier is None or self.outlier == "mask":
             return torch.zeros_like(sampled), None
         if self.outlier == "clip":
@@ -254,13 +278,20 @@ def topk_forward_kl(student_logprobs: torch.Tensor, teacher_logprobs: torch.Tens
     renormalized: both distributions normalised within the k first (the authors' script).
     tail: one more bucket for all the rest; the exact KL of two (k + 1)-way distributions, never negative.
 
+    Tokens to which the teacher gives nothing (fewer than k have any probability) count for nothing, and one to which
+    the student gives nothing counts as one of e^-10000, without a gradient of its own.
+
     Raises:
         ValueError: `tail` is none of the three.
     """
+    student_logprobs = _floored(student_logprobs)
+    supported = teacher_logprobs != -torch.inf
     if tail == "renormalized":
         student_logprobs = student_logprobs.log_softmax(-1)
-        teacher_logprobs = teacher_logprobs.log_softmax(-1)
-    kl = (teacher_logprobs.exp() * (teacher_logprobs - student_logprobs)).sum(-1)
+        # Where the teacher gives nothing to any of them there is nothing to normalise.
+        listed = torch.where(supported.any(-1, keepdim=True), teacher_logprobs, 0.0).log_softmax(-1)
+        teacher_logprobs = torch.where(supported, listed, -torch.inf)
+    kl = kl_terms(teacher_logprobs, student_logprobs).sum(-1)
     if tail in ("truncated", "renormalized"):
         return kl
     if tail != "tail":
@@ -269,10 +300,27 @@ def topk_forward_kl(student_logprobs: torch.Tensor, teacher_logprobs: torch.Tens
     return kl + teacher_rest.exp() * (teacher_rest - student_rest)
 
 
+def kl_terms(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Return p (log p - log q) of log-probs; 0, in the gradients too, where p has no probability."""
+    possible = p != -torch.inf
+    difference = torch.where(possible, p, 0.0) - torch.where(possible, q, 0.0)
+    return torch.where(possible, p, -torch.inf).exp() * difference
+
+
 def _log_rest(logprobs: torch.Tensor) -> torch.Tensor:
     """log(1 - sum exp(logprobs)), exact when the sum is nearly one; rounding beyond one counts as fp32's epsilon."""
     covered = logprobs.logsumexp(-1).clamp(max=-torch.finfo(torch.float32).eps)
     return torch.log(-torch.expm1(covered))
+
+
+def _floored(logprobs: torch.Tensor) -> torch.Tensor:
+    """A log-prob of -inf as a very low one; what is left of its gradient is zero."""
+    return torch.where(logprobs == -torch.inf, ABSENT, logprobs)
+
+
+def _weighed(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """weights * values, and 0 where the weight is, whatever the value."""
+    return torch.where(weights > 0, weights * values, 0.0)
 
 
 def _total(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,6 +35,7 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fi
 
 _FIELDS: dict[str, dataclasses.Field] = {name: field for name, field in _leaves(Recipe()) if field is not None}
 _SECTIONS = [name for name, field in _leaves(Recipe()) if field is None]
+_LARGEST = 3.4e38  # beyond it a number is infinite in float32, in which all of them are used
 _EXAMPLES = Path("examples/recipes")  # a checkout's own, relative to the current directory
 
 
@@ -277,7 +278,9 @@ def _check_values(recipe: Recipe, sources: dict[str, str]) -> None:
             continue
         expected = None
         known = rule["choices"] or rule["words"]
-        if known and isinstance(value, str) and value not in known:
+        if isinstance(value, float) and not abs(value) <= _LARGEST:
+            expected = "a finite number"
+        elif known and isinstance(value, str) and value not in known:
             near = _nearest(value, list(known))
             expected = f"one of {_kind(field).replace(' | ', ', ')}" + (f" (did you mean {near}?)" if near else "")
         elif rule["low"] is not None and not value >= rule["low"]:

@@ -38,6 +38,7 @@ MAY_CHANGE = (
     *("objective.beta", "objective.temperature", "objective.importance*"),
     *("training.steps", "training.prompts_per_step", "training.lr", "training.min_lr", "training.lr_*"),
     *("training.weight_decay", "training.adam_*", "training.clip_grad", "training.seed"),
+    *("training.on_nan", "training.max_skipped_steps", "training.*_spike_factor", "training.spike_window"),
     "evaluation.*",
 )
 

@@ -16,6 +16,7 @@ from megatron_tropd.decoding import make_sampling
 from megatron_tropd.divergence import Divergence
 from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.endings import find_endings
+from megatron_tropd.finite_weights import check_loaded
 from megatron_tropd.guidance import Guidance
 from megatron_tropd.held_out import HeldOut
 from megatron_tropd.layer_specs import uses_transformer_engine
@@ -128,6 +129,8 @@ def set_up(
     student.divergence = divergences.get("objective")
     engine = RolloutEngine(modules, tokenizer, groups, recipe.rollout, max_sequence_length=context, endings=endings)
     held_out = _build_held_out(recipe, student, data.held_out, tokenizer, teacher, divergences.get("held_out"))
+    state = restore(recipe, groups, student, data.source, start)
+    check_loaded(modules, recipe.student, "student")
     return Run(
         recipe,
         Path(recipe.logging.dir),
@@ -141,7 +144,7 @@ def set_up(
         student,
         teacher,
         engine,
-        restore(recipe, groups, student, data.source, start),
+        state,
         hf_path,
         micro_batch_budget(recipe, data.longest_prompt, uses_transformer_engine()),
     )

@@ -17,6 +17,7 @@ from megatron_tropd.config import Recipe
 from megatron_tropd.convert import load_model_weights, resolve_hf_path
 from megatron_tropd.endings import Endings, find_endings
 from megatron_tropd.exchange import Exchange
+from megatron_tropd.finite_weights import check_loaded
 from megatron_tropd.model import build_model, load_hf_config
 from megatron_tropd.model_checks import check_sizes
 from megatron_tropd.objectives import Objective, build_objective
@@ -111,6 +112,7 @@ def _load(recipe: Recipe, groups: ParallelGroups, files: TeacherFiles) -> list[t
     config = dataclasses.replace(recipe.teacher, recompute=None)
     chunks = build_model(files.hf_config, config, groups, training=False, role="teacher")
     load_model_weights(chunks, config, groups)
+    check_loaded(chunks, config, "teacher")
     return chunks
 
 

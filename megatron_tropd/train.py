@@ -21,8 +21,10 @@ from megatron_tropd.config import Recipe
 from megatron_tropd.determinism import make_deterministic
 from megatron_tropd.environment import gather
 from megatron_tropd.evaluation import evaluate, training_record
+from megatron_tropd.finite_weights import check_finite
 from megatron_tropd.json_files import write_json
 from megatron_tropd.metrics import MetricsWriter
+from megatron_tropd.number_guard import NumberGuard
 from megatron_tropd.parallel import on_rank_zero
 from megatron_tropd.partition import Partition, split_processes
 from megatron_tropd.process_groups import process_groups
@@ -31,6 +33,7 @@ from megatron_tropd.resume import checkpoint_folder
 from megatron_tropd.run import Run, set_up
 from megatron_tropd.run_teacher import build_served_teacher
 from megatron_tropd.samples import sample_records
+from megatron_tropd.teacher import TeacherHook
 from megatron_tropd.termination import TerminationFlag
 from megatron_tropd.train_step import StepResult, train_step
 from megatron_tropd.types import Rollouts
@@ -94,6 +97,7 @@ def _train(run: Run) -> dict[str, Any]:
 
 def _loop(run: Run, termination: TerminationFlag) -> dict[str, Any]:
     training, started = run.recipe.training, time.perf_counter()
+    guard = NumberGuard(training, run.state.guard)
     last_step = min(training.steps, training.exit_step or training.steps)
     writer = MetricsWriter(
         run.folder,
@@ -119,10 +123,13 @@ def _loop(run: Run, termination: TerminationFlag) -> dict[str, Any]:
         sizes = (training.micro_batch_size, run.max_tokens)
         scores = run.teacher.score(batch, *sizes) if run.teacher else None
         clock.lap("seconds_teacher")
-        result = train_step(run.student, batch, scores, run.objective, run.recipe.objective, step, *sizes)
+        objective = (run.objective, run.recipe.objective)
+        result = train_step(run.student, batch, scores, *objective, step, *sizes, limits=guard.limits())
         clock.lap("seconds_update")
         run.state.step, run.state.cursor = step + 1, run.source.state_dict()
+        result.metrics |= guard.observe(step, result, rollouts, _models(run))
         _log(run, writer, step, result, rollouts, clock)
+        guard.enforce()
         stop = termination.agreed()
         if _is_due(run.state.step, run.recipe.evaluation.interval) or step + 1 == training.steps:
             _evaluate(run, writer)
@@ -133,6 +140,14 @@ def _loop(run: Run, termination: TerminationFlag) -> dict[str, Any]:
             break
     writer.close()
     return _summarise(run, time.perf_counter() - started)
+
+
+def _models(run: Run) -> dict[str, list[torch.nn.Module]]:
+    """Return the models whose weights are on these ranks' devices."""
+    models = {"student": run.student.modules}
+    if isinstance(run.teacher, TeacherHook) and not run.teacher.offload:
+        models["teacher"] = run.teacher.chunks
+    return models
 
 
 class _Clock:
@@ -218,10 +233,11 @@ def _evaluate(run: Run, writer: MetricsWriter) -> None:
             run.groups,
             rollout=run.recipe.rollout,
             seed=run.recipe.training.seed,
+            on_nan=run.recipe.training.on_nan,
         )
         record |= training_record(result)
     if run.held_out:
-        record |= run.held_out.measure()
+        record |= run.held_out.measure(run.recipe.training.on_nan)
     if len(record) > 1:
         run.state.evaluations.append(record)
         if run.reports:
@@ -229,6 +245,13 @@ def _evaluate(run: Run, writer: MetricsWriter) -> None:
 
 
 def _save(run: Run) -> None:
+    run.student.gather_parameters(wait=True)
+    check_finite(
+        run.student.modules,
+        "student",
+        f"after step {run.state.step - 1}: no checkpoint was written, and the newest one is as it was",
+        "Where the updates made them so, lower training.lr.",
+    )
     path = checkpoint.save(
         checkpoint_folder(run.recipe),
         run.student,
@@ -248,6 +271,7 @@ def _summarise(run: Run, seconds: float) -> dict[str, Any]:
         "finished": run.state.step >= run.recipe.training.steps,
         "seconds": seconds,
         "evaluations": run.state.evaluations,
+        "skipped_steps": run.state.guard["skipped"],
         "checkpoint": str(checkpoint_folder(run.recipe) / f"step_{run.state.step:06d}"),
         **{name: getattr(run.recipe.student, name) for name in _LAYOUT_KEYS},
         "data_parallel_size": run.groups.dp_size,

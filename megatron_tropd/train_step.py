@@ -8,6 +8,7 @@ calculate_per_token_loss, so every loss token of the global batch weighs the sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,22 +23,27 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_tropd.config import ObjectiveConfig, TrainingConfig
 from megatron_tropd.divergence import Divergence
 from megatron_tropd.end_of_text import EndOfText
+from megatron_tropd.finite_weights import named_gradients, not_finite
 from megatron_tropd.megatron_compat import (
     checkpoint_on_one_rank,
     keep_adam_step_on_load,
     run_schedule,
+    step_optimizer,
     unwrap_model,
 )
 from megatron_tropd.micro_batches import Pairs, split_batch
-from megatron_tropd.objectives import Objective, TokenDetails
+from megatron_tropd.number_flags import STAGES, Finding, find_tokens, flag_tokens, watch_gradient
+from megatron_tropd.objectives import Objective
 from megatron_tropd.output_hook import OutputHook
 from megatron_tropd.parallel import ParallelGroups
+from megatron_tropd.step_report import Limits, StepResult, reduce_reports
 from megatron_tropd.student_outputs import StudentOutputs, read_student
 from megatron_tropd.types import TeacherScores, TrainingBatch
 
 # Megatron's 2**32 is meant for a mean over a micro-batch's tokens. The loss here is their undivided sum, thousands of
 # times larger, and each halving costs a whole step, rollout included. The scale grows again where there is room.
 _FLOAT16_LOSS_SCALE = 2.0**10
+_NO_LIMITS = Limits()
 
 
 @dataclass
@@ -98,17 +104,6 @@ class Student:
                 chunk.offload_grad_buffers()
 
 
-@dataclass
-class StepResult:
-    """Metrics of one step, reduced over the whole job; the same on every data-parallel rank of the last stage."""
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    num_loss_tokens: int = 0
-    grad_norm: float = 0.0
-    learning_rate: float = 0.0
-    details: TokenDetails | None = None  # [b, s] of this rank's batch
-
-
 def build_student(
     modules: list[torch.nn.Module], training: TrainingConfig, groups: ParallelGroups, vocab_size: int
 ) -> Student:
@@ -120,7 +115,7 @@ def build_student(
         overlap_param_gather=training.overlap_param_gather,
         align_param_gather=training.overlap_param_gather,  # all at once, see Student.gather_parameters
         use_distributed_optimizer=training.use_distributed_optimizer,
-        check_for_nan_in_grad=not config.fp16,  # there overflows are expected: the step is skipped, the scale halved
+        check_for_nan_in_grad=False,  # it would raise on one rank, without names; train_step looks at the norm
     )
     chunks = [
         DistributedDataParallel(config, ddp_config, module, disable_bucketing=i > 0, pg_collection=groups.collection)
@@ -180,8 +175,11 @@ def train_step(
     step: int,
     micro_batch_size: int,
     max_tokens: int | None = None,
+    limits: Limits = _NO_LIMITS,
 ) -> StepResult:
-    """Run one optimizer step over this data-parallel rank's `batch`.
+    """Run one optimizer step over this data-parallel rank's `batch`; collective over the student's ranks.
+
+    Where a number is not finite, or beyond `limits`, the parameters and the optimizer stay as they are, on all ranks.
 
     Args:
         student: from `build_student`.
@@ -192,9 +190,10 @@ def train_step(
         step: global step, an argument of the gate's random numbers.
         micro_batch_size: rows a forward pass.
         max_tokens: pack sequences into forward passes of about so many tokens instead; None: no packing.
+        limits: the same on all ranks.
 
     Returns:
-        Reduced metrics (see `reduce_reports`) with gradient norm and learning rate.
+        Reduced metrics (see `reduce_reports`) with gradient norm and learning rate, and what kept it from an update.
     """
     for chunk in student.chunks:
         chunk.train()
@@ -213,17 +212,59 @@ def train_step(
             micro_batch_size=split.micro_batch_size,
             forward_only=False,
         )
-        updated, grad_norm, _ = student.optimizer.step()
+        result = reduce_reports(reports, student.groups, objective.extremes)
+        updated = _update(student, result, limits)
+        if result.problem in STAGES:
+            result.findings = _locate(student, result.problem, reports, split.batches)
     student.gather_parameters()
     if updated:
         student.scheduler.step(increment=1)
-    result = reduce_reports(reports, student.groups)
     if reports and reports[0]["details"] is not None:
         result.details = split.join([report["details"] for report in reports])
-    result.grad_norm = float(grad_norm or 0.0)
     result.learning_rate = student.optimizer.param_groups[0]["lr"]
     result.metrics["update_skipped"] = float(not updated)
     return result
+
+
+def _update(student: Student, result: StepResult, limits: Limits) -> bool:
+    """Step the optimizer unless a number is out of order; set the result's norm and problem. Returns whether it did.
+
+    All ranks decide alike: they agreed on what `reduce_reports` says, and the norm is of the whole model.
+    """
+    is_float16 = student.modules[0].config.fp16
+    result.problem = result.first_bad_stage or ("loss spike" if result.loss > limits.loss else None)
+    if result.problem is not None:  # before a loss scale takes it for an overflow of its own
+        return False
+
+    def accept(norm: float) -> bool:
+        if not math.isfinite(norm):
+            result.problem = "gradient"
+        elif limits.grad_norm < math.inf and _largest(norm, student.groups) > limits.grad_norm:
+            result.problem = "gradient spike"
+        return result.problem is None
+
+    updated, norm = step_optimizer(student.optimizer, accept)
+    result.grad_norm = norm or 0.0
+    if is_float16:
+        result.loss_scale = float(student.optimizer.get_loss_scale())
+    if not updated and result.problem is None:
+        # A scale that cannot be lowered any more is not what overflows.
+        result.problem = "gradient" if result.loss_scale is None or result.loss_scale <= 1.0 else "overflow"
+    return updated
+
+
+def _locate(student: Student, problem: str, reports: list[dict], batches: list[TrainingBatch]) -> list[Finding]:
+    """Return this rank's tokens and gradients that are not finite; only while the gradients are there."""
+    found = find_tokens([report["flags"] for report in reports], batches[: len(reports)], student.groups)
+    names = not_finite(named_gradients(student.modules)) if problem == "gradient" else []
+    return found + [Finding(problem, torch.distributed.get_rank(), tensor=name) for name in names]
+
+
+def _largest(value: float, groups: ParallelGroups) -> float:
+    """Return the largest of the ranks' values: replicas round differently, and must not part over it."""
+    largest = torch.tensor(value, dtype=torch.float64, device=groups.device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return float(largest)
 
 
 def forward_step(
@@ -253,44 +294,12 @@ def loss_func(
     """
     outputs = StudentOutputs.unpack(output, with_divergence=objective.divergence is not None)
     result = objective.loss(outputs.logprobs, scores, batch, step, outputs.entropy, outputs.divergence)
+    flags = flag_tokens(batch, scores, outputs.logprobs, result.loss)
+    watch_gradient(output, flags)
     loss_sum = result.loss.sum()
     num_tokens = batch.num_loss_tokens.to(torch.int)
     sums = {"loss": (loss_sum.detach(), num_tokens), **result.metrics}
-    report = {"sums": sums, "maxima": result.maxima, "minima": result.minima, "details": result.details}
+    lowest = {f"-{name}": -value for name, value in result.minima.items()}
+    extremes = {**result.maxima, **lowest}
+    report = {"sums": sums, "extremes": extremes, "details": result.details, "flags": flags}
     return loss_sum, num_tokens, report
-
-
-def reduce_reports(reports: list[dict[str, Any]], groups: ParallelGroups) -> StepResult:
-    """Reduce the micro-batches' reports over data- and context-parallel ranks, in two small collectives.
-
-    `sums` (name -> (sum, count)) become means over the global batch, whatever the layout; `maxima` and `minima` the
-    extremes. Stages without the output layer have no reports and return an empty result.
-    """
-    if not groups.is_last_stage:
-        return StepResult()
-    sums = _stack(reports, "sums", lambda values: torch.stack([torch.stack(v) for v in values]).sum(0))
-    extremes = _stack(reports, "maxima", lambda values: torch.stack(values).amax(0))
-    lowest = _stack(reports, "minima", lambda values: torch.stack(values).amin(0))
-    extremes.update({f"-{name}": -value for name, value in lowest.items()})
-    packed_sums = torch.stack(list(sums.values()))  # [metrics, 2]
-    torch.distributed.all_reduce(packed_sums, group=groups.dp_cp)
-    metrics = {}
-    for name, (total, count) in zip(sums, packed_sums.tolist(), strict=True):
-        if count or name == "loss":
-            metrics[name] = total / max(count, 1)
-        if name == "loss":
-            num_tokens = int(count)
-    if extremes:
-        packed = torch.stack(list(extremes.values()))
-        torch.distributed.all_reduce(packed, op=torch.distributed.ReduceOp.MAX, group=groups.dp_cp)
-        for name, value in zip(extremes, packed.tolist(), strict=True):
-            if abs(value) != float("inf"):  # no token of that kind anywhere
-                metrics[name.lstrip("-")] = -value if name.startswith("-") else value
-    return StepResult(metrics=metrics, num_loss_tokens=num_tokens)
-
-
-def _stack(reports: list[dict[str, Any]], part: str, combine: Any) -> dict[str, torch.Tensor]:
-    def as_double(value: Any) -> Any:
-        return tuple(v.double() for v in value) if isinstance(value, tuple) else value.double()
-
-    return {name: combine([as_double(r[part][name]) for r in reports]) for name in reports[0][part]}

@@ -35,7 +35,7 @@ def trust_gate(
     sample_ids: torch.Tensor,
     positions: torch.Tensor,
 ) -> TrustGate:
-    """Return rho and M of every token.
+    """Return rho and M of every token; one that the teacher rules out (rho is 0) is outside whatever the threshold.
 
     Args:
         student_logprobs: [b, s] trainer's log pi_S of the sampled tokens; any gradient is cut.
@@ -50,12 +50,13 @@ def trust_gate(
     Raises:
         ValueError: the gate is none of GATES.
     """
-    rho = (teacher_logprobs.float() - student_logprobs.float()).clamp(max=0.0).exp()
+    difference = (teacher_logprobs.float() - student_logprobs.float()).clamp(max=0.0)
+    rho = torch.where(teacher_logprobs == -torch.inf, 0.0, difference.exp())  # where the student's is -inf, too
     if gate == "bernoulli":
         uniform = counter_uniform(seed, STREAM_GATE, step, sample_ids, positions)
         weight = (uniform < rho).to(rho.dtype)
     elif gate == "threshold":
-        weight = (rho >= threshold).to(rho.dtype)
+        weight = ((rho >= threshold) & (rho > 0)).to(rho.dtype)
     elif gate == "soft":
         weight = rho
     else:

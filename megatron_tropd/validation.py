@@ -155,6 +155,12 @@ def _check_training(recipe: Recipe) -> None:
             "training.offload_optimizer=true contradicts student.dtype=float32, whose parameters are their own main "
             "weights and must stay on the device. Set student.dtype=bfloat16 or drop the key."
         )
+    for key in ("adam_beta1", "adam_beta2"):
+        if training.optimizer == "adam" and getattr(training, key) >= 1:
+            raise UserError(
+                f"training.{key}={getattr(training, key)} is not below 1: Adam's bias correction would divide by zero, "
+                "and every weight be NaN. Set a value such as its default."
+            )
     if training.min_lr is not None and training.min_lr > training.lr:
         raise UserError(
             f"training.min_lr={training.min_lr} is above training.lr={training.lr}, the peak. Lower min_lr or raise lr."

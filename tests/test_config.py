@@ -113,7 +113,7 @@ def test_unknown_keys_name_the_nearest_and_the_file(tmp_path):
         ("training.micro_batch_size=-1", "expected at least 1"),
         ("rollout.top_p=0", "expected more than 0"),
         ("guidance.start=1.5", "expected at most 1"),
-        ("training.lr=nan", "expected at least 0"),
+        ("training.lr=nan", "expected a finite number"),
         ("rollout.stop=x", "expected list[str]"),
         ("teacher.hf_path=${student.nothing}", "mend the ${section.key}"),
         ("training.lr=[1", "not valid YAML"),
@@ -289,3 +289,26 @@ def test_files_are_one_path_or_a_list(text, value, tmp_path):
 @pytest.mark.parametrize("text", ["[]", "[1]", "[[a]]", "[a, null]"])
 def test_files_are_nothing_else(text):
     assert "expected str | list[str] | null (prompts:" in _refused(f"data.prompts={text}")
+
+
+@pytest.mark.parametrize("value", [".nan", "-.inf", "inf", "1e39"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("training.lr", "training.weight_decay", "training.clip_grad", "training.adam_eps", "objective.clip"),
+        *("objective.temperature", "objective.importance_cap", "rollout.temperature", "guidance.beta"),
+        *("rollout.kv_cache_gb", "training.min_lr", "training.loss_spike_factor", "objective.gate_threshold"),
+    ],
+)
+def test_field_cases_b8_a_key_that_is_not_finite_is_refused_as_the_recipe_is_read(key, value, tmp_path):
+    section, name = key.split(".")
+    (tmp_path / "recipe.yaml").write_text(f"{section}:\n  {name}: {value}\n")
+    for arguments in ((tmp_path / "recipe.yaml", []), (None, [f"{key}={value}"])):
+        with pytest.raises(UserError, match=rf"^{key}=.*expected ") as error:
+            load_recipe(*arguments)
+        assert "finite" in str(error.value) or key == "rollout.kv_cache_gb"
+
+
+@pytest.mark.parametrize("key", ["adam_beta1", "adam_beta2"])
+def test_field_cases_b8_an_adam_that_divides_by_zero_is_refused(key):
+    assert f"training.{key}=1.0 is not below 1" in _refused(f"training.{key}=1")

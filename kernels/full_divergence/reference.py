@@ -18,13 +18,16 @@ def divergence(student, teacher, kind, group, vocab_size, beta, temperature, mas
 
 
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) of log-probs [n, v]; outcomes without probability in p contribute nothing."""
-    return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1)
+    """KL(p || q) of log-probs [n, v]; outcomes without probability in p contribute nothing, nor to the gradient."""
+    possible = p != -torch.inf
+    difference = torch.where(possible, p, 0.0) - torch.where(possible, q, 0.0)
+    return (torch.where(possible, p, -torch.inf).exp() * difference).sum(-1)
 
 
 def _jsd(student: torch.Tensor, teacher: torch.Tensor, beta: float) -> torch.Tensor:
     weights = student.new_tensor([beta, 1 - beta]).log()
-    mixture = torch.logaddexp(teacher + weights[0], student + weights[1])
+    possible = (student != -torch.inf) | (teacher != -torch.inf)  # elsewhere logaddexp's gradient is NaN
+    mixture = torch.logaddexp(teacher + weights[0], torch.where(possible, student, 0.0) + weights[1])
     return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
 
 
