@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from megatron_tropd import preflight
 from megatron_tropd.config import ModelConfig, Recipe, RolloutConfig
-from megatron_tropd.convert import load_model_weights, resolve_hf_path
+from megatron_tropd.convert import check_model_files, load_model_weights, resolve_hf_path
 from megatron_tropd.environment import gather
 from megatron_tropd.errors import UserError
 from megatron_tropd.metrics import read_records
@@ -71,6 +71,7 @@ def open_model(recipe: Recipe, role: str) -> Iterator[OpenModel]:
     preflight.check(recipe, gather(), (role,))
     with process_groups(config, recipe.training.seed, timeout_minutes=recipe.training.timeout_minutes) as groups:
         hf_path = resolve_hf_path(config, role)
+        check_model_files(config)
         tokenizer = load_tokenizer(recipe.tokenizer.path or hf_path, recipe.tokenizer.chat_template)
         yield OpenModel(role, config, recipe.rollout, groups, load_hf_config(hf_path), tokenizer)
 

@@ -36,6 +36,7 @@ from megatron_tropd.tokenizer import Tokenizer
 from megatron_tropd.train_step import Student, build_student
 from megatron_tropd.types import Prompt, Sampling, UserError
 from megatron_tropd.validation import validate
+from megatron_tropd.verify import verify_before_training
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ def set_up(recipe: Recipe, groups: ParallelGroups, partition: Partition | None =
     longest_prompt = max(len(prompt.tokens) for prompt in prompts)
     _check_budget(recipe, longest_prompt)
 
+    verify_before_training(recipe.student, groups, "student")
     fixed = {"deterministic_mode": recipe.training.deterministic}
     modules = build_model(hf_config, recipe.student, groups, role="student", **fixed)
     load_model_weights(modules, recipe.student, groups)
