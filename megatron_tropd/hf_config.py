@@ -163,6 +163,17 @@ def _check_raw_sizes(file: Path, raw: dict[str, Any]) -> None:
     missing = [key for key in ("hidden_size", "num_hidden_layers", "num_attention_heads") if key not in raw]
     if missing:
         raise UserError(f"{file} lacks {missing[0]}; is it the whole config.json of the model?")
+    width, heads = raw["hidden_size"], raw["num_attention_heads"]
+    if not raw.get("head_dim") and width % heads:
+        raise UserError(
+            f"{file}: num_attention_heads={heads} does not divide hidden_size={width}; correct one of them, or give "
+            "head_dim."
+        )
+    if (raw.get("head_dim") or width // heads) % 2:
+        raise UserError(
+            f"{file}: heads of {raw.get('head_dim') or width // heads} are not even, and halves of them are rotated; "
+            "correct head_dim."
+        )
 
 
 def _refuse_contradiction(file: Path, raw: dict[str, Any]) -> None:
@@ -195,13 +206,6 @@ def _check_sizes(file: Path, config: Any) -> None:
         raise UserError(
             f"{file}: num_key_value_heads={groups} does not divide num_attention_heads={heads}; correct one of them."
         )
-    if not getattr(config, "head_dim", None) and config.hidden_size % heads:
-        raise UserError(
-            f"{file}: num_attention_heads={heads} does not divide hidden_size={config.hidden_size}; correct one of "
-            "them, or give head_dim."
-        )
-    if head_dim(config) % 2:
-        raise UserError(f"{file}: heads of {head_dim(config)} are not even, and halves are rotated; correct head_dim.")
     eps = config.rms_norm_eps
     if not isinstance(eps, (int, float)) or isinstance(eps, bool) or not 0 <= eps < 1:
         raise UserError(f"{file}: rms_norm_eps={eps!r}, expected a number such as 1e-06; correct it.")
