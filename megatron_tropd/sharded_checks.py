@@ -5,6 +5,7 @@ Megatron itself would leave tensors aside that no parameter asks for, and cut or
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from megatron_tropd.errors import UserError
 from megatron_tropd.model import padded_vocab_size
-from megatron_tropd.tensor_dtypes import set_dtype
+from megatron_tropd.tensor_dtypes import name_of, set_dtype
+
+logger = logging.getLogger(__name__)
 
 _MOST_TP = 512  # vocabularies may be padded for any tensor-parallel size up to it
 
@@ -59,9 +62,14 @@ def check_stored(state: dict[str, Any], directory: str | Path, vocab_size: int |
     """
     stored = stored_tensors(directory)
     problem, asked = None, set()
+    most = common_dtype(stored)
+    rounded: dict[tuple[torch.dtype, torch.dtype], set[str]] = {}
     for tensor in _asked_for(state):
         asked.add(tensor.key)
         problem = problem or _misfit(tensor, stored.get(tensor.key), vocab_size)
+        theirs, ours = getattr(stored.get(tensor.key), "dtype", most), tensor.dtype
+        if theirs != most and torch.promote_types(theirs, ours) != ours:
+            rounded.setdefault((theirs, ours), set()).add(tensor.key)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (problem, asked))
     problem = next((found for found, _ in everyone if found), None)
@@ -72,6 +80,12 @@ def check_stored(state: dict[str, Any], directory: str | Path, vocab_size: int |
         raise UserError(
             f"{directory} {problem}; its hf/config.json, or hf_path's, is not of these weights. Convert the model "
             "again with its own config.json."
+        )
+
+    for (theirs, ours), keys in rounded.items():
+        logger.warning(
+            "%s: %d kinds of parameters of %s beside %s are rounded to %s, as transformers rounds them in that dtype",
+            *(directory, len(keys), name_of(theirs), name_of(most), name_of(ours)),
         )
 
 

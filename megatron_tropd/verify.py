@@ -204,7 +204,8 @@ def judge(verdict: Verdict, bound: float) -> str | None:
     """Return what differs by more than rounding and what it looks like; None where nothing does."""
     for part in verdict.parts:
         own = part.own.max().item()
-        allowed = max(bound, min(_OWN * own, _OWN_MOST * bound))
+        rounding = min(_OWN * own, _OWN_MOST * bound)
+        allowed = max(bound, rounding)
         beyond = ~(part.excess <= allowed)  # NaN is beyond
         if not beyond.sum() > (_FLIPS * len(beyond) if part.sparse else 0):
             continue
@@ -215,7 +216,7 @@ def judge(verdict: Verdict, bound: float) -> str | None:
             f"{bound:g} (transformers' own rounding there, sdpa to eager: {own:.2g}), at {count} of {len(beyond)} "
             f"positions, the first {first}. "
         )
-        if largest <= _NEAR * max(own, 2.0**-20):
+        if largest <= _NEAR * max(rounding / _OWN, 2.0**-20):
             return text + "So little may be rounding of unusually large numbers: give --bound more if it is."
         return text + f"That is no rounding: {_suspect(part, first, count / len(beyond))}."
     return None

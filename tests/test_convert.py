@@ -10,8 +10,8 @@ import torch
 from helpers import run_distributed
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from safetensors.torch import load_file, save_file
-from tiny_models import KINDS, VOCAB_SIZE, write_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny_models import KINDS, VOCAB_SIZE, load_transformers, write_model
+from transformers import AutoTokenizer
 
 from megatron_tropd import convert, host_memory, verify
 from megatron_tropd import model as model_module
@@ -144,11 +144,11 @@ def test_an_exported_folder_is_complete(hf, checkpoints, tmp_path):
         ("convert_mcore_to_hf", (checkpoints / "qwen3_bf16", tmp_path / "fp32"), {"dtype": "float32"}),
     ]
     assert _convert(1, jobs) == [None, None]
-    original = AutoModelForCausalLM.from_pretrained(hf / "qwen3_bf16", dtype="auto")
+    original = load_transformers(hf / "qwen3_bf16")
     tokens = torch.arange(20)[None]
     for folder, dtype in (("empty", torch.bfloat16), ("fp32", torch.float32)):
-        assert AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype="auto").dtype == dtype
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.bfloat16)
+        assert load_transformers(tmp_path / folder).dtype == dtype
+        model = load_transformers(tmp_path / folder, torch.bfloat16)
         assert torch.equal(model(tokens).logits, original(tokens).logits)
         assert AutoTokenizer.from_pretrained(tmp_path / folder).eos_token_id == 2
         assert (tmp_path / folder / "generation_config.json").exists()
@@ -190,7 +190,7 @@ def test_small_output_files_hold_the_same_tensors(hf, split):
         assert not list((split[0] / folder).glob(".*"))
     for file in (hf / "llama_fp32").glob("*.json"):
         shutil.copy(file, split[0] / "22") if "index" not in file.name else None
-    AutoModelForCausalLM.from_pretrained(split[0] / "22")
+    load_transformers(split[0] / "22")
 
 
 def test_padding_of_the_vocabulary_is_at_the_end_only(hf, checkpoints, split):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -71,6 +73,13 @@ def make_model(kind: str, dtype: torch.dtype = torch.float32, vocab_size: int = 
             if "norm" in name or "bias" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return model.to(dtype)
+
+
+def load_transformers(folder: str | Path, dtype: torch.dtype | str = "auto"):
+    """Load a folder with transformers, whose name for the dtype depends on its version."""
+    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+    key = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+    return AutoModelForCausalLM.from_pretrained(str(folder), **{key: dtype}).eval()
 
 
 def make_tokenizer(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
