@@ -44,8 +44,6 @@ from megatron_tropd.weights_checkpoint import (
 
 logger = logging.getLogger(__name__)
 
-_VERIFIED_LAYERS = 4
-
 
 def resolve_hf_path(model: ModelConfig, role: str = "model") -> Path:
     """Return the folder with a model's config.json and tokenizer: `hf_path`, or the one inside `checkpoint`.
@@ -139,7 +137,7 @@ def convert_hf_to_mcore(
     with process_groups(layout) as groups:
         try:
             start = time.perf_counter()
-            verdict = _verify_layers(hf_path, layout, groups, bound, verify) if verify else None
+            verdict = _verify_layers(hf_path, layout, groups, bound) if verify else None
             verified = time.perf_counter() - start
             chunks = build_model(hf_config, layout, groups, training=False)
             kinds = widest_by_kind(dtypes)
@@ -163,10 +161,9 @@ def convert_hf_to_mcore(
             raise
 
 
-def _verify_layers(hf_path: Path, layout: ModelConfig, groups: ParallelGroups, bound: float, verify: bool | str) -> str:
-    layers = 2 if verify == "auto" else _VERIFIED_LAYERS
+def _verify_layers(hf_path: Path, layout: ModelConfig, groups: ParallelGroups, bound: float) -> str:
     try:
-        return str(verify_model(hf_path, layout, groups, layers, bound))
+        return str(verify_model(hf_path, layout, groups, bound=bound))
     except UserError as error:
         raise UserError(f"{error} Nothing was written.") from error
 

@@ -19,6 +19,7 @@ from megatron_tropd.convert_mapping import expert_names, router_name
 from megatron_tropd.hf_files import SafetensorsFolder
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)$")
+LOGITS_EVERY = 8  # logits are compared at every eighth position
 _ROWS = 64  # positions whose logits are compared at a time
 _SUM_ROUNDING = 4 * 2.0**-24  # of a layer's two additions to the residual stream, on both sides
 
@@ -51,7 +52,7 @@ def compare_parts(
         layers: their numbers in the folder, from 0.
         tokens: [s].
         ours: Megatron's "embedding" [s, h], hidden states after layer "0", "1", ... of the chosen ones [s, h], and
-            "logits" [s, v].
+            "logits" [s / LOGITS_EVERY, v].
         device: where transformers' layers compute.
 
     Returns:
@@ -71,6 +72,7 @@ def compare_parts(
             handles.append(layer.register_forward_hook(watcher.compare, with_kwargs=True))
         last = ours[str(len(layers) - 1)].to(device)[None]
         handles.append(model.model.norm.register_forward_pre_hook(lambda module, args: (last,)))
+        handles.append(model.lm_head.register_forward_pre_hook(lambda module, args: (args[0][:, ::LOGITS_EVERY],)))
         weights.fill(model.model.norm, "model.norm.", device)
         weights.fill(model.lm_head, "lm_head.", device)
         logits = model(inputs_embeds=ours["embedding"].to(device)[None], use_cache=False).logits[0]

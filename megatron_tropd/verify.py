@@ -33,7 +33,7 @@ from megatron_tropd.model import build_model
 from megatron_tropd.model_checks import UNEVEN_STAGES
 from megatron_tropd.output_hook import OutputHook
 from megatron_tropd.parallel import ParallelGroups, all_shards
-from megatron_tropd.reference import Part, compare_parts
+from megatron_tropd.reference import LOGITS_EVERY, Part, compare_parts
 
 logger = logging.getLogger(__name__)
 
@@ -268,6 +268,9 @@ def _run_megatron(
         chunks[0].embedding.register_forward_hook(keep("embedding"))
     for layer in chunks[0].decoder.layers:
         layer.register_forward_hook(keep(str(layer.layer_number - 1)))
+    if chunks[0].post_process:
+        # The output layer treats every position alike: a few of them do.
+        chunks[0].output_layer.register_forward_pre_hook(lambda module, args: (args[0][::LOGITS_EVERY], *args[1:]))
     logits = full_logits(chunks, tokens[None], single, few.vocab_size)
     if logits is not None:
         ours["logits"] = logits[0].cpu()
