@@ -139,13 +139,7 @@ def convert_hf_to_mcore(
             start = time.perf_counter()
             verdict = _verify_layers(hf_path, layout, groups, bound) if verify else None
             verified = time.perf_counter() - start
-            chunks = build_model(hf_config, layout, groups, training=False)
-            kinds = widest_by_kind(dtypes)
-            for _, parameter, rule in named_parameters(chunks, hf_config):
-                set_dtype(parameter, dtype_of(rule, kinds))
-            load_hf_weights(chunks, hf_config, hf_path, groups)
-            on_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True))
-            save_checkpoint_weights(chunks, temporary, hf_path, lambda folder: write_record(folder, dtypes, most))
+            chunks = _write(temporary, hf_path, layout, groups, dtypes, most)
             converted = time.perf_counter() - start - verified
             if verify and verify != "auto":
                 _verify_bits(chunks, temporary, hf_path, hf_config, groups)
@@ -159,6 +153,26 @@ def convert_hf_to_mcore(
             if groups.rank == 0:  # raised on every rank: nobody uses it any more
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _write(
+    temporary: Path,
+    hf_path: Path,
+    layout: ModelConfig,
+    groups: ParallelGroups,
+    dtypes: dict[str, torch.dtype],
+    most: torch.dtype,
+) -> list[torch.nn.Module]:
+    """Read a folder, write its checkpoint and return the model's chunks; `most`: the dtype of most numbers."""
+    hf_config = load_hf_config(hf_path)
+    chunks = build_model(hf_config, layout, groups, training=False)
+    kinds = widest_by_kind(dtypes)
+    for _, parameter, rule in named_parameters(chunks, hf_config):
+        set_dtype(parameter, dtype_of(rule, kinds))
+    load_hf_weights(chunks, hf_config, hf_path, groups)
+    on_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True))
+    save_checkpoint_weights(chunks, temporary, hf_path, lambda folder: write_record(folder, dtypes, most))
+    return chunks
 
 
 def _verify_layers(hf_path: Path, layout: ModelConfig, groups: ParallelGroups, bound: float) -> str:

@@ -88,7 +88,7 @@ def load_hf_config(hf_path: str | Path) -> Any:
     config = _parse(file, model_type, portable_config(raw))
     _refuse_unsupported(file, config, raw)
     _check_sizes(file, config)
-    _check_rope(file, config)
+    _check_rope(file, config, raw)
     return config
 
 
@@ -320,14 +320,15 @@ def inverse_frequencies(hf_config: Any) -> torch.Tensor | None:
     return frequencies.float()
 
 
-def _check_rope(file: Path, config: Any) -> None:
+def _check_rope(file: Path, config: Any, raw: dict[str, Any]) -> None:
     """Refuse kinds of rope scaling that Megatron's model does not have, and numbers that are none."""
     rope = rope_parameters(config)
     kind = rope["rope_type"]
     if kind not in _ROPE_KINDS:
         raise UserError(f"{file}: rope scaling {kind!r} is not supported; expected {', '.join(_ROPE_KINDS)}.")
-    for key, value in rope.items():
-        if isinstance(value, dict) or key in ("mrope_section", "partial_rotary_factor") and value not in (None, 1):
+    written = [raw.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
+    for key, value in (item for fields in (rope, *written) for item in fields.items()):
+        if isinstance(value, dict) or (key in ("mrope_section", "partial_rotary_factor") and value not in (None, 1)):
             raise UserError(f"{file}: {key}={value!r} of the rotary embedding is not supported.")
     numbers = {
         "default": ("rope_theta",),

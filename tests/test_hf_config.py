@@ -21,6 +21,11 @@ def hf(tmp_path_factory):
     root = tmp_path_factory.mktemp("hf")
     for kind in KINDS:
         write_model(root / kind, kind)
+        rope = rope_parameters(load_hf_config(root / kind))
+        file = root / kind / "config.json"
+        fields = json.loads(file.read_text())
+        fields = {key: value for key, value in fields.items() if key not in ("rope_theta", "rope_scaling")}
+        file.write_text(json.dumps({**fields, "rope_parameters": rope}))  # as transformers 5 writes it, under each
     return root
 
 

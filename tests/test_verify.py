@@ -99,7 +99,12 @@ def _without(folders, cases):
 
 
 def _rope(folder, **fields):
-    return {"rope_parameters": {**hf_config.rope_parameters(load_hf_config(folder)), **fields}}
+    config = load_hf_config(folder)
+    rope = {**hf_config.rope_parameters(config), **fields}
+    if hasattr(config, "rope_parameters"):
+        return {"rope_parameters": rope}
+    theta = rope.pop("rope_theta")  # transformers 4
+    return {"rope_theta": theta, "rope_scaling": rope if rope["rope_type"] != "default" else None}
 
 
 def test_field_cases_b11_a_missing_part_is_refused_and_named(hf):

@@ -56,6 +56,11 @@ KINDS = tuple(_KINDS)
 def make_model(kind: str, dtype: torch.dtype = torch.float32, vocab_size: int = VOCAB_SIZE, seed: int = 0, **overrides):
     """Return a random model of 4 layers whose norms and biases are not their neutral selves."""
     config_class, model_class, fields = _KINDS[kind]
+    if int(transformers.__version__.split(".")[0]) < 5 and "rope_parameters" in (rope := {**fields, **overrides}):
+        scaling = dict(rope["rope_parameters"])  # by the names of transformers 4
+        names = {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+        overrides = {k: v for k, v in overrides.items() if k != "rope_parameters"} | names
+        fields = {k: v for k, v in fields.items() if k != "rope_parameters"}
     config = config_class(
         **{
             **{"vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4},
