@@ -110,7 +110,7 @@ def convert_hf_to_mcore(
         hf_path: folder with config.json, safetensors and tokenizer.
         output: must not exist.
         verify: before the checkpoint gets its name, compare a few layers' results (fp32) with transformers', and the
-            bits of all its tensors with the files'. "auto": a few layers alone, which takes no time to speak of.
+            bits of all its tensors with the files'. "auto": a few layers alone.
         bound: largest relative difference of a layer's results or of the logits that `verify` lets pass.
         tensor_model_parallel_size: under torchrun, spreads a model that is too large for one process.
         pipeline_model_parallel_size: likewise.
