@@ -23,6 +23,8 @@
 #   STUDENT_TP, STUDENT_PP     the student's own, such as 2 and 1: smaller, it needs fewer ranks a replica
 #   TEACHER_RANKS=shared       dedicated: the last TP x PP processes are the teacher's alone (PP=1, if nothing else is
 #                              said), the others the student's; with 2 nodes of 8, a node each
+#   VERIFY=auto                two layers and the output of each model are compared with transformers before it is
+#                              converted; all: and all tensors' bits afterwards; off: nothing
 #   NPROC=<GPUs>, NNODES=<Slurm's, or 1>, NODE_RANK, MASTER_ADDR, MASTER_PORT=29500   when bash starts it, as torchrun's
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -115,6 +117,8 @@ main() {
   local student_tp=${STUDENT_TP:-$tp} student_pp=${STUDENT_PP:-$pp}
   local layout=(--tensor-model-parallel-size "$tp" --pipeline-model-parallel-size "$pp")
   local student_layout=(--tensor-model-parallel-size "$student_tp" --pipeline-model-parallel-size "$student_pp")
+  local verify=(--verify "${VERIFY:-auto}")
+  [[ ${VERIFY:-auto} != off ]] || verify=()
   local settings=("$RECIPE" teacher.checkpoint="$RUN/teacher" student.checkpoint="$RUN/student")
   settings+=(tokenizer.path="$TEACHER") # the base model's has no chat template; the checkpoints carry this one
   settings+=(data.prompts="$PROMPTS" logging.dir="$RUN/train")
@@ -151,9 +155,10 @@ main() {
   [[ -e $export/config.json ]] || TODO+="export "
 
   stage teacher "Converting the teacher to Megatron's distributed checkpoint" \
-    python tools/convert_hf_to_mcore.py --hf-path "$TEACHER" --output "$RUN/teacher" "${layout[@]}"
+    python tools/convert_hf_to_mcore.py --hf-path "$TEACHER" --output "$RUN/teacher" "${layout[@]}" "${verify[@]}"
   stage student "Converting the student" \
-    python tools/convert_hf_to_mcore.py --hf-path "$STUDENT" --output "$RUN/student" "${student_layout[@]}"
+    python tools/convert_hf_to_mcore.py --hf-path "$STUDENT" --output "$RUN/student" "${student_layout[@]}" \
+    "${verify[@]}"
   stage responses "Writing the teacher's responses, whose beginnings will guide the student" \
     python tools/generate_teacher_responses.py "${settings[@]}" --output "$RUN/responses.jsonl"
   stage train "Distilling: the student writes, the teacher scores, the trust region decides" "${train[@]}"

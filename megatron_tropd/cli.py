@@ -265,9 +265,19 @@ def _add_convert(subcommands: Any) -> None:
     )
     there.add_argument("--hf-path", required=True, help="Hugging Face folder: config.json, safetensors, tokenizer")
     there.add_argument("--output", required=True, help="checkpoint folder to write; loads under every TP and PP")
-    there.add_argument("--verify", action="store_true", help="compare logits with transformers and fail if they differ")
     there.add_argument(
-        "--bound", type=_not_negative, default=1e-4, help="largest logit difference that --verify passes (%(default)s)"
+        "--verify",
+        nargs="?",
+        const="all",
+        choices=("all", "auto"),
+        help="compare layers and output with transformers, and all tensors' bits with the files, and fail if they "
+        "differ; auto: two layers and the output alone",
+    )
+    there.add_argument(
+        "--bound",
+        type=_not_negative,
+        default=1e-5,
+        help="largest difference, relative to what a layer adds or to the logits, that --verify passes (%(default)s)",
     )
     back = _command(
         directions, "mcore-to-hf", commands.mcore_to_hf, "write a Hugging Face folder of a Megatron checkpoint"

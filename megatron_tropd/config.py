@@ -75,6 +75,11 @@ class ModelConfig:
         "teacher only: on the student's ranks, taking turns, or on ranks of its own, the job's last ones",
         ("shared", "dedicated"),
     )
+    verify: str = _key(
+        "auto",
+        "before training from hf_path: compare a few layers, embedding and output layer with transformers (fp32)",
+        ("auto", "off"),
+    )
     replicas: int = _key(1, "teacher only, with ranks=dedicated: replicas among which batches are shared out", low=1)
 
 

@@ -8,7 +8,7 @@ and `g` the key/value heads of the whole model; Megatron interleaves the fused p
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,8 +73,8 @@ _EMBEDDING = "model.embed_tokens.weight"
 _NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)$")
 
 
-def rule_of(name: str, first_layer: int, tied: bool, model_type: str = "llama") -> Rule:
-    """Return the rule of Megatron's parameter `name`, whose chunk starts at global layer `first_layer`."""
+def rule_of(name: str, layers: Sequence[int], tied: bool, model_type: str = "llama") -> Rule:
+    """Return the rule of Megatron's parameter `name`; `layers`: the Hugging Face numbers of its chunk's layers."""
     if name == "embedding.word_embeddings.weight":
         return Rule((_EMBEDDING,), "vocab")
     if name == "output_layer.weight":
@@ -85,7 +85,7 @@ def rule_of(name: str, first_layer: int, tied: bool, model_type: str = "llama") 
     rule = None if match is None else _RULES.get(match[2]) or _expert_rule(match[2], model_type)
     if rule is None:
         raise KeyError(f"no Hugging Face counterpart of Megatron's parameter {name}")
-    layer = str(int(match[1]) + first_layer)
+    layer = str(layers[int(match[1])])
     return Rule(tuple(source.replace("{i}", layer) for source in rule.sources), rule.kind, rule.expert)
 
 
@@ -103,9 +103,14 @@ def _expert_rule(name: str, model_type: str) -> Rule | None:
     return Rule(tuple(gated), "gated", expert) if match[2] == "1" else Rule((down,), "columns", expert)
 
 
-def expert_suffixes(model_type: str, count: int) -> list[str]:
-    """Return the names, within a layer, of the tensors of a router and its `count` experts."""
-    return [_ROUTERS[model_type], *(source.format(e=e) for e in range(count) for source in _EXPERTS[model_type])]
+def expert_names(model_type: str) -> tuple[str, str, str] | None:
+    """Return the names, within a layer, of expert {e}'s gate, up and down projection; None for dense models."""
+    return _EXPERTS.get(model_type)
+
+
+def router_name(model_type: str) -> str:
+    """Return the name, within a layer, of the matrix that chooses experts."""
+    return _ROUTERS[model_type]
 
 
 def read_shard(rule: Rule, read: Read, shape: Shape, rank: int, size: int, like: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from megatron_tropd import preflight
 from megatron_tropd.config import ModelConfig, Recipe, RolloutConfig
-from megatron_tropd.convert import load_model_weights, resolve_hf_path
+from megatron_tropd.convert import check_model_files, load_model_weights, resolve_hf_path
 from megatron_tropd.endings import Endings, find_endings
 from megatron_tropd.environment import gather
 from megatron_tropd.errors import UserError
@@ -89,6 +89,7 @@ def open_model(recipe: Recipe, role: str) -> Iterator[OpenModel]:
     with process_groups(config, recipe.training.seed, timeout_minutes=recipe.training.timeout_minutes) as groups:
         hf_path = resolve_hf_path(config, role)
         hf_config = load_hf_config(hf_path)
+        check_model_files(config)
         tokenizer = open_tokenizer(recipe.tokenizer, config, hf_path, role)
         check_vocabulary(tokenizer, hf_config, role)
         pin_date(recipe.tokenizer, tokenizer)

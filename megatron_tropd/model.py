@@ -10,10 +10,8 @@ every parameter.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,8 @@ from megatron.core.utils import is_te_min_version
 
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.experts import experts_of
+from megatron_tropd.hf_config import has_qk_norm, has_qkv_bias, head_dim, inverse_frequencies, rope_parameters
+from megatron_tropd.hf_config import load_hf_config as load_hf_config  # users know it from here
 from megatron_tropd.layer_specs import block_spec, uses_transformer_engine
 from megatron_tropd.layout import expert_tensor_parallel_size
 from megatron_tropd.megatron_compat import recompute_in_training_only
@@ -31,37 +31,10 @@ from megatron_tropd.parallel import ParallelGroups
 from megatron_tropd.preflight import fp8_problem
 from megatron_tropd.types import UserError
 
-SUPPORTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral")
 _VOCAB_MULTIPLE = 128  # a shard of a multiple of it keeps matrix products aligned
 # What needs Transformer Engine.
 _LOCAL_LAYERS = {"apply_rope_fusion": False, "moe_grouped_gemm": False, "moe_permute_fusion": False}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def load_hf_config(hf_path: str | Path) -> Any:
-    """Read config.json of a Hugging Face folder; UserError if it is missing or of an unsupported architecture."""
-    from transformers import AutoConfig
-
-    file = Path(hf_path) / "config.json"
-    try:
-        model_type = json.loads(file.read_text()).get("model_type")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}); give the folder of a Hugging Face model.") from error
-    if model_type not in SUPPORTED:
-        raise UserError(f"{file}: model_type {model_type!r} is not supported; expected one of {', '.join(SUPPORTED)}.")
-    config = AutoConfig.from_pretrained(str(hf_path), local_files_only=True)
-    unsupported = {
-        "hidden_act": config.hidden_act not in ("silu", "swish"),
-        "mlp_bias": getattr(config, "mlp_bias", False),
-        "attention_bias": model_type != "qwen2" and getattr(config, "attention_bias", False),
-        "use_sliding_window": getattr(config, "use_sliding_window", False),
-        "sliding_window": model_type == "mixtral" and config.sliding_window is not None,
-    }
-    for key, refused in unsupported.items():
-        if refused:
-            raise UserError(f"{file}: {key}={getattr(config, key)} is not supported for model_type {model_type}.")
-    _inverse_frequencies(config)  # refuses unknown kinds of rope scaling
-    return config
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
@@ -71,21 +44,6 @@ def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
     """
     multiple = math.lcm(_VOCAB_MULTIPLE, tensor_model_parallel_size)
     return -(-vocab_size // multiple) * multiple
-
-
-def head_dim(hf_config: Any) -> int:
-    """Return the width of one attention head."""
-    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-
-
-def has_qk_norm(hf_config: Any) -> bool:
-    """Whether queries and keys are normed, head by head."""
-    return hf_config.model_type in ("qwen3", "qwen3_moe")
-
-
-def has_qkv_bias(hf_config: Any) -> bool:
-    """Whether the projections to queries, keys and values have biases."""
-    return hf_config.model_type == "qwen2"
 
 
 def transformer_config(hf_config: Any, model: ModelConfig, role: str = "model", **overrides: Any) -> TransformerConfig:
@@ -211,11 +169,11 @@ def _build_chunk(
         parallel_output=True,
         share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
         position_embedding_type="rope",
-        rotary_base=_rope_parameters(hf_config)["rope_theta"],
+        rotary_base=rope_parameters(hf_config)["rope_theta"],
         pg_collection=groups.collection,
         vp_stage=vp_stage,
     )
-    scaled = _inverse_frequencies(hf_config)
+    scaled = inverse_frequencies(hf_config)
     if scaled is not None:
         chunk.rotary_pos_emb.inv_freq = scaled.to(chunk.rotary_pos_emb.inv_freq.device)
     return chunk
@@ -293,24 +251,3 @@ def recompute_fields(recompute: str | None, fused: bool) -> dict[str, Any]:
         modules = ["mlp", "moe"] if fused else ["core_attn"]
         return {"recompute_granularity": "selective", "recompute_modules": modules}
     return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-
-
-def _rope_parameters(hf_config: Any) -> dict[str, Any]:
-    """Return rope_theta and rope_type, whose place in the config depends on the version of transformers."""
-    parameters = dict(getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {})
-    parameters.setdefault("rope_theta", getattr(hf_config, "rope_theta", 10000.0))
-    parameters["rope_type"] = parameters.get("rope_type") or parameters.get("type") or "default"
-    return parameters
-
-
-def _inverse_frequencies(hf_config: Any) -> torch.Tensor | None:
-    """Return the scaled inverse frequencies [head_dim / 2] as transformers computes them; None without scaling."""
-    kind = _rope_parameters(hf_config)["rope_type"]
-    if kind == "default":
-        return None
-    if kind not in ("llama3", "linear"):
-        raise UserError(f"rope scaling {kind!r} is not supported; expected default, linear or llama3.")
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    frequencies, _ = ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
-    return frequencies.float()

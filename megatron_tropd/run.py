@@ -37,6 +37,7 @@ from megatron_tropd.tokenizer import Tokenizer
 from megatron_tropd.train_step import Student, build_student
 from megatron_tropd.types import Prompt, Sampling, UserError
 from megatron_tropd.validation import validate
+from megatron_tropd.verify import verify_before_training
 
 
 @dataclass
@@ -116,6 +117,7 @@ def set_up(
     context = hf_config.max_position_embeddings
     data = load_run_data(recipe, tokenizer, endings, objective, context)
 
+    verify_before_training(recipe.student, groups, "student")
     fixed = {"deterministic_mode": recipe.training.deterministic}
     modules = build_model(hf_config, recipe.student, groups, role="student", **fixed)
     load_model_weights(modules, recipe.student, groups)

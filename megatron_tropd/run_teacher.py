@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_tropd.config import Recipe
-from megatron_tropd.convert import load_model_weights, resolve_hf_path
+from megatron_tropd.convert import check_model_files, load_model_weights, resolve_hf_path
 from megatron_tropd.endings import Endings, find_endings
 from megatron_tropd.exchange import Exchange
 from megatron_tropd.finite_weights import check_loaded
@@ -26,6 +26,7 @@ from megatron_tropd.partition import Partition
 from megatron_tropd.remote_teacher import RemoteTeacher
 from megatron_tropd.teacher import TeacherHook
 from megatron_tropd.tokenizer import Tokenizer, check_compatible, check_vocabulary, load_tokenizer, open_tokenizer
+from megatron_tropd.verify import verify_before_training
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def load_student_tokenizer(recipe: Recipe) -> tuple[Path, Any, Tokenizer]:
     """Return the student's folder, its configuration and the run's tokenizer; UserError where they do not match."""
     hf_path = resolve_hf_path(recipe.student, "student")
     hf_config = load_hf_config(hf_path)
+    check_model_files(recipe.student)
     tokenizer = open_tokenizer(recipe.tokenizer, recipe.student, hf_path, "student")
     check_vocabulary(tokenizer, hf_config, "student")
     return hf_path, hf_config, tokenizer
@@ -54,6 +56,7 @@ def check_teacher(recipe: Recipe, tokenizer: Tokenizer) -> TeacherFiles:
     """
     hf_path = resolve_hf_path(recipe.teacher, "teacher")
     hf_config = load_hf_config(hf_path)
+    check_model_files(recipe.teacher)
     check_sizes(hf_config, recipe.teacher, "teacher")
     check_vocabulary(tokenizer, hf_config, "teacher")
     if recipe.tokenizer.check_compatibility:
@@ -110,6 +113,7 @@ def build_served_teacher(recipe: Recipe, groups: ParallelGroups, partition: Part
 
 def _load(recipe: Recipe, groups: ParallelGroups, files: TeacherFiles) -> list[torch.nn.Module]:
     config = dataclasses.replace(recipe.teacher, recompute=None)
+    verify_before_training(config, groups, "teacher")
     chunks = build_model(files.hf_config, config, groups, training=False, role="teacher")
     load_model_weights(chunks, config, groups)
     check_loaded(chunks, config, "teacher")

@@ -1,25 +1,50 @@
-"""Whole logits of a model under any layout, and their distance from transformers': for checks, never for training."""
+"""Are Megatron's layers those of transformers? A few are built from the files, both ways, and compared in fp32.
+
+The first and the last layers, one of each kind, the embedding and the output layer, in the model's own layout: cheap
+for any size. All layers of a kind are the same code; that all weights arrived is for `hf_weights.find_difference`.
+
+    print(verify_model("models/Llama-3.1-8B", recipe.student, groups))     # raises UserError where they differ
+"""
 
 from __future__ import annotations
 
+import copy
+import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_tropd.config import ModelConfig
 from megatron_tropd.errors import UserError
-from megatron_tropd.hf_weights import SafetensorsFolder
+from megatron_tropd.experts import experts_of
+from megatron_tropd.hf_checks import expected_shapes
+from megatron_tropd.hf_config import load_hf_config
+from megatron_tropd.hf_weights import load_hf_weights
 from megatron_tropd.host_memory import available_host_bytes
 from megatron_tropd.megatron_compat import run_schedule
-from megatron_tropd.model import load_hf_config
+from megatron_tropd.model import build_model
+from megatron_tropd.model_checks import UNEVEN_STAGES
 from megatron_tropd.output_hook import OutputHook
 from megatron_tropd.parallel import ParallelGroups, all_shards
+from megatron_tropd.reference import LOGITS_EVERY, Part, compare_parts
 
-_ROWS, _LENGTH = 2, 24
-_HEADROOM = 1.1  # of the device's memory over the weights: activations of a few tokens, and fragments
+logger = logging.getLogger(__name__)
+
+BOUND = 1e-5  # of relative differences: rounding of fp32 stays below, every part left out is above
+_OWN = 8  # times transformers' own rounding is rounding, too
+_OWN_MOST = 100  # but never more than this many times the bound
+_NEAR = 30  # times transformers' own rounding may still be rounding
+_FLIPS = 0.01  # of the positions, in layers of experts, where rounding may choose other experts
+_TOKENS = 512
+_LONGEST = 4160  # tokens, where the config has a window: up to 64 beyond one of 4096
+_HEADROOM = 1.1  # of memory over the weights: activations, and fragments
 
 
 def full_logits(
@@ -52,24 +77,221 @@ def full_logits(
     return kept[0] if kept else None
 
 
-def logit_difference(chunks: list[torch.nn.Module], hf_path: str | Path, groups: ParallelGroups) -> float:
-    """Return the largest absolute difference between fp32 chunks' logits and transformers' in fp32.
+@dataclass(frozen=True)
+class Verdict:
+    """What was compared, and how far apart it is."""
 
-    Over random token ids; collective, the same number on every rank. On CUDA the chunks must be of Megatron's local
-    layers: Transformer Engine multiplies fp32 matrices with the 10-bit mantissas of TF32.
+    parts: list[Part]
+    layers: tuple[int, ...]
+    num_layers: int
+
+    @property
+    def difference(self) -> float:
+        """Largest relative difference of any part at any position."""
+        return max(part.difference.max().item() for part in self.parts)
+
+    @property
+    def own(self) -> float:
+        """Transformers' own: the largest one between sdpa and eager attention."""
+        return max(part.own.max().item() for part in self.parts)
+
+    def __str__(self) -> str:
+        import transformers
+
+        length = len(self.parts[0].difference)
+        return (
+            f"verified {len(self.layers)} of {self.num_layers} layers + embedding and output on {length} tokens "
+            f"against transformers {transformers.__version__} (fp32): largest relative difference "
+            f"{self.difference:.2g}, transformers' own (sdpa to eager) {self.own:.2g}"
+        )
+
+
+def verify_model(
+    hf_path: str | Path, model: ModelConfig, groups: ParallelGroups, at_least: int = 2, bound: float = BOUND
+) -> Verdict:
+    """Compare a few layers, embedding and output layer with transformers'; collective, the same on every rank.
+
+    Args:
+        hf_path: the model's folder.
+        model: its layout.
+        groups: process groups of that layout.
+        at_least: as many layers, the first and the last ones; more where the pipeline's stages or the kinds of layers
+            are more.
+        bound: largest relative difference of a part's result; rounding as large as transformers' own passes, too.
+
+    Raises:
+        UserError: on every rank, where a part differs by more than rounding, or the host has too little memory.
     """
     hf_config = load_hf_config(hf_path)
-    generator = torch.Generator().manual_seed(0)
-    length = min(_LENGTH, hf_config.max_position_embeddings)
-    tokens = torch.randint(hf_config.vocab_size, (_ROWS, length), generator=generator).to(groups.device)
-    difference = torch.zeros(1, dtype=torch.float64, device=groups.device)
+    layers = choose_layers(hf_config, at_least, groups.pp_size)
+    few = truncate(hf_config, layers)
+    _check_host_memory(hf_path, few, groups)
+    tokens = sample_tokens(hf_config).to(groups.device)
     with _whole_float32():
-        ours = full_logits(chunks, tokens, groups, hf_config.vocab_size)
+        ours = _run_megatron(hf_path, few, layers, model, groups, tokens)
+        found: tuple[str, Any] | None = None
         if groups.is_reporter:
-            theirs = _transformers_logits(hf_path, tokens)
-            difference[0] = (ours.double() - theirs.to(ours.device)).abs().max()
-    dist.all_reduce(difference, op=dist.ReduceOp.MAX)
-    return difference.item()
+            try:
+                device = _reference_device(few, groups)
+                found = ("parts", compare_parts(hf_path, few, layers, tokens, ours, device))
+            except Exception as error:
+                found = ("error", f"{type(error).__name__}: {error}")
+    everyone: list[Any] = [None] * groups.world_size
+    dist.all_gather_object(everyone, found)
+    kind, parts = next(item for item in everyone if item is not None)
+    if kind == "error":
+        raise RuntimeError(f"transformers could not compute the layers of {hf_path}: {parts}")
+    verdict = Verdict(parts, layers, hf_config.num_hidden_layers)
+    problem = judge(verdict, bound)
+    if problem is not None:
+        raise UserError(f"{hf_path}: {problem}")
+    return verdict
+
+
+def verify_before_training(model: ModelConfig, groups: ParallelGroups, role: str) -> None:
+    """Verify a model that is read from `hf_path`, unless `verify` is off, and log what was; collective."""
+    if model.checkpoint is None and model.verify == "auto":
+        logger.warning("%s: %s", role, verify_model(model.hf_path, model, groups))
+
+
+def choose_layers(hf_config: Any, at_least: int, stages: int) -> tuple[int, ...]:
+    """Return numbers of layers: of the first and last ones, one of each kind, as many as the stages can share."""
+    count = hf_config.num_hidden_layers
+    experts = experts_of(hf_config)
+    chosen = {0, count - 1}
+    if experts is not None:
+        chosen |= {experts.layers.index(kind) for kind in (True, False) if kind in experts.layers}
+    wanted = math.ceil(max(at_least, len(chosen)) / stages) * stages
+    wanted = min(wanted, count // stages * stages)
+    for i in range(count):
+        if len(chosen) >= wanted:
+            break
+        chosen.add(i)
+        if len(chosen) < wanted:
+            chosen.add(count - 1 - i)
+    return tuple(sorted(chosen)[:wanted])
+
+
+def truncate(hf_config: Any, layers: tuple[int, ...]) -> Any:
+    """Return the config of a model of these layers alone."""
+    few = copy.deepcopy(hf_config)
+    experts = experts_of(hf_config)
+    few.num_hidden_layers = len(layers)
+    if getattr(hf_config, "layer_types", None):
+        few.layer_types = [hf_config.layer_types[i] for i in layers]
+    if hf_config.model_type == "qwen3_moe":
+        few.decoder_sparse_step = 1
+        few.mlp_only_layers = [place for place, i in enumerate(layers) if not experts.layers[i]]
+    return few
+
+
+def sample_tokens(hf_config: Any) -> torch.Tensor:
+    """Return ids [s] spread like those of text: few are frequent, some repeat at once, the last ids occur.
+
+    512 of them, or what the context holds; more where the config has an attention window, to reach beyond it.
+    """
+    window = getattr(hf_config, "sliding_window", None) or 0
+    length = min(max(_TOKENS, min(window + 64, _LONGEST)), hf_config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    vocab = hf_config.vocab_size
+    ids = (vocab ** torch.rand(length, generator=generator, dtype=torch.float64)).long() - 1  # Zipf's law
+    ids[3::17] = ids[2::17][: len(ids[3::17])]
+    ids[5::29] = vocab - 1 - ids[5::29]
+    return ids.clamp(0, vocab - 1)
+
+
+def judge(verdict: Verdict, bound: float) -> str | None:
+    """Return what differs by more than rounding and what it looks like; None where nothing does."""
+    for part in verdict.parts:
+        own = part.own.max().item()
+        rounding = min(_OWN * own, _OWN_MOST * bound)
+        allowed = max(bound, rounding)
+        beyond = ~(part.excess <= allowed)  # NaN is beyond
+        if not beyond.sum() > (_FLIPS * len(beyond) if part.sparse else 0):
+            continue
+        first, count = int(beyond.nonzero()[0]), int(beyond.sum())
+        largest = part.excess.max().item() if not part.excess.isnan().any() else math.nan
+        text = (
+            f"{part.name} differs from transformers' by {largest:.3g} of what it adds, more than the bound of "
+            f"{bound:g} (transformers' own rounding there, sdpa to eager: {own:.2g}), at {count} of {len(beyond)} "
+            f"positions, the first {first}. "
+        )
+        if largest <= _NEAR * max(rounding / _OWN, 2.0**-20):
+            return text + "So little may be rounding of unusually large numbers: give --bound more if it is."
+        return text + f"That is no rounding: {_suspect(part, first, count / len(beyond))}."
+    return None
+
+
+def _suspect(part: Part, first: int, share: float) -> str:
+    if part.excess.isnan().any():
+        return "there are NaNs, in the weights or in what was computed of them"
+    if part.name == "the embedding":
+        return "other rows, or a factor on the embedding that this conversion does not know"
+    if part.layer is None:
+        return "another final norm or output layer, or a factor or cap on the logits that this conversion does not know"
+    if first == 0:
+        return (
+            "it is there at position 0, where attention has a single key: another norm or its epsilon, a bias, an "
+            "activation, experts, or weights in another order"
+        )
+    if first < 4 and share > 0.5:
+        return "it begins with the second token: the rotary embedding (theta, scaling), softmax's scale or q/k norms"
+    return f"it begins at position {first}: an attention window, chunks, or a rotary scaling that begins there"
+
+
+def _run_megatron(
+    hf_path: str | Path,
+    few: Any,
+    layers: tuple[int, ...],
+    model: ModelConfig,
+    groups: ParallelGroups,
+    tokens: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """Return what Megatron's parts make of `tokens` [s], on the host; whole on the reporting rank."""
+    plain = dict.fromkeys(UNEVEN_STAGES[:2]) | dict.fromkeys(UNEVEN_STAGES[2:], False)
+    plain |= {"virtual_pipeline_model_parallel_size": None, "fp8": None, "recompute": None, "context_parallel_size": 1}
+    layout = replace(model, dtype="float32", sequence_parallel=False, offload=False, **plain)
+    single = replace(_whole_sequences(groups), virtual_pipeline_size=None)
+    # Transformer Engine would multiply fp32 matrices with the 10-bit mantissas of TF32.
+    chunks = build_model(few, layout, single, training=False, use_transformer_engine=False)
+    load_hf_weights(chunks, few, hf_path, single, layers)
+    ours: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: torch.nn.Module, args: tuple, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output  # [s, b, h]
+            ours[name] = hidden[:, 0].float().cpu()
+
+        return hook
+
+    if getattr(chunks[0], "embedding", None) is not None and single.is_first_stage:
+        chunks[0].embedding.register_forward_hook(keep("embedding"))
+    for layer in chunks[0].decoder.layers:
+        layer.register_forward_hook(keep(str(layer.layer_number - 1)))
+    if chunks[0].post_process:
+        # The output layer treats every position alike: a few of them do.
+        chunks[0].output_layer.register_forward_pre_hook(lambda module, args: (args[0][::LOGITS_EVERY], *args[1:]))
+    logits = full_logits(chunks, tokens[None], single, few.vocab_size)
+    if logits is not None:
+        ours["logits"] = logits[0].cpu()
+    if groups.pp_size > 1 and groups.tp_rank == groups.dp_rank == groups.cp_rank == 0:
+        stages: list[Any] = [None] * groups.pp_size
+        mine = {name: value for name, value in ours.items() if name != "logits"}
+        dist.all_gather_object(stages, mine, group=groups.pp)
+        for stage in stages:
+            ours |= stage
+    return ours
+
+
+def _whole_sequences(groups: ParallelGroups) -> ParallelGroups:
+    """Return the groups without context parallelism: every one of its ranks computes the same; collective."""
+    if groups.cp_size == 1:
+        return groups
+    collection = copy.copy(groups.collection)
+    alone = [[rank] for rank in range(groups.world_size)]
+    collection.cp = dist.new_subgroups_by_enumeration(alone, timeout=groups.timeout)[0]
+    collection.tp_cp = collection.tp
+    return replace(groups, collection=collection)
 
 
 @contextmanager
@@ -83,45 +305,43 @@ def _whole_float32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def check_host_memory(hf_path: str | Path, groups: ParallelGroups) -> None:
-    """Refuse a comparison for which the host memory does not suffice, before anything is loaded; collective.
-
-    The rank that compares loads the whole model in fp32 with transformers. Without CUDA the ranks of its host hold
-    their parts of Megatron's model there, too.
-
-    Raises:
-        UserError: on every rank, with the memory needed and available.
-    """
-    needed = transformers_bytes(hf_path)
+def _check_host_memory(hf_path: str | Path, few: Any, groups: ParallelGroups) -> None:
+    """Refuse a comparison for which the host memory does not suffice, before anything is loaded; collective."""
+    needed = reference_bytes(few)
     if groups.device.type == "cpu":
-        needed += needed * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // groups.mp.size()
-    available = torch.zeros(1, dtype=torch.float64, device=groups.device)
+        needed += model_bytes(few) * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // groups.mp.size()
+    elif _reference_device(few, groups).type == "cuda":
+        needed = 0
+    numbers = torch.zeros(2, dtype=torch.float64, device=groups.device)
     if groups.is_reporter:
-        available[0] = available_host_bytes()
-    dist.all_reduce(available, op=dist.ReduceOp.MAX)
-    if needed > available.item():
+        numbers[0], numbers[1] = available_host_bytes(), needed
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    available, needed = numbers.tolist()
+    if needed > available:
         raise UserError(
-            f"{hf_path}: --verify needs {needed / 1e9:.1f} GB of host memory, for the whole model in fp32, and "
-            f"{available.item() / 1e9:.1f} GB are available. Convert on a machine with more, or without --verify "
-            "and verify a smaller model of the same architecture."
+            f"{hf_path}: verification needs {needed / 1e9:.1f} GB of host memory, for {few.num_hidden_layers} layers "
+            f"in fp32, and {available / 1e9:.1f} GB are available. Use a machine with more, or turn it off (convert "
+            "without --verify, train with verify=off) and verify a smaller model of the same architecture."
         )
 
 
-def transformers_bytes(hf_path: str | Path) -> int:
-    """Return the size of a Hugging Face model's weights in fp32."""
-    with SafetensorsFolder(hf_path) as folder:
-        return 4 * folder.num_elements()
+def model_bytes(hf_config: Any) -> int:
+    """Return the size in fp32 of a model's weights."""
+    return 4 * sum(math.prod(shape) for _, shape in expected_shapes(hf_config))
 
 
-def _transformers_logits(hf_path: str | Path, tokens: torch.Tensor) -> torch.Tensor:
-    """Return transformers' logits [b, s, v], computed on the CPU where the model does not fit beside Megatron's."""
-    from transformers import AutoModelForCausalLM
+def reference_bytes(hf_config: Any) -> int:
+    """Return the bytes that transformers' side takes: its largest layer, embedding and output layer in fp32."""
+    sizes: dict[str, int] = {}
+    for name, shape in expected_shapes(hf_config):
+        part = ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else "ends"
+        sizes[part] = sizes.get(part, 0) + 4 * math.prod(shape)
+    ends = sizes.pop("ends") * (2 if hf_config.tie_word_embeddings else 1)
+    return ends + max(sizes.values())
 
-    model = AutoModelForCausalLM.from_pretrained(
-        str(hf_path), dtype=torch.float32, local_files_only=True, attn_implementation="eager"
-    )
-    device = tokens.device
-    if device.type == "cuda" and transformers_bytes(hf_path) * _HEADROOM > torch.cuda.mem_get_info(device)[0]:
-        device = torch.device("cpu")
-    with torch.no_grad():
-        return model.to(device).eval()(tokens.to(device)).logits.double()
+
+def _reference_device(few: Any, groups: ParallelGroups) -> torch.device:
+    """Return where transformers' layers compute: beside Megatron's, if there is room for them."""
+    if groups.device.type == "cuda" and reference_bytes(few) * _HEADROOM > torch.cuda.mem_get_info(groups.device)[0]:
+        return torch.device("cpu")
+    return groups.device

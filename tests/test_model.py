@@ -210,7 +210,7 @@ def test_old_style_rope_keys_are_read(folders, tmp_path):
     """Configs written before transformers 5 have rope_theta and rope_scaling at the top."""
     config = AutoConfig.from_pretrained(folders["llama3_rope"]).to_dict()
     rope = config.pop("rope_parameters", None) or config.pop("rope_scaling")
-    theta = rope.pop("rope_theta")
+    theta = rope.pop("rope_theta", None) or config["rope_theta"]  # the second under transformers 4
     old = {**config, "rope_theta": theta, "rope_scaling": rope}
     (tmp_path / "config.json").write_text(json.dumps(old))
     ours, theirs = load_hf_config(tmp_path), load_hf_config(folders["llama3_rope"])

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -54,6 +56,11 @@ KINDS = tuple(_KINDS)
 def make_model(kind: str, dtype: torch.dtype = torch.float32, vocab_size: int = VOCAB_SIZE, seed: int = 0, **overrides):
     """Return a random model of 4 layers whose norms and biases are not their neutral selves."""
     config_class, model_class, fields = _KINDS[kind]
+    if int(transformers.__version__.split(".")[0]) < 5 and "rope_parameters" in (rope := {**fields, **overrides}):
+        scaling = dict(rope["rope_parameters"])  # by the names of transformers 4
+        names = {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+        overrides = {k: v for k, v in overrides.items() if k != "rope_parameters"} | names
+        fields = {k: v for k, v in fields.items() if k != "rope_parameters"}
     config = config_class(
         **{
             **{"vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4},
@@ -71,6 +78,13 @@ def make_model(kind: str, dtype: torch.dtype = torch.float32, vocab_size: int = 
             if "norm" in name or "bias" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return model.to(dtype)
+
+
+def load_transformers(folder: str | Path, dtype: torch.dtype | str = "auto"):
+    """Load a folder with transformers, whose name for the dtype depends on its version."""
+    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+    key = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+    return AutoModelForCausalLM.from_pretrained(str(folder), **{key: dtype}).eval()
 
 
 def make_tokenizer(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:

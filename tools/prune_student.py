@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_tropd.errors import UserError
+from megatron_tropd.hf_files import model_files
 
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -61,7 +62,7 @@ def prune(hf_path: Path, output: Path, keep: str | None = None, drop: str | None
     kept = _choose(count, keep, drop)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output {output} exists already; remove it or give another folder.")
-    headers = {file: _read_header(file) for file in _weight_files(hf_path)}
+    headers = {file: _read_header(file) for file in model_files(hf_path)}
     _check_layers(hf_path, headers, count)
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -108,16 +109,6 @@ def _read_json(file: Path) -> dict[str, Any]:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}); give the folder of a Hugging Face model.") from error
-
-
-def _weight_files(hf_path: Path) -> list[Path]:
-    if (hf_path / _INDEX).exists():
-        files = [hf_path / name for name in sorted(set(_read_json(hf_path / _INDEX)["weight_map"].values()))]
-    else:
-        files = sorted(hf_path.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{hf_path} holds no *.safetensors files; save the model with transformers first.")
-    return files
 
 
 def _read_header(file: Path) -> dict[str, Any]:
