@@ -9,6 +9,7 @@ A weights checkpoint holds Megatron's files, `hf/` (config.json and tokenizer, s
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -143,25 +144,29 @@ def convert_hf_to_mcore(
     temporary = output.with_name(f".{output.name}.tmp")
     with process_groups(layout) as groups, room_or_refusal(temporary, output, size, _NOTHING_WRITTEN):
         try:
-            if verify:
-                _report(groups, describe_check(hf_path))
-            start = time.perf_counter()
-            verdict = _verify_layers(hf_path, layout, groups, bound) if verify else None
-            verified = time.perf_counter() - start
+            stages = [time.perf_counter()]
+            verdict = _verify_layers(hf_path, layout, groups, bound) if verify else ""
+            stages.append(time.perf_counter())
             chunks = _write(temporary, hf_path, layout, groups, dtypes, most)
-            converted = time.perf_counter() - start - verified
+            stages.append(time.perf_counter())
             if verify and verify != "auto":
                 _verify_bits(chunks, temporary, hf_path, hf_config, groups)
                 verdict = f"{verdict}; all {len(dtypes)} tensors have the files' bits"
-            verified = time.perf_counter() - start - converted
+            stages.append(time.perf_counter())
             on_rank_zero(lambda: os.rename(temporary, output))
-            if verdict is not None:
-                _report(groups, f"{verdict} ({converted:.1f} s for the conversion, {verified:.1f} s to verify it)")
+            if verify:
+                _report_verdict(groups, verdict, stages)
             _report(groups, f"wrote {output} ({layout.dtype}, {hf_config.model_type})")
         except UserError:
             if groups.rank == 0:  # raised on every rank: nobody uses it any more
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _report_verdict(groups: ParallelGroups, verdict: str, stages: list[float]) -> None:
+    """Print what was verified; `stages` are the times around the layers' check, the conversion and the bits' check."""
+    layers, converted, bits = (after - before for before, after in itertools.pairwise(stages))
+    _report(groups, f"{verdict} ({converted:.1f} s for the conversion, {layers + bits:.1f} s to verify it)")
 
 
 def _write(
@@ -185,6 +190,7 @@ def _write(
 
 
 def _verify_layers(hf_path: Path, layout: ModelConfig, groups: ParallelGroups, bound: float) -> str:
+    _report(groups, describe_check(hf_path))
     try:
         return str(verify_model(hf_path, layout, groups, bound=bound))
     except UserError as error:
