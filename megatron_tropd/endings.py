@@ -23,7 +23,13 @@ from megatron_tropd.convert import HF_FOLDER, resolve_hf_path
 from megatron_tropd.decoding import Stops, explain_stops, special_tokens
 from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.errors import UserError
-from megatron_tropd.hf_folder import read_eos_ids, replace_tokenizer, write_eos_ids
+from megatron_tropd.hf_folder import (
+    leave_out_penalties,
+    name_plain_class,
+    read_eos_ids,
+    replace_tokenizer,
+    write_eos_ids,
+)
 from megatron_tropd.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.types import Prompt
 
@@ -66,7 +72,10 @@ class Endings:
     def finish_folder(self, folder: Path, recipe: Recipe, tokenizer: Tokenizer) -> None:
         """Let a checkpoint's Hugging Face folder tokenize and end responses as the run does."""
         replace_tokenizer(folder, recipe.tokenizer.path, recipe.tokenizer.chat_template)
+        if tokenizer.is_misread and (folder / "tokenizer.json").exists():
+            name_plain_class(folder)
         write_eos_ids(folder, self.eos | self.stop_ids, tokenizer)
+        leave_out_penalties(folder)
 
 
 @dataclass(frozen=True)

@@ -257,14 +257,16 @@ def _load_folder(path: Path, template: ChatTemplate | None) -> Tokenizer:
     has_hf = (path / "tokenizer.json").exists() or (path / "tokenizer_config.json").exists()
     if not has_hf and (path / "tokenizer.model").exists():
         return SentencePieceTokenizer(path / "tokenizer.model", template)
-    opened, tokens, eos_ids = open_folder(path), read_tokens(path), set(read_eos_ids(path))
+    (opened, is_misread), tokens, eos_ids = open_folder(path), read_tokens(path), set(read_eos_ids(path))
     if isinstance(opened, PieceModel):
         tokenizer: Tokenizer = SentencePieceTokenizer(path / "tokenizer.model", template, opened, tokens.named, eos_ids)
         if tokens.adds_bos is False:
             tokenizer.bos_id = None
+        tokenizer.is_misread = is_misread
         return tokenizer
     opened.chat_template = None if template is None else template.texts  # what `save` writes
     tokenizer = HuggingFaceTokenizer(opened, eos_ids, template)
+    tokenizer.is_misread = is_misread
     if tokens.adds_bos is not None and tokens.adds_bos != (tokenizer.bos_id is not None):
         tokenizer.bos_id = opened.bos_token_id if tokens.adds_bos else None
         logger.warning(

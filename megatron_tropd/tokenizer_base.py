@@ -22,6 +22,7 @@ class Tokenizer:
         bos_id: None where the tokenizer puts none before a text.
         name: file or folder, for messages.
         template: renders chat prompts; None where there is none.
+        is_misread: transformers reads the folder otherwise than its files say; the ids here are the files'.
     """
 
     vocab_size: int
@@ -31,6 +32,7 @@ class Tokenizer:
     bos_id: int | None
     name: str
     template: ChatTemplate | None
+    is_misread: bool = False
     _told_bos = False
 
     def encode(self, text: str) -> list[int]:

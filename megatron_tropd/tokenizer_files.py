@@ -67,8 +67,10 @@ def _content(entry: Any) -> str:
     return str(entry["content"]) if isinstance(entry, dict) else str(entry)
 
 
-def open_folder(folder: Path) -> Any:
-    """Return transformers' tokenizer of a folder, or a PieceModel where only sentencepiece reads it as the file says.
+def open_folder(folder: Path) -> tuple[Any, bool]:
+    """Return a folder's tokenizer, transformers' or a PieceModel, and whether transformers alone misreads the folder.
+
+    The PieceModel is for folders that only sentencepiece reads as their file says.
 
     Raises:
         UserError: there is no tokenizer that can be read, or its files contradict each other.
@@ -91,7 +93,7 @@ def open_folder(folder: Path) -> Any:
         opened = tokenizer
     _check_ids(folder, tokens, opened)
     _check_words(folder, opened)
-    return opened
+    return opened, opened is not tokenizer
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:
