@@ -135,8 +135,10 @@ def test_field_cases_a1_a_template_file_reaches_the_exported_folder_without_its_
     run = load_tokenizer(folder, tmp_path / "new.jinja")
     replace_tokenizer(folder, None, tmp_path / "new.jinja")
     theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(MESSAGES, return_dict=False)
-    assert theirs == run.encode_prompt(Prompt("0", messages=MESSAGES)) == load_tokenizer(folder).encode_prompt(
-        Prompt("0", messages=MESSAGES)
+    assert (
+        theirs
+        == run.encode_prompt(Prompt("0", messages=MESSAGES))
+        == load_tokenizer(folder).encode_prompt(Prompt("0", messages=MESSAGES))
     )
 
 
@@ -151,7 +153,8 @@ def test_field_cases_a1_a_template_for_prompts_with_tools_goes_along_and_goes_aw
     assert load_tokenizer(tmp_path / "copy").prompt_text(prompt) == run.prompt_text(prompt)
     make_tokenizer().save_pretrained(tmp_path / "plain")
     replace_tokenizer(tmp_path / "copy", tmp_path / "plain", None)
-    assert load_tokenizer(tmp_path / "copy").prompt_text(prompt) == load_tokenizer(tmp_path / "plain").prompt_text(prompt)
+    plain = load_tokenizer(tmp_path / "plain").prompt_text(prompt)
+    assert load_tokenizer(tmp_path / "copy").prompt_text(prompt) == plain
     replace_tokenizer(tmp_path / "plain", folder, None)
     assert load_tokenizer(tmp_path / "plain").prompt_text(prompt) == run.prompt_text(prompt)
     (tmp_path / "new.jinja").write_text("{{ messages[0]['content'] }}!")
