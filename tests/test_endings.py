@@ -149,6 +149,15 @@ def test_templates_that_write_no_end_leave_the_tokenizers_own(tmp_path, template
     assert _find(tmp_path).eos_after(Prompt("0", messages=[]), tokenizer) == EOS_ID
 
 
+def test_a_template_with_a_long_system_prompt_is_read_at_once(tmp_path, monkeypatch):
+    system = "{{ '<|im_start|>system\n" + "You give the answer. " * 250 + "<|im_end|>\n' }}"  # 5000 tokens
+    tokenizer = load_tokenizer(_folder(tmp_path / "student", 7, system + CHATML))
+    decode, decoded = tokenizer.decode, []
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
+    assert find_turn_end(tokenizer) == END
+    assert sum(decoded) < 50 * 5000
+
+
 def test_a_turn_that_ends_with_a_token_that_no_file_names_is_an_end_of_the_teachers(tmp_path):
     """As Llama-3's first release: its files named <|end_of_text|> alone, and it ended turns with <|eot_id|>."""
     _folder(tmp_path / "student", 2)
