@@ -62,6 +62,9 @@ def _model_recipe(arguments: argparse.Namespace) -> Recipe:
     recipe = load_recipe(arguments.recipe, overrides)
     require(recipe, f"{role}.hf_path|{role}.checkpoint")
     check_layout(role, getattr(recipe, role))
+    from megatron_tropd.checkpoint_settings import take_settings
+
+    take_settings(recipe, role)
     return recipe
 
 

@@ -88,7 +88,12 @@ class Stops:
 def special_tokens(tokenizer: Any, accepts: Callable[[str], bool]) -> dict[int, str]:
     """Return the special tokens whose pieces `accepts` lets pass: those that decoding leaves out."""
     found = {i: piece for i, piece in tokenizer.pieces().items() if accepts(piece)}
-    return {i: piece for i, piece in found.items() if piece.strip(_SPACE) and not tokenizer.decode([i])}
+    return {i: piece for i, piece in found.items() if is_special(tokenizer, i)}
+
+
+def is_special(tokenizer: Any, token: int) -> bool:
+    """Whether decoding leaves out a token of the vocabulary."""
+    return bool(tokenizer.pieces()[token].strip(_SPACE)) and not tokenizer.decode([token])
 
 
 def explain_stops(tokenizer: Any, stop: list[str] | None, key: str) -> None:

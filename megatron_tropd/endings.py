@@ -14,16 +14,23 @@ ends a response, but the teacher knows it as a token like others, and it is scor
 
 from __future__ import annotations
 
+import bisect
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_tropd.config import ModelConfig, Recipe
 from megatron_tropd.convert import HF_FOLDER, resolve_hf_path
-from megatron_tropd.decoding import Stops, explain_stops, special_tokens
+from megatron_tropd.decoding import Stops, explain_stops, is_special
 from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.errors import UserError
-from megatron_tropd.hf_folder import read_eos_ids, replace_tokenizer, write_eos_ids
+from megatron_tropd.hf_folder import (
+    leave_out_penalties,
+    name_plain_class,
+    read_eos_ids,
+    replace_tokenizer,
+    write_eos_ids,
+)
 from megatron_tropd.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.types import Prompt
 
@@ -66,7 +73,10 @@ class Endings:
     def finish_folder(self, folder: Path, recipe: Recipe, tokenizer: Tokenizer) -> None:
         """Let a checkpoint's Hugging Face folder tokenize and end responses as the run does."""
         replace_tokenizer(folder, recipe.tokenizer.path, recipe.tokenizer.chat_template)
+        if tokenizer.is_misread and (folder / "tokenizer.json").exists():
+            name_plain_class(folder)
         write_eos_ids(folder, self.eos | self.stop_ids, tokenizer)
+        leave_out_penalties(folder)
 
 
 @dataclass(frozen=True)
@@ -129,23 +139,20 @@ def find_endings(recipe: Recipe, role: str, tokenizer: Tokenizer) -> Endings:
 def find_turn_end(tokenizer: Tokenizer) -> int | None:
     """Return the special token that the chat template writes after an assistant's turn; None where it writes none."""
     try:
-        ids = tokenizer.encode_prompt(Prompt("", messages=_TURNS))
+        ids = tokenizer.encode(tokenizer.prompt_text(Prompt("", messages=_TURNS)))
     except Exception:  # whatever a template raises; a prompt that it refuses is named where it is read
         return None
-    pieces = tokenizer.pieces()
 
-    def is_special(token: int) -> bool:
-        return bool(special_tokens(tokenizer, pieces[token].__eq__))
-
-    def place_after(text: str, count: int) -> int:
-        return next(n for n in range(len(ids) + 1) if tokenizer.decode(ids[:n]).count(text) == count)
+    def place_after(text: str, count: int) -> int:  # templates may begin with thousands of tokens of their own
+        return bisect.bisect_left(range(len(ids)), count, key=lambda n: tokenizer.decode(ids[:n]).count(text))
 
     whole = tokenizer.decode(ids)
     if not (_QUESTION in whole and _ANSWER in whole):
         return None
-    opening = [token for token in ids[: place_after(_QUESTION, 1)] if is_special(token)][-1:]
+    before = reversed(ids[: place_after(_QUESTION, 1)])
+    opening = next(([token] for token in before if is_special(tokenizer, token)), [])
     for token in ids[place_after(_ANSWER, whole.count(_ANSWER)) :]:
-        if is_special(token):  # without an end of its own, a turn is followed by the opening of the next
+        if is_special(tokenizer, token):  # without an end of its own, a turn is followed by the opening of the next
             return None if token in (*opening, tokenizer.bos_id) else token
         if tokenizer.decode([token]).strip():
             break

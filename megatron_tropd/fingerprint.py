@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tropd.config import Recipe
+from megatron_tropd.hf_folder import TOKENIZER_FILES, matching_files
 
 _LENGTH = 16  # hexadecimal digits
 _WHOLE = 1 << 20  # bytes up to which a weight file is read whole
 _BLOCK, _BLOCKS = 4096, 64
 _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
-_TOKENIZER = (
-    *("tokenizer*", "*.model", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
-    "chat_template*",
-)
 
 
 def digest_of(content: Any) -> str:
@@ -86,7 +83,7 @@ def tokenizer_digest(path: str | Path | None, chat_template: str | None = None) 
     if path is None or not Path(path).exists():
         return None
     folder = Path(path)
-    files = [folder] if folder.is_file() else [f for pattern in _TOKENIZER for f in folder.glob(pattern)]
+    files = [folder] if folder.is_file() else matching_files(folder, TOKENIZER_FILES)
     files += [Path(chat_template)] if chat_template else []
     state = hashlib.sha256()
     for file in sorted({file for file in files if file.is_file()}):

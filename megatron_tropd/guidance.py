@@ -5,6 +5,7 @@ Prefix length = floor(alpha(step) L_T). `sft` and `seqkd` use the same way: thei
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ from megatron_tropd.errors import UserError
 from megatron_tropd.responses import Responses
 from megatron_tropd.tokenizer import Tokenizer
 from megatron_tropd.types import Prompt
+
+logger = logging.getLogger(__name__)
 
 _KEPT_RESPONSES = 10_000  # tokenized ones that are held for the next epoch: all of a small file
 
@@ -73,6 +76,7 @@ class Guidance:
         if self.enabled and config.responses:
             self._responses = Responses(config.responses, "guidance.responses", columns)
         self._tokens: dict[str, list[int]] = {}  # of the latest prompts
+        self._told_end = False
 
     def fraction(self, step: int) -> float:
         """Return alpha(step)."""
@@ -120,9 +124,21 @@ class Guidance:
             text, finish_reason = response or (prompt.teacher_response, prompt.teacher_finish_reason)
             if len(self._tokens) >= _KEPT_RESPONSES:
                 self._tokens.clear()
-            tokens = self.tokenizer.encode_response(text)
-            # Some data sets write it into the text.
+            tokens = self._until_end(self.tokenizer.encode_response_to(prompt, text), prompt)
             if finish_reason != "length" and (not tokens or tokens[-1] not in self.endings.eos):
                 tokens = [*tokens, self.endings.eos_after(prompt, self.tokenizer)]
             self._tokens[prompt.id] = tokens
         return self._tokens[prompt.id]
+
+    def _until_end(self, tokens: list[int], prompt: Prompt) -> list[int]:
+        """Return the tokens up to the first end of text, which some data sets write into the text."""
+        end = next((place for place, token in enumerate(tokens) if token in self.endings.eos), len(tokens))
+        rest = tokens[end + 1 :]
+        if not self._told_end and self.tokenizer.decode(rest).strip():
+            self._told_end = True
+            logger.warning(
+                "the teacher's response to prompt %r goes on after an end of text (id %d): %d tokens are left out, as "
+                "in all such responses",
+                *(prompt.id, tokens[end], len(rest)),
+            )
+        return tokens[: end + 1]

@@ -207,7 +207,7 @@ def _remedy(path: str | Path, responses: str | Path) -> str:
 
 
 def _response_tokens(prompt: Prompt, tokenizer: Tokenizer, limit: int | None) -> list[int]:
-    tokens = tokenizer.encode_response(prompt.teacher_response) if prompt.teacher_response else []
+    tokens = tokenizer.encode_response_to(prompt, prompt.teacher_response) if prompt.teacher_response else []
     if not tokens:
         raise UserError(
             f"held-out prompt {prompt.id!r} has no teacher_response: the divergence is measured on the teacher's own "

@@ -7,6 +7,8 @@ check_compatible(tokenizer, load_tokenizer("models/Llama-3.1-70B-Instruct"))
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 import shutil
 from collections.abc import Mapping
@@ -15,7 +17,7 @@ from typing import Any
 
 from megatron_tropd.chat_template import ChatTemplate, parse_date, read_folder_template, read_template
 from megatron_tropd.config import ModelConfig, TokenizerConfig
-from megatron_tropd.hf_folder import read_eos_ids
+from megatron_tropd.hf_folder import TOKENIZER_FILES, matching_files, read_eos_ids
 from megatron_tropd.sentencepiece_model import PieceModel
 from megatron_tropd.tokenizer_base import Tokenizer, checked_text
 from megatron_tropd.tokenizer_files import open_folder, read_tokens
@@ -257,14 +259,16 @@ def _load_folder(path: Path, template: ChatTemplate | None) -> Tokenizer:
     has_hf = (path / "tokenizer.json").exists() or (path / "tokenizer_config.json").exists()
     if not has_hf and (path / "tokenizer.model").exists():
         return SentencePieceTokenizer(path / "tokenizer.model", template)
-    opened, tokens, eos_ids = open_folder(path), read_tokens(path), set(read_eos_ids(path))
+    (opened, is_misread), tokens, eos_ids = _open_once(path), read_tokens(path), set(read_eos_ids(path))
     if isinstance(opened, PieceModel):
         tokenizer: Tokenizer = SentencePieceTokenizer(path / "tokenizer.model", template, opened, tokens.named, eos_ids)
         if tokens.adds_bos is False:
             tokenizer.bos_id = None
+        tokenizer.is_misread = is_misread
         return tokenizer
     opened.chat_template = None if template is None else template.texts  # what `save` writes
     tokenizer = HuggingFaceTokenizer(opened, eos_ids, template)
+    tokenizer.is_misread = is_misread
     if tokens.adds_bos is not None and tokens.adds_bos != (tokenizer.bos_id is not None):
         tokenizer.bos_id = opened.bos_token_id if tokens.adds_bos else None
         logger.warning(
@@ -273,6 +277,19 @@ def _load_folder(path: Path, template: ChatTemplate | None) -> Tokenizer:
             *(path, tokens.adds_bos, "with" if tokens.adds_bos else "without"),
         )
     return tokenizer
+
+
+def _open_once(path: Path) -> tuple[Any, bool]:
+    """Return what `open_folder` does; a run asks for the same folders several times, and each takes seconds."""
+    files = [*matching_files(path, TOKENIZER_FILES), *matching_files(path, ["config.json"])]
+    states = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns, stat.st_ino) for file in files]
+    opened, is_misread = _opened(path, tuple(states))
+    return copy.copy(opened), is_misread  # each with a chat template of its own
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(path: Path, states: tuple[tuple[str, int, int, int], ...]) -> tuple[Any, bool]:
+    return open_folder(path)
 
 
 def check_compatible(student: Tokenizer, teacher: Tokenizer, roles: tuple[str, str] = ("student", "teacher")) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 from megatron_tropd.chat_template import ChatTemplate, parse_date
 from megatron_tropd.types import Prompt, UserError
 
 logger = logging.getLogger(__name__)
+
+# What a template opens for the model, as <think>, at times closed again at once.
+_OPENED = re.compile(r"<(\w{1,20})>\s*(</\1>\s*)?\Z")
 
 
 class Tokenizer:
@@ -22,6 +26,7 @@ class Tokenizer:
         bos_id: None where the tokenizer puts none before a text.
         name: file or folder, for messages.
         template: renders chat prompts; None where there is none.
+        is_misread: transformers reads the folder otherwise than its files say; the ids here are the files'.
     """
 
     vocab_size: int
@@ -31,6 +36,7 @@ class Tokenizer:
     bos_id: int | None
     name: str
     template: ChatTemplate | None
+    is_misread: bool = False
     _told_bos = False
 
     def encode(self, text: str) -> list[int]:
@@ -106,6 +112,23 @@ class Tokenizer:
         """
         ids = self._encode_continuation(checked_text(text))
         return ids + ([self.eos_id] if add_eos and ids[-1:] != [self.eos_id] else [])
+
+    def encode_response_to(self, prompt: Prompt, text: str) -> list[int]:
+        """Return the ids of a written response to `prompt`, without a tag at its start that the prompt ends with."""
+        return self.encode_response(without_opening(text, self.prompt_text(prompt)))
+
+
+def without_opening(text: str, prompt_text: str) -> str:
+    """Return a response without the tag at its start that the prompt ends with.
+
+    Templates of reasoning models open `<think>` themselves, and data sets of their responses write it as well.
+    """
+    opened = _OPENED.search(prompt_text[-200:])
+    if opened is None or not text.lstrip().startswith(opened[0].strip()):
+        return text
+    rest = text.lstrip()[len(opened[0].strip()) :]
+    blank = opened[0][len(opened[0].rstrip()) :]
+    return rest[len(blank) :] if rest.startswith(blank) else rest.lstrip()
 
 
 def checked_text(text: str) -> str:

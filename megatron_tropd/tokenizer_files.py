@@ -17,6 +17,7 @@ from typing import Any
 from megatron_tropd.chat_template import read_json
 from megatron_tropd.errors import UserError
 from megatron_tropd.sentencepiece_model import PieceModel
+from megatron_tropd.tokenizer_json import is_same
 from megatron_tropd.tokenizer_probes import PROBES, first_difference, show_ids, special_probes
 
 logger = logging.getLogger(__name__)
@@ -67,8 +68,10 @@ def _content(entry: Any) -> str:
     return str(entry["content"]) if isinstance(entry, dict) else str(entry)
 
 
-def open_folder(folder: Path) -> Any:
-    """Return transformers' tokenizer of a folder, or a PieceModel where only sentencepiece reads it as the file says.
+def open_folder(folder: Path) -> tuple[Any, bool]:
+    """Return a folder's tokenizer, transformers' or a PieceModel, and whether transformers alone misreads the folder.
+
+    The PieceModel is for folders that only sentencepiece reads as their file says.
 
     Raises:
         UserError: there is no tokenizer that can be read, or its files contradict each other.
@@ -91,7 +94,7 @@ def open_folder(folder: Path) -> Any:
         opened = tokenizer
     _check_ids(folder, tokens, opened)
     _check_words(folder, opened)
-    return opened
+    return opened, opened is not tokenizer
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:
@@ -102,6 +105,13 @@ def _unreadable(folder: Path, error: Exception) -> UserError:
 def _as_json_says(folder: Path, tokens: FolderTokens, tokenizer: Any, error: Exception | None) -> Any:
     from tokenizers import AddedToken, Tokenizer
 
+    flags = {text: flags for text, (_, flags) in tokens.added.items() if len(flags) > 1}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and is_same(backend, folder / "tokenizer.json", flags):
+        compare = functools.partial(_text_difference, specials=_specials(backend))
+        if _difference(compare, backend, tokenizer, None) is None:
+            _compare_with_pieces(folder, backend, tokens)
+            return tokenizer
     try:
         file = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as broken:
@@ -156,17 +166,14 @@ def _difference(
     return f"it cannot read it ({' '.join(str(error).split())[:300]})"
 
 
+def _specials(file: Any) -> list[str]:
+    return [token.content for token in file.get_added_tokens_decoder().values()]
+
+
 def _json_difference(file: Any, tokenizer: Any, tokens: FolderTokens) -> str | None:
-    def theirs(text: str) -> list[int]:
-        return file.encode(text, add_special_tokens=False).ids
-
-    def ours(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False).input_ids
-
+    if said := _text_difference(file, tokenizer, _specials(file)):
+        return said
     vocabulary, said = tokenizer.get_vocab(), file.get_vocab(with_added_tokens=True)
-    specials = [token.content for token in file.get_added_tokens_decoder().values()]
-    if found := first_difference(ours, theirs, [*PROBES, *special_probes(specials)]):
-        return "{!r} gives the ids {}, not {}".format(found[0], *show_ids(*found[1:]))
     if vocabulary != said:
         for piece, token in said.items():
             if vocabulary.get(piece) != token:
@@ -174,6 +181,20 @@ def _json_difference(file: Any, tokenizer: Any, tokens: FolderTokens) -> str | N
         named = {*tokens.named.values(), *tokens.listed, *tokens.added}
         if extra := vocabulary.keys() - said.keys() - named:
             return f"it adds {min(extra)!r}, which no file names"
+    return None
+
+
+def _text_difference(file: Any, tokenizer: Any, specials: list[str]) -> str | None:
+    """Return in what the ids of probe texts, or the texts of these ids, are not those of `file`."""
+
+    def theirs(text: str) -> list[int]:
+        return file.encode(text, add_special_tokens=False).ids
+
+    def ours(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    if found := first_difference(ours, theirs, [*PROBES, *special_probes(specials)]):
+        return "{!r} gives the ids {}, not {}".format(found[0], *show_ids(*found[1:]))
     for text in PROBES:
         ids = theirs(text)
         shown = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 from tiny_models import EOS_ID, VOCAB_SIZE, make_model, make_tokenizer
+from tiny_tokenizers import write_llama
 from tokenizers import AddedToken
 
 from megatron_tropd.endings import Endings, find_endings, find_turn_end
@@ -148,6 +149,15 @@ def test_templates_that_write_no_end_leave_the_tokenizers_own(tmp_path, template
     assert _find(tmp_path).eos_after(Prompt("0", messages=[]), tokenizer) == EOS_ID
 
 
+def test_a_template_with_a_long_system_prompt_is_read_at_once(tmp_path, monkeypatch):
+    system = "{{ '<|im_start|>system\n" + "You give the answer. " * 250 + "<|im_end|>\n' }}"  # 5000 tokens
+    tokenizer = load_tokenizer(_folder(tmp_path / "student", 7, system + CHATML))
+    decode, decoded = tokenizer.decode, []
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
+    assert find_turn_end(tokenizer) == END
+    assert sum(decoded) < 50 * 5000
+
+
 def test_a_turn_that_ends_with_a_token_that_no_file_names_is_an_end_of_the_teachers(tmp_path):
     """As Llama-3's first release: its files named <|end_of_text|> alone, and it ended turns with <|eot_id|>."""
     _folder(tmp_path / "student", 2)
@@ -175,3 +185,36 @@ def test_endings_of_a_tokenizer_alone(tmp_path):
     tokenizer = load_tokenizer(_folder(tmp_path / "student", [7, 9]))
     assert Endings.of(tokenizer).eos == {2, 7, 9}
     assert not Endings.of(tokenizer).end_of_text()
+
+
+def test_field_cases_a1_what_would_change_greedy_texts_is_left_out_of_an_exported_folder(tmp_path, caplog):
+    folder = _folder(tmp_path / "student", [7, 2])
+    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "max_new_tokens": 2048}
+    neutral = {"no_repeat_ngram_size": 0, "num_beams": 1}
+    penalties = {"repetition_penalty": 1.05, "stop_strings": ["x"], "min_length": 3}
+    config = {"eos_token_id": [7, 2], "pad_token_id": 3, **sampling, **neutral, **penalties}
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    recipe = load_recipe(None, [f"student.hf_path={folder}"])
+    tokenizer = load_tokenizer(folder)
+    caplog.set_level(logging.INFO)
+    find_endings(recipe, "student", tokenizer).finish_folder(folder, recipe, tokenizer)
+    written = json.loads((folder / "generation_config.json").read_text())
+    assert written == {"eos_token_id": [7, 2], "pad_token_id": 3, **sampling, **neutral}
+    assert "is saved without repetition_penalty=1.05, min_length=3, stop_strings=['x']" in caplog.text
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_field_cases_a14_an_exported_folder_gives_transformers_the_ids_of_the_run(tmp_path, legacy):
+    from transformers import AutoTokenizer
+
+    folder = write_llama(tmp_path / "student", legacy, "LlamaTokenizerFast")
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 500, "eos_token_id": 2}))
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}[INST]  {{ messages[0]['content'] }} [/INST]")
+    recipe = load_recipe(None, [f"student.hf_path={folder}"])
+    run = load_tokenizer(folder)
+    find_endings(recipe, "student", run).finish_folder(folder, recipe, run)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for text in ("Hello world", " two  spaces", "def f(x):\n    return x", "</s> a"):
+        messages = [{"role": "user", "content": text}]
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ids == run.encode_prompt(Prompt("0", messages=messages))

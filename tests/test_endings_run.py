@@ -138,6 +138,8 @@ def test_field_cases_a5_a_run_and_the_command_line_evaluate_with_the_recipes_sto
     assert ours["accuracy"] == summary["evaluations"][0]["accuracy"] == summary["evaluations"][1]["accuracy"] > 0.2
     assert ours["finish_reasons"].get("stop", 0) > PROBLEMS / 2
     assert all("####" not in sample["response"] for sample in ours["samples"])
+    checkpoint = ("--checkpoint", Path(summary["checkpoint"]) / "model")  # its recipe names the stop string
+    assert _evaluate(tmp_path / "saved.json", *checkpoint, *problems)["samples"] == ours["samples"]
     whole = _evaluate(tmp_path / "whole.json", *model, *problems, keys[-1], "evaluation.stop=[]")
     assert whole["finish_reasons"] == {"eos": PROBLEMS}
     assert any("####" in sample["response"] for sample in whole["samples"])

@@ -111,3 +111,34 @@ def test_field_cases_a6_a_response_that_was_cut_has_no_eos(tokenizer, tmp_path: 
 def test_field_cases_a6_a_response_that_is_cut_here_has_no_eos(tokenizer):
     guidance = Guidance(GuidanceConfig(), 8, tokenizer, max_tokens=7, whole_response=True)
     assert guidance.prefixes([prompt()], 0) == [tokenizer.encode("0123456")]
+
+
+@pytest.mark.parametrize(
+    ("opening", "response", "expected"),
+    [
+        ("<think>\n", "<think>\nTwo.\n</think>\n4", "Two.\n</think>\n4"),
+        ("<think>\n", "<think>Two.</think>4", "Two.</think>4"),
+        ("<think>", "\n<think>\nTwo.", "\nTwo."),
+        ("<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n4", "4"),
+        ("<think>\n", "Two.\n</think>\n4", "Two.\n</think>\n4"),
+        ("", "<think>\nTwo.\n</think>\n4", "<think>\nTwo.\n</think>\n4"),
+        ("the tag <b> bold ", "<b>4</b>", "<b>4</b>"),
+    ],
+)
+def test_field_cases_a18_a_response_does_not_open_again_what_the_template_opened(
+    tokenizer, opening, response, expected
+):
+    guidance = Guidance(GuidanceConfig(schedule="constant"), 8, tokenizer, max_tokens=100)
+    question = Prompt(id="p", text="2 + 2?" + opening, teacher_response=response)
+    assert guidance.prefixes([question], 0)[0] == [*tokenizer.encode(expected), tokenizer.eos_id]
+
+
+@pytest.mark.parametrize("reason", [None, "length"])
+def test_field_cases_a6_a_response_ends_at_the_end_of_text_that_it_contains(tokenizer, caplog, reason):
+    guidance = Guidance(GuidanceConfig(schedule="constant"), 8, tokenizer, max_tokens=100)
+    texts = ("4</s>\n", "4</s>", "4</s>[user]5?\n[assistant]5</s>", "4</s>\n[user]")
+    for i, text in enumerate(texts):
+        row = Prompt(id=f"p{i}", text="?", teacher_response=text, teacher_finish_reason=reason)
+        assert guidance.prefixes([row], 0)[0] == [*tokenizer.encode("4"), tokenizer.eos_id]
+    assert caplog.text.count("goes on after an end of text") == 1
+    assert "prompt 'p2'" in caplog.text

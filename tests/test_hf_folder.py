@@ -7,7 +7,7 @@ import sentencepiece
 from tiny_models import BOS_ID, EOS_ID, PAD_ID, make_tokenizer
 
 from megatron_tropd.errors import UserError
-from megatron_tropd.hf_folder import read_eos_ids, replace_tokenizer, write_eos_ids
+from megatron_tropd.hf_folder import TOKENIZER_FILES, copy_files, read_eos_ids, replace_tokenizer, write_eos_ids
 from megatron_tropd.tokenizer import load_tokenizer
 from megatron_tropd.types import Prompt
 
@@ -122,3 +122,59 @@ def test_a_template_goes_before_the_tokenizers_own_for_every_reader(folder, tmp_
     replace_tokenizer(folder, None, tmp_path / "new.jinja")
     assert AutoTokenizer.from_pretrained(folder).apply_chat_template(MESSAGES, tokenize=False) == "new"
     assert "old" not in (folder / "tokenizer_config.json").read_text()
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_field_cases_a1_a_template_file_reaches_the_exported_folder_without_its_byte_order_mark(
+    folder, tmp_path, line_end
+):
+    from transformers import AutoTokenizer
+
+    text = line_end.join(["{{ bos_token }}{% for m in messages %}", "{{ m.content }}{% endfor %}"])
+    (tmp_path / "new.jinja").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    run = load_tokenizer(folder, tmp_path / "new.jinja")
+    replace_tokenizer(folder, None, tmp_path / "new.jinja")
+    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(MESSAGES, return_dict=False)
+    assert (
+        theirs
+        == run.encode_prompt(Prompt("0", messages=MESSAGES))
+        == load_tokenizer(folder).encode_prompt(Prompt("0", messages=MESSAGES))
+    )
+
+
+def test_field_cases_a1_a_template_for_prompts_with_tools_goes_along_and_goes_away(folder, tmp_path):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    prompt = Prompt("0", messages=MESSAGES, tools=tools)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tool_use.jinja").write_text("{{ tools[0].function.name }}{{ messages }}")
+    (tmp_path / "copy").mkdir()
+    copy_files(folder, tmp_path / "copy", TOKENIZER_FILES)
+    run = load_tokenizer(folder)
+    assert load_tokenizer(tmp_path / "copy").prompt_text(prompt) == run.prompt_text(prompt)
+    make_tokenizer().save_pretrained(tmp_path / "plain")
+    replace_tokenizer(tmp_path / "copy", tmp_path / "plain", None)
+    plain = load_tokenizer(tmp_path / "plain").prompt_text(prompt)
+    assert load_tokenizer(tmp_path / "copy").prompt_text(prompt) == plain
+    replace_tokenizer(tmp_path / "plain", folder, None)
+    assert load_tokenizer(tmp_path / "plain").prompt_text(prompt) == run.prompt_text(prompt)
+    (tmp_path / "new.jinja").write_text("{{ messages[0]['content'] }}!")
+    replace_tokenizer(tmp_path / "plain", None, tmp_path / "new.jinja")
+    assert load_tokenizer(tmp_path / "plain").prompt_text(prompt) == "Hello!"
+
+
+def test_field_cases_a1_copies_of_read_only_files_can_be_edited(folder, tmp_path):
+    for file in folder.iterdir():
+        file.chmod(0o444)
+    (tmp_path / "copy").mkdir()
+    copy_files(folder, tmp_path / "copy", TOKENIZER_FILES)
+    modes = [file.stat().st_mode & 0o200 for file in (tmp_path / "copy").iterdir()]
+    assert len(modes) >= 3
+    assert all(modes)
+
+
+def test_field_cases_a2_config_json_gets_the_same_ids(folder):
+    _write(folder, config={"model_type": "llama", "eos_token_id": 9, "hidden_act": "silu"})
+    write_eos_ids(folder, {9, EOS_ID}, load_tokenizer(folder))
+    config, generation = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "generation_config"))
+    assert config == {"model_type": "llama", "eos_token_id": [9, EOS_ID], "hidden_act": "silu"}
+    assert generation["eos_token_id"] == config["eos_token_id"]

@@ -219,3 +219,17 @@ def test_a_model_file_that_is_not_sentencepieces_is_no_traceback(tmp_path):
     for path in (tmp_path, tmp_path / "tokenizer.model"):
         with pytest.raises(UserError, match=r"tokenizer\.model is not a sentencepiece model .*give the tokenizer's"):
             load_tokenizer(path)
+
+
+def test_field_cases_a14_a_folder_is_opened_and_warned_of_once_until_it_changes(tmp_path, caplog):
+    folder = write_byte_level(tmp_path / "folder", tokenizer_class="Qwen2TokenizerFast")
+    first, second = load_tokenizer(folder), load_tokenizer(folder, with_template=False)
+    said = [record for record in caplog.records if "otherwise than its tokenizer.json says" in record.message]
+    assert len(said) == 1
+    assert first.template is not None
+    assert second.template is None
+    assert first.pieces() == second.pieces()
+    first.save(tmp_path / "first")
+    assert load_tokenizer(tmp_path / "first").template is not None
+    edit_config(folder, tokenizer_class="PreTrainedTokenizerFast", eos_token="<|begin|>")
+    assert load_tokenizer(folder).eos_id != first.eos_id
