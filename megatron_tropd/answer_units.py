@@ -29,6 +29,7 @@ _NOT_UNITS = {  # words after a number that change it, or say that there is more
 }
 _ALIASES = {
     **dict.fromkeys(("percent", "percentage", "pct", "per cent", "\\%"), "%"),
+    **{"¢": "cent"},
     **dict.fromkeys((CURRENCY, "dollar", "usd", "us dollar", "buck"), "dollar"),
     **{"£": "pound sterling", "€": "euro", "eur": "euro", "₹": "rupee", "rs": "rupee", "inr": "rupee", "¥": "yen"},
     **dict.fromkeys(("°", "deg", "degree"), "degree"),
@@ -42,11 +43,11 @@ _BEFORE = re.compile(
     rf"([-+]?\s*)(?:([{CURRENCY}£€¥₹])|(?:\\text\s*\{{\s*)?(Rs|USD|EUR|INR)\b\.?\s*\}}?)\s*", re.IGNORECASE
 )
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?"
-_AFTER_TEXT = re.compile(rf"(?:\s*[/·]?\s*\\text\s*\{{[^{{}}]*\}}{_POWER})+$")
+_AFTER_TEXT = re.compile(rf"(?:\s*[/·]?\s*\\text\s*\{{(?:[^{{}}]|\{{-?\d\}})*\}}{_POWER})+$")
 _AFTER_WORDS = re.compile(
     rf"(?<=[\d\s}})!π])\s*([A-Za-z][A-Za-z.]*{_POWER}(?:(?:\s*/\s*|\s+)[A-Za-z][A-Za-z.]*{_POWER})*)$"
 )
-_AFTER_SIGN = re.compile(rf"\s*(%|°\s*[CFK]?|[{CURRENCY}£€¥₹])$")
+_AFTER_SIGN = re.compile(rf"\s*(%|°\s*[CFK]?|[{CURRENCY}£€¥₹¢])$")
 
 
 def split_unit(text: str) -> tuple[str, str, int]:
@@ -79,9 +80,9 @@ def _one_behind(text: str) -> tuple[str, str, int] | None:
         if not match:
             continue
         core = text[: len(text) - len(tail) + match.start()]
-        words = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", match[0]).strip()
+        words = re.sub(r"\\text\s*\{((?:[^{}]|\{-?\d\})*)\}", r"\1", match[0]).strip()
         first, _, rest = words.partition(" ")
-        if not core.strip(" -+"):
+        if not core.strip(" -+") or re.search(r"\\[A-Za-z]+\s*$", core):  # \angle A
             return None
         if first.lower() in _SCALES and not rest.lower().startswith(tuple(_SCALES)):
             return (core, _spelled(rest), _SCALES[first.lower()]) if not rest or _is_unit(rest, in_text) else None

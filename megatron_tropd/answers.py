@@ -16,7 +16,7 @@ from megatron_tropd.answer_text import plain_characters
 
 _TAIL = 20_000  # characters from the end in which "answer is" and the last number are looked for
 _BOXES = 200  # box commands from the end that are looked at
-_BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
+_BRACES = re.compile(r"\\{1,3}(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s*(-?\d[\d.,/]*|\\[A-Za-z]+|[A-Za-z])")
 _BETWEEN_BOXES = re.compile(r"[\s$,;]*(?:and|or|,|;|\\text\{\s*(?:and|or)\s*\})[\s$,;]*")
 _STATED = re.compile(r"\banswer\b[^.\n:=]{0,60}?(?:\b(?:is|are)\b|:|=)[\s*:]*", re.IGNORECASE)
@@ -59,12 +59,19 @@ _PART_BEFORE = re.compile(  # what makes the number behind it a part of somethin
 _PART_AFTER = re.compile(r"\s*(?:\\(?!\)|\]|\\|[,;]?\s*text|\%|\$|n)[A-Za-z(]|[\^_!√π(]|[}|])")
 _UNIT_BEFORE = re.compile(r"(?:(?<![\\A-Za-z])(?:[A-Za-z]{2,}|(?<=\d )m)|\\(?:text|mathrm)\s*\{[^{}]*\})\s*\^\s*\{?-?$")
 _LIST_BEFORE = re.compile(
-    rf"(?:[-\d.,/]*\d)\s*\$?,?\s*\b(?:and|or)\s+\$?(?:[A-Za-z]\s*=\s*)?$|=\s*(?:-?{_PLAIN}\s*,\s*)+$"
+    rf"(?:-?{_PLAIN},\s)*(?:[-\d.,/]*\d)\s*\$?,?\s*\b(?:and|or)\s+\$?(?:[A-Za-z]\s*=\s*)?$|=\s*(?:-?{_PLAIN}\s*,\s*)+$"
 )
 
 
 def find_answer(response: str) -> str | None:
     """Return the response's final answer, or None if there is none."""
+    _, thinking, said = response.rpartition("</think>")
+    if thinking and (found := _find(said)) is not None:
+        return found
+    return _find(response)
+
+
+def _find(response: str) -> str | None:
     boxed = last_boxed(response)
     if boxed is not None:
         return boxed
@@ -72,7 +79,7 @@ def find_answer(response: str) -> str | None:
     if marked is not None or "\\boxed" in response:  # a box that was cut short holds no answer to guess
         return marked
     tail = response[-_TAIL:]
-    return stated_answer(tail) or _last_quantity(tail)
+    return stated_answer(tail) or _last_quantity(tail) or _in_bold(tail)
 
 
 def known_answer(answer: str) -> str:
@@ -172,6 +179,12 @@ def stated_answer(text: str) -> str | None:
     if form.kind == "list" and all(part.kind in ("number", "words", "relation", "tuple") for part in form.parts):
         return said
     return _last_quantity(said)
+
+
+def _in_bold(text: str) -> str | None:
+    """Return the bold words that end a response without any number."""
+    match = re.search(r"\*\*([^*\n]{1,40})\*\*\W*$", text[-100:])
+    return match[1].strip() if match else None
 
 
 def _last_quantity(text: str) -> str | None:
