@@ -30,6 +30,7 @@ _LABEL = re.compile(
 )
 _SEPARATOR = re.compile(r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|,?\s*\b(?:and|or)\b|[,;]")
 _MOMENT = re.compile(r"\d{1,2}\s?:\s?\d\d(?!\d)|\d{4}-\d\d?-\d\d?$|\d\d?/\d\d?/\d{4}$")  # times and dates
+_TIME = re.compile(r"0?(\d{1,2}\s?:\s?\d\d)\s?(?:\\text\s*\{)?\s?([AaPp])\.?\s?[Mm]\.?\s?\}?")
 _RELATIONS = "=<>≤≥≠≈∈"
 _OPEN, _CLOSE = "([{⦃⟨", ")]}⦄⟩"
 _SYSTEM = re.compile(r"\\begin\s*\{(cases|aligned|align\*?|gathered)\}(.*)\\end\s*\{\1\}", re.DOTALL)
@@ -79,6 +80,9 @@ def read(text: str, depth: int = 0) -> Form:
     system = _SYSTEM.fullmatch(text)
     if system:
         return _system(system, depth)
+    time = _TIME.fullmatch(text)
+    if time:
+        return Form("text", time[1].replace(" ", ""), unit=time[2].lower() + "m")
     if _MOMENT.match(text):
         return Form("text", re.sub(r"^0(?=\d)", "", text))
     for reader in (_list, _relation, _union, _bracketed, _point, _either_sign):

@@ -25,7 +25,7 @@ _REASON = re.compile(r",?\s+(?:because|since|which|so|when|where|if|as)\b|,\s+(?
 
 _PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)*"
 _NUMBER = re.compile(
-    rf"(?:(?<![\w).])-)?(?:\d+(?::\d+)+|\d+\s\d+/\d+|{_PLAIN}(?:/\d+(?:\.\d+)?)?)"
+    rf"(?:(?<![\w).])-)?(?:\d+(?::\d+)+(?:\s?[AaPp]\.?[Mm]\b)?|\d+\s\d+/\d+|{_PLAIN}(?:/\d+(?:\.\d+)?)?)"
     r"(?:\s*(?:\\times|\\cdot|[×·*x])\s*10\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d+)|[eE][+-]?\d+)?"
     r"(?:\s?\\?%|\s+(?:hundred|thousand|million|billion|trillion|dozen|percent)\b)?|(?<![\w.])-?\.\d+"
 )
@@ -54,12 +54,12 @@ _NOT_A_FACTOR = {
     "lb",
 } | {*("oz", "ml", "mL", "yd", "mi", "am", "pm", "AM", "PM", "hr")}
 _PART_BEFORE = re.compile(  # what makes the number behind it a part of something
-    r"[\\^_{√±∓]\s?$|\\[A-Za-z]+\s*[({]?\s*$|[\^_][({]?-?$|\bi\s*[+-]\s*$|(?:(?<![A-Za-z])[A-Za-z]|\\[A-Za-z]+|[)}π])\s*/\s*$"
+    r"[\\^_{√±∓]\s?$|\\[A-Za-z]+\s*[({]?\s*$|[\^_][({]?-?$|(?<![A-Za-z])[b-z]\s*[+-]\s*$|(?:(?<![A-Za-z])[A-Za-z]|\\[A-Za-z]+|[)}π])\s*/\s*$"
 )
-_PART_AFTER = re.compile(r"\s*(?:\\(?!\)|\]|\\|[,;]?\s*text|\%|\$|n)[A-Za-z(]|[\^_!√π(]|[}|])")
+_PART_AFTER = re.compile(r"\(|\s*(?:\\(?!\)|\]|\\|[,;]?\s*text|\%|\$|n)[A-Za-z(]|[\^_!√π]|[}|])")
 _UNIT_BEFORE = re.compile(r"(?:(?<![\\A-Za-z])(?:[A-Za-z]{2,}|(?<=\d )m)|\\(?:text|mathrm)\s*\{[^{}]*\})\s*\^\s*\{?-?$")
 _LIST_BEFORE = re.compile(
-    rf"(?:-?{_PLAIN},\s)*(?:[-\d.,/]*\d)\s*\$?,?\s*\b(?:and|or)\s+\$?(?:[A-Za-z]\s*=\s*)?$|=\s*(?:-?{_PLAIN}\s*,\s*)+$"
+    rf"(?:[A-Za-z]\s*=\s*)?(?:-?{_PLAIN},\s)*(?:[-\d.,/]*\d)\s*\$?,?\s*\b(?:and|or)\s+\$?(?:[A-Za-z]\s*=\s*)?$|=\s*(?:-?{_PLAIN}\s*,\s*)+$"
 )
 
 

@@ -1146,4 +1146,16 @@ OWN = {
         (r"$\\boxed{5}$", "5", True),
         (r"$\\boxed{5}$", "6", False),
     ],
+    "prose": [
+        ("It is 10:30 AM", "10:30 AM", True),
+        ("It is 10:30 AM.", "10:30 a.m.", True),
+        ("It is 10:30 AM", "10:30 PM", False),
+        ("It is 10:30 AM", "10:30", True),
+        (r"\boxed{10:30 \text{ p.m.}}", "10:30 PM", True),
+        (r"\boxed{10:30 \text{ p.m.}}", "10:30 AM", False),
+        ("x=3 and y=4", "3,4", False),
+        ("x=3 and x=4", "3,4", True),
+        ("They need 12 (a dozen) eggs", "12", True),
+        ("We get 2(x+1)", "1", False),
+    ],
 }
