@@ -10,8 +10,6 @@ r"""Grades responses: finds the answer, compares it with the known one as `evalu
 
 from __future__ import annotations
 
-import atexit
-import functools
 import re
 import unicodedata
 
@@ -84,14 +82,6 @@ class Grader:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-@functools.cache
-def shared_worker() -> GradingWorker:
-    """Return this process's grading worker for questions outside of an evaluation; it ends with the process."""
-    worker = GradingWorker(SECONDS)
-    atexit.register(worker.close)
-    return worker
 
 
 def check_pattern(pattern: str) -> None:

@@ -16,7 +16,6 @@ from megatron_tropd import grading_worker
 from megatron_tropd.answer_comparison import same_answer
 from megatron_tropd.answers import find_answer, known_answer
 from megatron_tropd.errors import UserError
-from megatron_tropd.evaluation import extract_answer, is_correct
 from megatron_tropd.grading import Grader
 
 
@@ -71,7 +70,10 @@ def test_forms_alone_accept_nothing_wrong():
     assert wrong == []
 
 
-def test_field_cases_b1_long_numbers_are_compared():
+def test_field_cases_b1_long_numbers_are_compared(grader):
+    def is_correct(response, answer):
+        return grader.grade(response, answer)[1]
+
     assert not is_correct("1" * 5000, "1")
     assert is_correct("1" * 5000, "1" * 5000)
     assert not is_correct("1" * 5000, "1" * 4999 + "2")
@@ -338,6 +340,4 @@ def test_exact_compares_text(response, answer, right):
 
 def test_a_pattern_that_does_not_compile_is_refused():
     with pytest.raises(UserError, match=r"evaluation.answer_pattern='\(' is not a regular expression"):
-        extract_answer("x", "(")
-    with pytest.raises(UserError, match=r"evaluation.answer_pattern='\('"):
         Grader(pattern="(")
