@@ -15,6 +15,7 @@ from megatron_tropd.answer_forms import read_answer
 from megatron_tropd.answer_text import plain_characters
 
 _TAIL = 20_000  # characters from the end in which "answer is" and the last number are looked for
+_LONGEST_TAGGED = 300  # characters in an <answer> that may all be the answer
 _BOXES = 200  # box commands from the end that are looked at
 _BRACES = re.compile(r"\\{1,3}(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s*(-?\d[\d.,/]*|\\[A-Za-z]+|[A-Za-z])")
@@ -65,13 +66,21 @@ _LIST_BEFORE = re.compile(
 
 def find_answer(response: str) -> str | None:
     """Return the response's final answer, or None if there is none."""
-    _, thinking, said = response.rpartition("</think>")
-    if thinking and (found := _find(said)) is not None:
-        return found
-    return _find(response)
+    said = final_part(response)
+    found = _find(said, tagged=f"<answer>{said}</answer>" in response)
+    return _find(response) if found is None and len(said) < len(response) else found
 
 
-def _find(response: str) -> str | None:
+def final_part(response: str) -> str:
+    """Return what stands behind the thoughts, which end with `</think>`, and in `<answer>` if there is such a tag."""
+    for opening, closing in (("</think>", ""), ("<answer>", "</answer>")):
+        part = response.rpartition(opening)[2]
+        part = part.partition(closing)[0] if closing else part
+        response = part if part.strip() else response
+    return response
+
+
+def _find(response: str, tagged: bool = False) -> str | None:
     boxed = last_boxed(response)
     if boxed is not None:
         return boxed
@@ -79,6 +88,8 @@ def _find(response: str) -> str | None:
     if marked is not None or "\\boxed" in response:  # a box that was cut short holds no answer to guess
         return marked
     tail = response[-_TAIL:]
+    if tagged and len(tail) < _LONGEST_TAGGED:
+        return _of_sentence(tail.strip(), 0)
     return stated_answer(tail) or _last_quantity(tail) or _in_bold(tail)
 
 
@@ -166,7 +177,12 @@ def stated_answer(text: str) -> str | None:
         pass
     if not stated:
         return None
-    sentence = _SENTENCE.match(text, stated.end())[0]
+    return _of_sentence(text, stated.end())
+
+
+def _of_sentence(text: str, start: int) -> str | None:
+    """Return the answer that the sentence at `start` says: all of it, or the last quantity of prose."""
+    sentence = _SENTENCE.match(text, start)[0]
     said = _REASON.split(sentence, maxsplit=1)[0].strip().strip("*` ").strip()
     if not said or len(said) > 300:
         return None
