@@ -65,6 +65,9 @@ def _same(left: Form, right: Form, ask: Ask) -> bool:
         return left.value == right.value and _same_unit(left, right)
     if left.kind == right.kind and _key(left) == _key(right) and left.signs == right.signs:
         return _same_unit(left, right)
+    for one, other in ((left, right), (right, left)):
+        if one.kind == "set" and len(one.parts) == 1 and other.kind not in ("set", "list", "relation"):
+            return _same(one.parts[0], other, ask)
     if "relation" in (left.kind, right.kind):
         return _same_relation(left, right, ask)
     for one, other in ((left, right), (right, left)):

@@ -1056,6 +1056,13 @@ OWN = {
     ],
     "spellings": [
         (r"\boxed{{3 \over 4}}", "0.75", True),
+        (r"\boxed{1 \over 2}", "1/2", True),
+        (r"\boxed{\begin{pmatrix} 1 \\[2pt] 2 \end{pmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}", True),
+        ("\\boxed{٣٫٥}", "3.5", True),
+        (r"\boxed{\{5\}}", "5", True),
+        (r"\boxed{\{5\}}", "6", False),
+        (r"\boxed{\{(1,2)\}}", "(1,2)", True),
+        (r"\boxed{\{5, 6\}}", "5", False),
         (r"\boxed{\sfrac{1}{2}}", "1/2", True),
         (r"\boxed{\nicefrac{1}{2}}", "0.5", True),
         (r"\boxed{2**3}", "8", True),
