@@ -148,6 +148,14 @@ def _outside(text: str) -> str:
     return "".join(out)
 
 
+def _split(text: str, characters: str) -> tuple[list[str], tuple[str, ...]]:
+    """Return the pieces of a text between some characters that stand in no brackets, and those characters."""
+    places = [at for at, character in enumerate(_outside(text)) if character in characters]
+    edges = [-1, *places, len(text)]
+    pieces = [text[left + 1 : right].strip() for left, right in zip(edges, edges[1:], strict=False)]
+    return pieces, tuple(text[at] for at in places)
+
+
 def _list(text: str, depth: int) -> Form | None:
     outside = _outside(text)
     if "," not in outside and ";" not in outside and not re.search(r"and|or", text):
@@ -176,13 +184,9 @@ def _item(text: str, depth: int) -> Form:
 
 
 def _relation(text: str, depth: int) -> Form | None:
-    outside = _outside(text)
-    places = [at for at, character in enumerate(outside) if character in _RELATIONS]
-    if not places:
+    pieces, signs = _split(text, _RELATIONS)
+    if not signs:
         return None
-    edges = [-1, *places, len(text)]
-    pieces = [text[left + 1 : right].strip() for left, right in zip(edges, edges[1:], strict=False)]
-    signs = tuple(text[at] for at in places)
     if not pieces[0] and signs[0] in "=≈" and len(pieces) == 2:  # "= 5", "≈ 3.14"
         return read(pieces[1], depth + 1)
     if not all(pieces):
@@ -222,12 +226,8 @@ def _settled(form: Form) -> Form:
 
 
 def _union(text: str, depth: int) -> Form | None:
-    outside = _outside(text)
-    if "∪" not in outside:
-        return None
-    edges = [-1, *(at for at, character in enumerate(outside) if character == "∪"), len(text)]
-    pieces = [text[left + 1 : right] for left, right in zip(edges, edges[1:], strict=False)]
-    return Form("union", text, parts=tuple(read(piece, depth + 1) for piece in pieces))
+    pieces, signs = _split(text, "∪")
+    return Form("union", text, parts=tuple(read(piece, depth + 1) for piece in pieces)) if signs else None
 
 
 def _bracketed(text: str, depth: int) -> Form | None:
@@ -282,10 +282,8 @@ def _system(match: re.Match, depth: int) -> Form:
 
 
 def _items(text: str, depth: int) -> tuple[Form, ...]:
-    outside = _outside(text)
-    separator = ";" if ";" in outside else ","
-    edges = [-1, *(at for at, character in enumerate(outside) if character == separator), len(text)]
-    return tuple(_item(text[left + 1 : right], depth) for left, right in zip(edges, edges[1:], strict=False))
+    pieces, _ = _split(text, ";" if ";" in _outside(text) else ",")
+    return tuple(_item(piece, depth) for piece in pieces)
 
 
 def _either_sign(text: str, depth: int) -> Form | None:

@@ -35,25 +35,9 @@ _RUN = re.compile(
 )
 _GLUED = re.compile(r"[A-Za-z]+")
 _NOT_A_FACTOR = {
-    "th",
-    "st",
-    "nd",
-    "rd",
-    "m",
-    "g",
-    "s",
-    "h",
-    "L",
-    "l",
-    "cm",
-    "mm",
-    "km",
-    "kg",
-    "mg",
-    "ft",
-    "in",
-    "lb",
-} | {*("oz", "ml", "mL", "yd", "mi", "am", "pm", "AM", "PM", "hr")}
+    *("th", "st", "nd", "rd", "m", "g", "s", "h", "L", "l", "cm", "mm", "km", "kg", "mg", "ft", "in", "lb", "oz", "ml"),
+    *("mL", "yd", "mi", "am", "pm", "AM", "PM", "hr"),
+}
 _PART_BEFORE = re.compile(  # what makes the number behind it a part of something
     r"[\\^_{√±∓]\s?$|\\[A-Za-z]+\s*[({]?\s*$|[\^_][({]?-?$|(?<![A-Za-z])[b-z]\s*[+-]\s*$|(?:(?<![A-Za-z])[A-Za-z]|\\[A-Za-z]+|[)}π])\s*/\s*$"
 )
