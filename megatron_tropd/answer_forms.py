@@ -22,11 +22,13 @@ _DEEPEST = 6  # forms inside of forms
 _DECIMAL = re.compile(r"[-+]?\s?(?:\d+(?:\.\d*)?|\.\d+)")
 _GROUPED = re.compile(r"([-+]?\s?[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?:\.\d+)?)(?!\d)")
 _NAME = re.compile(
-    r"(?:m?\s?\\(?:angle|triangle)\s*[A-Za-z]+|[A-Za-z]|\\(?:vec|hat|bar|overrightarrow)\s*\{\s*[A-Za-z]+\s*\}|\\[A-Za-z]+)(?:\^\{-1\})?(?:_\{?[A-Za-z0-9]+\}?)?'*(?:\([A-Za-z](?:,\s?[A-Za-z])*\))?"
+    r"(?:m?\s?\\(?:angle|triangle)\s*[A-Za-z]+|[A-Za-z]|\\(?:vec|hat|bar|overrightarrow)\s*\{\s*[A-Za-z]+\s*\}|\\[A-Za-z]+)(?:\^\{-1\})?(?:_\{?[A-Za-z0-9]+\}?)?'*"
+    r"(?:\([A-Za-z](?:,\s?[A-Za-z])*\)|(?<=[fghA-Z])\(-?\d+(?:,\s?-?\d+)*\))?"
 )
 _LABEL_WORDS = r"(?:the )?(?:final |correct )?(?:answer|option|choice)\b(?: is)?\s*[:=]?\s*|therefore,?\s*"
 _LABEL = re.compile(
-    rf"(?:{_LABEL_WORDS}|\\text\s*\{{\s*(?:{_LABEL_WORDS}|[A-Za-z ]{{2,40}}[:=]\s*)\}}\s*)(?=\S)", re.IGNORECASE
+    rf"(?:{_LABEL_WORDS}|\\text\s*\{{\s*(?:{_LABEL_WORDS}|(?!not?\b)[A-Za-z ]{{2,40}}[:=]\s*)\}}\s*)(?=\S)",
+    re.IGNORECASE,
 )
 _SEPARATOR = re.compile(r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|,?\s*\b(?:and|or)\b|[,;]")
 _MOMENT = re.compile(r"\d{1,2}\s?:\s?\d\d(?!\d)|\d{4}-\d\d?-\d\d?$|\d\d?/\d\d?/\d{4}$")  # times and dates

@@ -16,6 +16,7 @@ _SCALES = {"hundred": 100, "dozen": 12, "thousand": 10**3, "million": 10**6, "bi
 _SHORT = {  # units of one or two letters that are taken for units without a text command
     *("cm", "mm", "km", "dm", "nm", "ft", "in", "yd", "mi", "kg", "mg", "lb", "oz", "ml", "mL", "cl", "cL", "dl", "hr"),
     *("ms", "Hz", "kW", "kJ", "Pa", "eV", "pt", "qt", "kN", "mA", "GB", "MB", "kB", "sq", "cu", "h", "s"),
+    *("am", "pm", "AM", "PM"),
 }
 _NOT_UNITS = {  # words after a number that change it, or say that there is more
     *("or", "and", "if", "for", "when", "where", "not", "to", "from", "over", "base", "mod", "remainder", "half"),
@@ -104,7 +105,7 @@ def _is_unit(words: str, in_text: bool) -> bool:
 
 def _spelled(unit: str) -> str:
     """Return the unit in lower case, singular and short."""
-    unit = re.sub(r"\s+", " ", unit.replace("{", "").replace("}", "")).strip(" .").replace(" per ", "/")
+    unit = re.sub(r"\s+", " ", re.sub("[{}.]", "", unit)).strip(" .").replace(" per ", "/")
     unit = re.sub(r"\s*([/·^])\s*", r"\1", unit)
     if unit.lower() in _ALIASES:
         return _ALIASES[unit.lower()]

@@ -68,8 +68,8 @@ def math_verify(left: str, right: str) -> bool | None:
     ):
         return None
     if any(
-        re.search(r":|\\text|\\int(?!\s*(?:_|\\limits))", text) for text in texts
-    ):  # ratios, words, constants of integration
+        re.search(r":|\\[lc]?dots|\\text|\\int(?!\s*(?:_|\\limits))", text) for text in texts
+    ):  # ratios, more to come, words, constants of integration
         return None
     if importlib.util.find_spec("math_verify") is None:
         return None
