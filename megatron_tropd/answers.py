@@ -4,6 +4,8 @@ It is the last `\boxed{...}` whose braces balance (several that are joined by "a
 what follows the last `####`, else what follows the last "answer is", else the last number with all that belongs to it:
 `2 3/4`, `6.02 \times 10^{23}`, `2\sqrt{3}`, `5 or 6`.
 
+It is looked for behind `</think>` and in `<answer>` first, then in the whole response.
+
     find_answer(r"So \boxed{5}.")  # "5"
 """
 
