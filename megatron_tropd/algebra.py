@@ -104,7 +104,7 @@ def _numeric(node: Node, at: dict[str, Any], mp: Any) -> Any:
         raise UnsureError("an angle that is too large")
     if kind in ("arcsin", "arccos", "arctan"):
         kind = kind.replace("arc", "a")
-    kind = {"ln": "log", "abs": "fabs", "ceil": "ceil", "negative": "fneg"}.get(kind, kind)
+    kind = {"ln": "log", "abs": "fabs", "negative": "fneg"}.get(kind, kind)
     return getattr(mp, kind)(value)
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 
-from megatron_tropd.answer_forms import Form, list_of, name_of, read_answer
+from megatron_tropd.answer_forms import NUMBER_WORDS, Form, list_of, name_of, read_answer
 
 # ask(kind, left, right): "value" compares expressions, "equation" left = 0 with right = 0, "inequality" left < 0 with
 # right < 0; None if it cannot say.
@@ -65,20 +65,25 @@ def _same(left: Form, right: Form, ask: Ask) -> bool:
         return left.value == right.value and _same_unit(left, right)
     if left.kind == right.kind and _key(left) == _key(right) and left.signs == right.signs:
         return _same_unit(left, right)
+    for one, other in ((left, right), (right, left)):
+        if one.kind == "set" and len(one.parts) == 1 and other.kind not in ("set", "list", "relation"):
+            return _same(one.parts[0], other, ask)
     if "relation" in (left.kind, right.kind):
         return _same_relation(left, right, ask)
     for one, other in ((left, right), (right, left)):
         if one.kind == "number" and other.kind == "list" and list_of(one):
             return _same_parts(list_of(one), other, ask)
         if one.kind == "union" and other.kind == "list":
-            intervals = [_interval(part) for part in other.parts if part.kind == "relation"]
-            if all(intervals) and len(intervals) == len(other.parts):
+            intervals = [_interval(part) if part.kind == "relation" else part for part in other.parts]
+            said_so = re.search(r"\bor\b", other.text) or any(part.kind == "relation" for part in other.parts)
+            if said_so and all(interval and interval.kind == "tuple" for interval in intervals):
                 return _same_parts(one, replace(other, parts=tuple(intervals)), ask)
+        if one.kind == "list" and _values(one, other):
+            return _same_in_order(_values(one, other), other.parts, ask)
     if {left.kind, right.kind} <= {"list", "set"} or left.kind == right.kind == "union":
         return _same_parts(left, right, ask)
     if left.kind == right.kind and left.kind in ("tuple", "matrix"):
-        same_shape = left.signs == right.signs and len(left.parts) == len(right.parts)
-        return same_shape and all(_same(a, b, ask) for a, b in zip(left.parts, right.parts, strict=True))
+        return left.signs == right.signs and _same_in_order(left.parts, right.parts, ask)
     if {left.kind, right.kind} <= {"number", "expression"}:
         return _same_unit(left, right) and bool(_ask_value(left, right, ask))
     return False
@@ -101,10 +106,28 @@ def _key(form: Form) -> str:
     """Return the text without what does not matter: text commands, braces of one sign, spaces but between digits."""
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", form.text)
     text = re.sub(r"\s+", " ", text)
-    text = re.sub(r"(?<=[\^_])\{(\w)\}", r"\1", text)
+    text = re.sub(r"(?<=\d_)\{\s?([a-z]+)\s?\}", lambda base: str(NUMBER_WORDS.get(base[1], base[0])), text)
+    text = re.sub(r"(?<=[\^_])\{(\w)\}(?!\w)", r"\1", text)
     text = re.sub(r"(?<![A-Za-z0-9.]) | (?![A-Za-z0-9.])", "", text)
     text = re.sub(r"\b([AaPp])\.([Mm])\b\.?", r"\1\2", text)
     return re.sub(r"(?<!\\)\b[A-Za-z]{2,}\b\.?", lambda match: match[0].lower().rstrip("."), text)
+
+
+def _same_in_order(left: tuple[Form, ...], right: tuple[Form, ...], ask: Ask) -> bool:
+    return len(left) == len(right) and all(_same(a, b, ask) for a, b in zip(left, right, strict=True))
+
+
+def _values(form: Form, other: Form) -> tuple[Form, ...]:
+    """Return the values of `x = 1, y = 2` by the order of the names, where `other` may be those values without names.
+
+    That is a tuple; a list too if the names differ by their index alone (`x_1 = 1, x_2 = 2`).
+    """
+    named = {name_of(part.parts[0]) or "": part.parts[-1] for part in form.parts if part.signs == ("=",)}
+    if not all(re.fullmatch(r"[A-Za-z](?:_\w)?", name) for name in named) or len(named) < len(form.parts):
+        return ()
+    one_letter = len({name[0] for name in named}) == 1 and not any(part.kind == "relation" for part in other.parts)
+    fits = other.signs == ("(", ")") or (other.kind == "list" and one_letter)
+    return tuple(named[name] for name in sorted(named)) if fits else ()
 
 
 def _same_parts(left: Form, right: Form, ask: Ask) -> bool:
@@ -152,7 +175,7 @@ def _same_relation(left: Form, right: Form, ask: Ask) -> bool:
     left, right = _ascending(left), _ascending(right)
     if left.signs != right.signs:
         return False
-    if all(_same(a, b, ask) for a, b in zip(left.parts, right.parts, strict=True)):
+    if _same_in_order(left.parts, right.parts, ask):
         return True
     if len(left.signs) != 1 or left.signs[0] not in "=≠<≤":
         return False

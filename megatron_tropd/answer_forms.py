@@ -22,38 +22,28 @@ _DEEPEST = 6  # forms inside of forms
 _DECIMAL = re.compile(r"[-+]?\s?(?:\d+(?:\.\d*)?|\.\d+)")
 _GROUPED = re.compile(r"([-+]?\s?[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?:\.\d+)?)(?!\d)")
 _NAME = re.compile(
-    r"(?:[A-Za-z]|\\(?:vec|hat|bar|overrightarrow)\s*\{\s*[A-Za-z]+\s*\}|\\[A-Za-z]+)(?:\^\{-1\})?(?:_\{?[A-Za-z0-9]+\}?)?'*(?:\([A-Za-z](?:,\s?[A-Za-z])*\))?"
+    r"(?:m?\s?\\(?:angle|triangle)\s*[A-Za-z]+|[A-Za-z]|\\(?:vec|hat|bar|overrightarrow)\s*\{\s*[A-Za-z]+\s*\}|\\[A-Za-z]+)(?:\^\{-1\})?(?:_\{?[A-Za-z0-9]+\}?)?'*"
+    r"(?:\([A-Za-z](?:,\s?[A-Za-z])*\)|(?<=[fghA-Z])\(-?\d+(?:,\s?-?\d+)*\))?"
 )
 _LABEL_WORDS = r"(?:the )?(?:final |correct )?(?:answer|option|choice)\b(?: is)?\s*[:=]?\s*|therefore,?\s*"
-_LABEL = re.compile(rf"(?:{_LABEL_WORDS}|\\text\s*\{{\s*(?:{_LABEL_WORDS})\}}\s*)(?=\S)", re.IGNORECASE)
+_LABEL = re.compile(
+    rf"(?:{_LABEL_WORDS}|\\text\s*\{{\s*(?:{_LABEL_WORDS}|(?!not?\b)[A-Za-z ]{{2,40}}[:=]\s*)\}}\s*)(?=\S)",
+    re.IGNORECASE,
+)
 _SEPARATOR = re.compile(r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|,?\s*\b(?:and|or)\b|[,;]")
 _MOMENT = re.compile(r"\d{1,2}\s?:\s?\d\d(?!\d)|\d{4}-\d\d?-\d\d?$|\d\d?/\d\d?/\d{4}$")  # times and dates
+_TIME = re.compile(r"0?(\d{1,2}\s?:\s?\d\d)\s?(?:\\text\s*\{)?\s?([AaPp])\.?\s?[Mm]\.?\s?\}?")
 _RELATIONS = "=<>≤≥≠≈∈"
 _OPEN, _CLOSE = "([{⦃⟨", ")]}⦄⟩"
+_SYSTEM = re.compile(r"\\begin\s*\{(cases|aligned|align\*?|gathered)\}(.*)\\end\s*\{\1\}", re.DOTALL)
 _MATRIX = re.compile(r"\\begin\s*\{([pbBvV]?)(?:small)?matrix\}(.*)\\end\s*\{\1(?:small)?matrix\}", re.DOTALL)
-_NUMBER_WORDS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-    "twenty",
-]
+_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+)
+NUMBER_WORDS = {word: number for number, word in enumerate(_WORDS.split())}
+for _tens, _word in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], start=2):
+    NUMBER_WORDS |= {_word: 10 * _tens, **{f"{_word} {w}": 10 * _tens + NUMBER_WORDS[w] for w in _WORDS.split()[1:10]}}
 _MATHEMATICAL = re.compile(r"(?<![A-Za-z])(?:sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|pi|arc\w+)(?![A-Za-z])")
 
 
@@ -89,9 +79,15 @@ def read(text: str, depth: int = 0) -> Form:
     matrix = _MATRIX.fullmatch(text)
     if matrix:
         return _matrix(matrix, depth)
+    system = _SYSTEM.fullmatch(text)
+    if system:
+        return _system(system, depth)
+    time = _TIME.fullmatch(text)
+    if time:
+        return Form("text", time[1].replace(" ", ""), unit=time[2].lower() + "m")
     if _MOMENT.match(text):
-        return Form("text", text)
-    for reader in (_list, _relation, _union, _bracketed, _either_sign):
+        return Form("text", re.sub(r"^0(?=\d)", "", text))
+    for reader in (_list, _relation, _union, _bracketed, _point, _either_sign):
         form = reader(text, depth)
         if form is not None:
             return form
@@ -111,7 +107,7 @@ def list_of(form: Form) -> Form | None:
     items = form.text.split(",")
     if form.kind != "number" or len(items) < 2:
         return None
-    return Form("list", form.text, parts=tuple(read(item) for item in items))
+    return Form("list", form.text, parts=tuple(_item(item, 0) for item in items))
 
 
 def _unwrapped(text: str) -> str:
@@ -144,13 +140,22 @@ def _balanced(text: str) -> bool:
 
 
 def _outside(text: str) -> str:
-    """Return the text with all that stands in brackets, and the brackets' commands, as NUL characters."""
+    """Return the text with NUL characters for brackets and environments, and for what stands in them."""
+    text = re.sub(r"\\begin\s*\{.*\\end\s*\{[a-z]*\*?\}", lambda match: "\0" * len(match[0]), text, flags=re.DOTALL)
     depth, out = 0, []
     for character in text:
         depth += character in _OPEN
         out.append("\0" if depth else character)
         depth -= character in _CLOSE
     return "".join(out)
+
+
+def _split(text: str, characters: str) -> tuple[list[str], tuple[str, ...]]:
+    """Return the pieces of a text between some characters that stand in no brackets, and those characters."""
+    places = [at for at, character in enumerate(_outside(text)) if character in characters]
+    edges = [-1, *places, len(text)]
+    pieces = [text[left + 1 : right].strip() for left, right in zip(edges, edges[1:], strict=False)]
+    return pieces, tuple(text[at] for at in places)
 
 
 def _list(text: str, depth: int) -> Form | None:
@@ -172,17 +177,18 @@ def _list(text: str, depth: int) -> Form | None:
     items = [item.strip() for item in (*items, text[start:]) if item.strip()]
     if len(items) < 2:
         return None
-    return Form("list", text, parts=tuple(read(item, depth + 1) for item in items))
+    return Form("list", text, parts=tuple(_item(item, depth) for item in items))
+
+
+def _item(text: str, depth: int) -> Form:
+    """Return the form of a part of a list; `000` is the end of 1,000 and no number."""
+    return Form("text", text) if re.fullmatch(r"0\d+", text) else read(text, depth + 1)
 
 
 def _relation(text: str, depth: int) -> Form | None:
-    outside = _outside(text)
-    places = [at for at, character in enumerate(outside) if character in _RELATIONS]
-    if not places:
+    pieces, signs = _split(text, _RELATIONS)
+    if not signs:
         return None
-    edges = [-1, *places, len(text)]
-    pieces = [text[left + 1 : right].strip() for left, right in zip(edges, edges[1:], strict=False)]
-    signs = tuple(text[at] for at in places)
     if not pieces[0] and signs[0] in "=≈" and len(pieces) == 2:  # "= 5", "≈ 3.14"
         return read(pieces[1], depth + 1)
     if not all(pieces):
@@ -210,6 +216,8 @@ def _settled(form: Form) -> Form:
         return Form("text", form.text)
     if name_of(parts[0]) == "":  # words, or names in a tuple, label the value
         return parts[-1]
+    if parts[0].text == parts[-1].text:  # 0 = 0 says nothing
+        return Form("text", form.text)
     if not named and len(values) == 1 and all(part.kind == "number" for part in parts):
         return parts[-1]
     if not named and len(parts) == 2:
@@ -220,12 +228,8 @@ def _settled(form: Form) -> Form:
 
 
 def _union(text: str, depth: int) -> Form | None:
-    outside = _outside(text)
-    if "∪" not in outside:
-        return None
-    edges = [-1, *(at for at, character in enumerate(outside) if character == "∪"), len(text)]
-    pieces = [text[left + 1 : right] for left, right in zip(edges, edges[1:], strict=False)]
-    return Form("union", text, parts=tuple(read(piece, depth + 1) for piece in pieces))
+    pieces, signs = _split(text, "∪")
+    return Form("union", text, parts=tuple(read(piece, depth + 1) for piece in pieces)) if signs else None
 
 
 def _bracketed(text: str, depth: int) -> Form | None:
@@ -237,27 +241,58 @@ def _bracketed(text: str, depth: int) -> Form | None:
         if not text[1:-1].strip():
             return Form("words", "∅")
         if "|" in inside or ":" in inside:  # defined by a property
-            return Form("text", text)
-        parts = _items(text[1:-1], depth)
-        return Form("set", text, parts=parts)
-    if "," in inside:
-        return Form("tuple", text, parts=_items(text[1:-1], depth), signs=(text[0], text[-1]))
+            return _property(text, depth)
+        parts = {part.text: part for part in _items(text[1:-1], depth)}  # an element counts once
+        return Form("set", text, parts=tuple(parts.values()))
+    if "," in inside or ";" in inside:
+        return Form(
+            "tuple",
+            text,
+            parts=_items(text[1:-1], depth),
+            signs=(text[0].replace("⟨", "("), text[-1].replace("⟩", ")")),
+        )
     if inner.kind == "matrix":
         return inner
     return inner if text[0] == "(" and text[-1] == ")" and inner.kind != "list" else Form("text", text)
 
 
+def _point(text: str, depth: int) -> Form | None:
+    """Return the coordinates of a named point, `P(1,2)`."""
+    form = _bracketed(text[1:].strip(), depth) if re.match(r"[A-Z]\s?\(", text) else None
+    return form if form and form.kind == "tuple" else None
+
+
+def _property(text: str, depth: int) -> Form:
+    """Return the condition of `{x | x > 2}` where it is an inequality of that name alone."""
+    match = re.fullmatch(r"⦃\s*([A-Za-z])\s*(?:∈\s*(?:\\mathbb\s*\{?\s*R\s*\}?|ℝ)\s*)?[|:]([^|:]*)⦄", text)
+    condition = read(match[2], depth + 1) if match else None
+    inequality = condition is not None and condition.kind == "relation" and set(condition.signs) <= set("<>≤≥")
+    return condition if inequality and match[1] in [part.text for part in condition.parts] else Form("text", text)
+
+
+def _system(match: re.Match, depth: int) -> Form:
+    """Return the equations of a system as a list; cases of a function, which have conditions, as text."""
+    rows = [row.replace("&", " ").strip(" ,") for row in match[2].split("\\\\") if row.strip()]
+    if (
+        not rows
+        or not all(re.search("[=<>≤≥]", row) for row in rows)
+        or re.search(r"&[^&\\]*[<>≤≥]|,\s*&|\\text", match[2])
+    ):
+        return Form("text", re.sub(r"\s+", "", match[0]))
+    parts = tuple(read(row, depth + 1) for row in rows)
+    return Form("list", match[0], parts=parts) if len(parts) > 1 else parts[0]
+
+
 def _items(text: str, depth: int) -> tuple[Form, ...]:
-    outside = _outside(text)
-    edges = [-1, *(at for at, character in enumerate(outside) if character == ","), len(text)]
-    return tuple(read(text[left + 1 : right], depth + 1) for left, right in zip(edges, edges[1:], strict=False))
+    pieces, _ = _split(text, ";" if ";" in _outside(text) else ",")
+    return tuple(_item(piece, depth) for piece in pieces)
 
 
 def _either_sign(text: str, depth: int) -> Form | None:
     """Return `a ± b` as the list of its two values."""
-    if text.count("±") != 1 or "∓" in text:
+    if text.count("±") + text.count("∓") != 1:
         return None
-    both = (text.replace("±", sign).strip().removeprefix("+") for sign in "+-")
+    both = (re.sub("[±∓]", sign, text).strip().removeprefix("+") for sign in "+-")
     return Form("list", text, parts=tuple(read(one, depth + 1) for one in both))
 
 
@@ -275,6 +310,8 @@ def _matrix(match: re.Match, depth: int) -> Form:
 def _words(text: str) -> Form | None:
     bare = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text)
     bare = re.sub(r"\s+", " ", bare).strip(" .'\"")
+    bare = re.sub(r"^(?:an?|the)\s+(?=[a-z]{2})", "", bare, flags=re.IGNORECASE)
+    bare = re.sub(r"(?<=[a-z])-(?=[a-z]{2})", " ", bare)
     if re.fullmatch(r"[-+]?\s*(?:∞|infinity|inf|infty)", bare, re.IGNORECASE):
         return Form("words", "-∞" if bare[0] == "-" else "∞")
     if bare in ("∅",) or bare.lower() == "empty set":
@@ -287,8 +324,8 @@ def _words(text: str) -> Form | None:
         return None
     if len(bare) == 1:
         return Form("expression", bare)
-    if bare.lower() in _NUMBER_WORDS:
-        return Form("number", bare, value=Fraction(_NUMBER_WORDS.index(bare.lower())))
+    if bare.lower() in NUMBER_WORDS:
+        return Form("number", bare, value=Fraction(NUMBER_WORDS[bare.lower()]))
     return Form("words", bare.lower())
 
 

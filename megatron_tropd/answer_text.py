@@ -32,15 +32,18 @@ _SIGNS = {
     **dict.fromkeys(("rbrack",), "]"),
     **dict.fromkeys(("degree", "textdegree"), "°"),
     **dict.fromkeys(("pounds", "textsterling"), "£"),
-    **dict.fromkeys(("dfrac", "tfrac", "cfrac", "frac"), "\\frac"),
+    **dict.fromkeys(("dfrac", "tfrac", "cfrac", "sfrac", "nicefrac", "frac"), "\\frac"),
     **dict.fromkeys(("dbinom", "tbinom", "binom"), "\\binom"),
     **dict.fromkeys(("text", "textbf", "textit", "textrm", "textsf", "texttt", "textnormal", "textup"), "\\text"),
     **dict.fromkeys(("mbox", "hbox", "mathrm", "mathbf", "mathit", "mathsf", "operatorname", "bm", "emph"), "\\text"),
+    "ensuremath": "\\text",
     **dict.fromkeys(("boldsymbol", "underline", "boxed", "fbox", "pmb"), "\\text"),
     **dict.fromkeys((",", ";", ":", " ", ">", "quad", "qquad", "thinspace", "enspace", "thickspace"), " "),
     **dict.fromkeys(("left", "right", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr", "biggl"), ""),
     **dict.fromkeys(("biggr", "displaystyle", "textstyle", "limits", "!", "(", ")", "[", "]", "bf", "rm", "it"), ""),
-    **dict.fromkeys(("hfill", "noindent", "hline", "/", "nonumber"), ""),
+    **dict.fromkeys(
+        ("hfill", "noindent", "hline", "/", "nonumber", "normalsize", "large", "Large", "LARGE", "huge"), ""
+    ),
 }
 _CHARACTERS = {
     **dict.fromkeys("−﹣－‑‐", "-"),
@@ -54,6 +57,8 @@ _CHARACTERS = {
     **{
         "∼": "~",
         "∣": "|",
+        "٫": ".",
+        "٬": ",",
         "º": "°",
         "˚": "°",
         "√": "√",
@@ -86,6 +91,14 @@ _REWRITTEN = [
         (r"\\(?:hspace|vspace|phantom|label|tag|color|textcolor)\*?\{[^{}]*\}", " "),
         (r"\^\s*\{?\s*\\(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?", ""),
         (r"\{\s*([^{}\\]+?)\s*\\choose\s*([^{}\\]+?)\s*\}", r"\\binom{\1}{\2}"),
+        (r"\{\s*([^{}\\]+?)\s*\\over\s*([^{}\\]+?)\s*\}", r"\\frac{\1}{\2}"),
+        (r"^([^{}\\]+?)\s*\\over\s*([^{}\\]+)$", r"\\frac{\1}{\2}"),
+        (r"\\\\\[-?[\d.]+\s*[a-z]{2}\]", r"\\\\"),  # a distance between rows
+        (r"(?<![\w}])\(([0-9A-Z]+)\)\s*_", r"\1_"),  # (1011)_2
+        (
+            r"\(?\s*(?:\\(?:text|mathrm)\s*\{\s*mod\s*\}|(?:\\p?|\b)mod\b)(?:\\[ ,;]|\s)*\{?\s*(\w+)\s*\}?\s*\)?",
+            r" mod \1",
+        ),
         (r"\\begin\s*\{array\}\s*\{[^{}]*\}", r"\\begin{matrix}"),
         (r"\\end\s*\{array\}", r"\\end{matrix}"),
     )
@@ -98,18 +111,22 @@ CURRENCY = "\ue000"  # a dollar sign that means money: one left over when those 
 def canonical(text: str) -> str:
     """Return `text` in the one spelling that answers are compared in; single spaces separate what spaces separated."""
     text = plain_characters(_strip_pairs(text.strip()))
+    text = re.sub(r"(?<=[\w)}\]])\*\*(?=[\w({\-])", "^", text)  # a power in a programming language's spelling
+    text = re.sub(r"(?<=\d)\s?[xX]\s?(?=10\s?\^)", "×", text)
     text = re.sub(r"(?<=\d)\{([,:.])\}(?=\d)", r"\1", text)  # braces keep TeX from setting a space
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", "°", text)
     for pattern, spelling in _REWRITTEN:
         text = pattern.sub(spelling, text)
     text = _COMMAND.sub(_sign, text)
-    text = re.sub(rf"\\text\s*\{{\s*([{CURRENCY}%°])\s*\}}", r"\1", text)
+    text = re.sub(rf"\\text\s*\{{\s*([{CURRENCY}%°:])\s*\}}", r"\1", text)
     dollars = text.count("$")
     text = text.replace("$", "" if dollars % 2 == 0 else CURRENCY).replace("~", " ").replace("**", "")
     text = text.replace("<=", "≤").replace(">=", "≥").replace("=<", "≤").replace("...", "…").replace("+-", "±")
+    text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[])", "∪", text)
+    text = re.sub(r"(?<![\d.])(\d*\.\d{0,20}?)(\d{1,6}?)\2{2,20}…", r"\1\\overline{\2}", text)  # 0.333…
     text = text.replace("\\cr", "\\\\")
     text = re.sub(r"\s+", " ", text).strip()
-    return re.sub(r"(?<!\.)[.,;:]$", "", text).strip()
+    return re.sub(r"(?<!\.)[.,;:?]$", "", text).strip()
 
 
 def _strip_pairs(text: str) -> str:

@@ -16,6 +16,7 @@ _SCALES = {"hundred": 100, "dozen": 12, "thousand": 10**3, "million": 10**6, "bi
 _SHORT = {  # units of one or two letters that are taken for units without a text command
     *("cm", "mm", "km", "dm", "nm", "ft", "in", "yd", "mi", "kg", "mg", "lb", "oz", "ml", "mL", "cl", "cL", "dl", "hr"),
     *("ms", "Hz", "kW", "kJ", "Pa", "eV", "pt", "qt", "kN", "mA", "GB", "MB", "kB", "sq", "cu", "h", "s"),
+    *("am", "pm", "AM", "PM"),
 }
 _NOT_UNITS = {  # words after a number that change it, or say that there is more
     *("or", "and", "if", "for", "when", "where", "not", "to", "from", "over", "base", "mod", "remainder", "half"),
@@ -29,6 +30,7 @@ _NOT_UNITS = {  # words after a number that change it, or say that there is more
 }
 _ALIASES = {
     **dict.fromkeys(("percent", "percentage", "pct", "per cent", "\\%"), "%"),
+    **{"¢": "cent"},
     **dict.fromkeys((CURRENCY, "dollar", "usd", "us dollar", "buck"), "dollar"),
     **{"£": "pound sterling", "€": "euro", "eur": "euro", "₹": "rupee", "rs": "rupee", "inr": "rupee", "¥": "yen"},
     **dict.fromkeys(("°", "deg", "degree"), "degree"),
@@ -42,11 +44,11 @@ _BEFORE = re.compile(
     rf"([-+]?\s*)(?:([{CURRENCY}£€¥₹])|(?:\\text\s*\{{\s*)?(Rs|USD|EUR|INR)\b\.?\s*\}}?)\s*", re.IGNORECASE
 )
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?"
-_AFTER_TEXT = re.compile(rf"(?:\s*[/·]?\s*\\text\s*\{{[^{{}}]*\}}{_POWER})+$")
+_AFTER_TEXT = re.compile(rf"(?:\s*[/·]?\s*\\text\s*\{{(?:[^{{}}]|\{{-?\d\}})*\}}{_POWER})+$")
 _AFTER_WORDS = re.compile(
     rf"(?<=[\d\s}})!π])\s*([A-Za-z][A-Za-z.]*{_POWER}(?:(?:\s*/\s*|\s+)[A-Za-z][A-Za-z.]*{_POWER})*)$"
 )
-_AFTER_SIGN = re.compile(rf"\s*(%|°\s*[CFK]?|[{CURRENCY}£€¥₹])$")
+_AFTER_SIGN = re.compile(rf"\s*(%|°\s*[CFK]?|[{CURRENCY}£€¥₹¢])$")
 
 
 def split_unit(text: str) -> tuple[str, str, int]:
@@ -79,9 +81,9 @@ def _one_behind(text: str) -> tuple[str, str, int] | None:
         if not match:
             continue
         core = text[: len(text) - len(tail) + match.start()]
-        words = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", match[0]).strip()
+        words = re.sub(r"\\text\s*\{((?:[^{}]|\{-?\d\})*)\}", r"\1", match[0]).strip()
         first, _, rest = words.partition(" ")
-        if not core.strip(" -+"):
+        if not core.strip(" -+") or re.search(r"\\[A-Za-z]+\s*$", core):  # \angle A
             return None
         if first.lower() in _SCALES and not rest.lower().startswith(tuple(_SCALES)):
             return (core, _spelled(rest), _SCALES[first.lower()]) if not rest or _is_unit(rest, in_text) else None
@@ -103,7 +105,7 @@ def _is_unit(words: str, in_text: bool) -> bool:
 
 def _spelled(unit: str) -> str:
     """Return the unit in lower case, singular and short."""
-    unit = re.sub(r"\s+", " ", unit.replace("{", "").replace("}", "")).strip(" .").replace(" per ", "/")
+    unit = re.sub(r"\s+", " ", re.sub("[{}.]", "", unit)).strip(" .").replace(" per ", "/")
     unit = re.sub(r"\s*([/·^])\s*", r"\1", unit)
     if unit.lower() in _ALIASES:
         return _ALIASES[unit.lower()]

@@ -4,6 +4,8 @@ It is the last `\boxed{...}` whose braces balance (several that are joined by "a
 what follows the last `####`, else what follows the last "answer is", else the last number with all that belongs to it:
 `2 3/4`, `6.02 \times 10^{23}`, `2\sqrt{3}`, `5 or 6`.
 
+It is looked for behind `</think>` and in `<answer>` first, then in the whole response.
+
     find_answer(r"So \boxed{5}.")  # "5"
 """
 
@@ -15,8 +17,9 @@ from megatron_tropd.answer_forms import read_answer
 from megatron_tropd.answer_text import plain_characters
 
 _TAIL = 20_000  # characters from the end in which "answer is" and the last number are looked for
+_LONGEST_TAGGED = 300  # characters in an <answer> that may all be the answer
 _BOXES = 200  # box commands from the end that are looked at
-_BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
+_BRACES = re.compile(r"\\{1,3}(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s*(-?\d[\d.,/]*|\\[A-Za-z]+|[A-Za-z])")
 _BETWEEN_BOXES = re.compile(r"[\s$,;]*(?:and|or|,|;|\\text\{\s*(?:and|or)\s*\})[\s$,;]*")
 _STATED = re.compile(r"\banswer\b[^.\n:=]{0,60}?(?:\b(?:is|are)\b|:|=)[\s*:]*", re.IGNORECASE)
@@ -25,7 +28,7 @@ _REASON = re.compile(r",?\s+(?:because|since|which|so|when|where|if|as)\b|,\s+(?
 
 _PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)*"
 _NUMBER = re.compile(
-    rf"(?:(?<![\w).])-)?(?:\d+(?::\d+)+|\d+\s\d+/\d+|{_PLAIN}(?:/\d+(?:\.\d+)?)?)"
+    rf"(?:(?<![\w).])-)?(?:\d+(?::\d+)+(?:\s?[AaPp]\.?[Mm]\b)?|\d+\s\d+/\d+|{_PLAIN}(?:/\d+(?:\.\d+)?)?)"
     r"(?:\s*(?:\\times|\\cdot|[×·*x])\s*10\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d+)|[eE][+-]?\d+)?"
     r"(?:\s?\\?%|\s+(?:hundred|thousand|million|billion|trillion|dozen|percent)\b)?|(?<![\w.])-?\.\d+"
 )
@@ -34,37 +37,36 @@ _RUN = re.compile(
 )
 _GLUED = re.compile(r"[A-Za-z]+")
 _NOT_A_FACTOR = {
-    "th",
-    "st",
-    "nd",
-    "rd",
-    "m",
-    "g",
-    "s",
-    "h",
-    "L",
-    "l",
-    "cm",
-    "mm",
-    "km",
-    "kg",
-    "mg",
-    "ft",
-    "in",
-    "lb",
-} | {*("oz", "ml", "mL", "yd", "mi", "am", "pm", "AM", "PM", "hr")}
+    *("th", "st", "nd", "rd", "m", "g", "s", "h", "L", "l", "cm", "mm", "km", "kg", "mg", "ft", "in", "lb", "oz", "ml"),
+    *("mL", "yd", "mi", "am", "pm", "AM", "PM", "hr"),
+}
 _PART_BEFORE = re.compile(  # what makes the number behind it a part of something
-    r"[\\^_{√±∓]\s?$|\\[A-Za-z]+\s*[({]?\s*$|[\^_][({]?-?$|\bi\s*[+-]\s*$|(?:(?<![A-Za-z])[A-Za-z]|\\[A-Za-z]+|[)}π])\s*/\s*$"
+    r"[\\^_{√±∓]\s?$|\\[A-Za-z]+\s*[({]?\s*$|[\^_][({]?-?$|(?<![A-Za-z])[b-z]\s*[+-]\s*$|(?:(?<![A-Za-z])[A-Za-z]|\\[A-Za-z]+|[)}π])\s*/\s*$"
 )
-_PART_AFTER = re.compile(r"\s*(?:\\(?!\)|\]|\\|[,;]?\s*text|\%|\$|n)[A-Za-z(]|[\^_!√π(]|[}|])")
+_PART_AFTER = re.compile(r"\(|\s*(?:\\(?!\)|\]|\\|[,;]?\s*text|\%|\$|n)[A-Za-z(]|[\^_!√π]|[}|])")
 _UNIT_BEFORE = re.compile(r"(?:(?<![\\A-Za-z])(?:[A-Za-z]{2,}|(?<=\d )m)|\\(?:text|mathrm)\s*\{[^{}]*\})\s*\^\s*\{?-?$")
 _LIST_BEFORE = re.compile(
-    rf"(?:[-\d.,/]*\d)\s*\$?,?\s*\b(?:and|or)\s+\$?(?:[A-Za-z]\s*=\s*)?$|=\s*(?:-?{_PLAIN}\s*,\s*)+$"
+    rf"(?:[A-Za-z]\s*=\s*)?(?:-?{_PLAIN},\s)*(?:[-\d.,/]*\d)\s*\$?,?\s*\b(?:and|or)\s+\$?(?:[A-Za-z]\s*=\s*)?$|=\s*(?:-?{_PLAIN}\s*,\s*)+$"
 )
 
 
 def find_answer(response: str) -> str | None:
     """Return the response's final answer, or None if there is none."""
+    said = final_part(response)
+    found = _find(said, tagged=f"<answer>{said}</answer>" in response)
+    return _find(response) if found is None and len(said) < len(response) else found
+
+
+def final_part(response: str) -> str:
+    """Return what stands behind the thoughts, which end with `</think>`, and in `<answer>` if there is such a tag."""
+    for opening, closing in (("</think>", ""), ("<answer>", "</answer>")):
+        part = response.rpartition(opening)[2]
+        part = part.partition(closing)[0] if closing else part
+        response = part if part.strip() else response
+    return response
+
+
+def _find(response: str, tagged: bool = False) -> str | None:
     boxed = last_boxed(response)
     if boxed is not None:
         return boxed
@@ -72,7 +74,9 @@ def find_answer(response: str) -> str | None:
     if marked is not None or "\\boxed" in response:  # a box that was cut short holds no answer to guess
         return marked
     tail = response[-_TAIL:]
-    return stated_answer(tail) or _last_quantity(tail)
+    if tagged and len(tail) < _LONGEST_TAGGED:
+        return _of_sentence(tail.strip(), 0)
+    return stated_answer(tail) or _last_quantity(tail) or _in_bold(tail)
 
 
 def known_answer(answer: str) -> str:
@@ -159,7 +163,12 @@ def stated_answer(text: str) -> str | None:
         pass
     if not stated:
         return None
-    sentence = _SENTENCE.match(text, stated.end())[0]
+    return _of_sentence(text, stated.end())
+
+
+def _of_sentence(text: str, start: int) -> str | None:
+    """Return the answer that the sentence at `start` says: all of it, or the last quantity of prose."""
+    sentence = _SENTENCE.match(text, start)[0]
     said = _REASON.split(sentence, maxsplit=1)[0].strip().strip("*` ").strip()
     if not said or len(said) > 300:
         return None
@@ -172,6 +181,12 @@ def stated_answer(text: str) -> str | None:
     if form.kind == "list" and all(part.kind in ("number", "words", "relation", "tuple") for part in form.parts):
         return said
     return _last_quantity(said)
+
+
+def _in_bold(text: str) -> str | None:
+    """Return the bold words that end a response without any number."""
+    match = re.search(r"\*\*([^*\n]{1,40})\*\*\W*$", text[-100:])
+    return match[1].strip() if match else None
 
 
 def _last_quantity(text: str) -> str | None:

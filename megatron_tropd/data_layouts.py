@@ -18,6 +18,7 @@ import math
 from collections import Counter
 from typing import Any
 
+from megatron_tropd.answers import last_boxed
 from megatron_tropd.config import ColumnsConfig
 from megatron_tropd.data_messages import (
     KNOWN_ROLES,
@@ -323,16 +324,3 @@ def finish_reason(value: Any) -> str | None:
     if not isinstance(value, str):
         raise ValueError(f"finish_reason is a {type(value).__name__}, expected a string such as stop or length")
     return "length" if value.strip().lower() in CUT else value
-
-
-def last_boxed(text: str) -> str | None:
-    """Return the content of the last \\boxed{...} whose braces balance."""
-    end = len(text)
-    while (start := text.rfind("\\boxed{", 0, end)) >= 0:
-        depth = 0
-        for place in range(start + 6, end):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                return text[start + 7 : place].strip()
-        end = start
-    return None

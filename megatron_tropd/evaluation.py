@@ -14,12 +14,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_tropd.accuracy import measure
-from megatron_tropd.answer_comparison import same_answer
-from megatron_tropd.answers import find_answer, known_answer
 from megatron_tropd.config import DataConfig, EvaluationConfig, RolloutConfig
 from megatron_tropd.decoding import make_sampling
 from megatron_tropd.errors import UserError
-from megatron_tropd.grading import Grader, check_pattern, shared_worker
+from megatron_tropd.grading import Grader
 from megatron_tropd.prompts import PromptEncoder, evaluation_data, load_prompts
 from megatron_tropd.types import Prompt, Rollouts
 
@@ -40,25 +38,6 @@ def load_problems(
     """Read prompt files whose every row has an `answer`; see prompts.load_prompts."""
     options = {"key": "evaluation.problems", "data": evaluation_data(data), "length_remedy": _LENGTH_REMEDY}
     return load_prompts(path, tokenizer, max_tokens, require=("answer",), **options)
-
-
-def extract_answer(response: str, pattern: str = "auto") -> str | None:
-    """Return the response's final answer, or None if there is none; see answers.py.
-
-    `pattern` other than "auto" is a regular expression: the last match's first group (or whole match) is the answer.
-    Raises UserError if it does not compile.
-    """
-    if pattern == "auto":
-        return find_answer(response)
-    check_pattern(pattern)
-    found = shared_worker().last_match(pattern, response) if response else None
-    return None if found is None else found.strip()
-
-
-def is_correct(response: str, answer: str, pattern: str = "auto") -> bool:
-    """Whether the response's final answer equals `answer` (itself bare, or with the same markers as a response)."""
-    found = extract_answer(response, pattern)
-    return found is not None and same_answer(found, known_answer(answer), shared_worker().ask)
 
 
 def evaluate(

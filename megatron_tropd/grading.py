@@ -2,7 +2,7 @@ r"""Grades responses: finds the answer, compares it with the known one as `evalu
 
 - math (and auto): answers.py finds it, answer_comparison.py compares it; algebra runs in a worker process.
 - multiple_choice: the letter in a box, after "answer is", or the last that stands alone.
-- exact: the same text but for case, spaces, quotation marks and a full stop at its end.
+- exact: the same text but for LaTeX's text commands, case, spaces, quotation marks and a full stop at its end.
 
     with Grader("math", "auto", seconds=5.0) as grader:
         grader.grade(r"So \boxed{x+1}.", "1+x")  # ("x+1", True)
@@ -10,13 +10,11 @@ r"""Grades responses: finds the answer, compares it with the known one as `evalu
 
 from __future__ import annotations
 
-import atexit
-import functools
 import re
 import unicodedata
 
 from megatron_tropd.answer_comparison import same_answer
-from megatron_tropd.answers import find_answer, known_answer, last_boxed, stated_answer
+from megatron_tropd.answers import final_part, find_answer, known_answer, last_boxed, stated_answer
 from megatron_tropd.errors import UserError
 from megatron_tropd.grading_client import GradingWorker
 
@@ -25,6 +23,12 @@ _LETTER = r"\W{0,20}?(?:(?:option|choice)\s+)?(?:\\text\w*\s*\{\s*)?\(?\s*([A-Za
 _CHOSEN = re.compile(
     rf"\b(?:answer|option|choice)\b[^.\n:]{{0,60}}?(?:\bis\b|:|=){_LETTER}(?=[\s*$.,;:)}}]|$)", re.IGNORECASE
 )
+_CORRECT = re.compile(  # C is correct
+    r"(?<![\w'])([A-J])\)?\s+(?:is|must be)\s+(?:the\s+)?(?:(?:only|best)\s+)?(?:correct|right|answer|option|choice)\b"
+)
+_BOTH = r"\W{0,9}(?:\b(?:or|and)\b|[&/,])\W{0,9}"
+_ANOTHER = re.compile(rf"{_BOTH}\(?[A-J]\)?(?=\s*[.,\n]|\W*$)")
+_ONE_BEFORE = re.compile(rf"(?<![\w'])[A-J]{_BOTH}$")
 _ALONE = re.compile(r"\(([A-Ja-j])\)|(?<![\w'])([A-J])(?=\s*[).:]|\W*$)", re.MULTILINE)
 _TAIL = 20_000  # characters from the end in which a letter is looked for
 
@@ -54,8 +58,8 @@ class Grader:
             found = self._worker.last_match(self._pattern, response)
             return None if found is None else found.strip()
         if self._grader == "multiple_choice":
-            return find_letter(response)
-        return find_text(response) if self._grader == "exact" else find_answer(response)
+            return find_letter(final_part(response)) or find_letter(response)
+        return find_text(final_part(response)) if self._grader == "exact" else find_answer(response)
 
     def same(self, found: str, answer: str) -> bool:
         """Whether an answer that was found is the known one."""
@@ -86,14 +90,6 @@ class Grader:
         self.close()
 
 
-@functools.cache
-def shared_worker() -> GradingWorker:
-    """Return this process's grading worker for questions outside of an evaluation; it ends with the process."""
-    worker = GradingWorker(SECONDS)
-    atexit.register(worker.close)
-    return worker
-
-
 def check_pattern(pattern: str) -> None:
     """Raise UserError if `evaluation.answer_pattern` does not compile."""
     try:
@@ -110,19 +106,30 @@ def find_letter(response: str) -> str | None:
     if boxed is not None:
         return known_letter(boxed)
     tail = response[-_TAIL:]
+    alone = re.fullmatch(r"\W*([A-Ja-j])\W*", tail[-50:])
+    if alone and len(tail) <= 50:
+        return alone[1].upper()
     chosen = None
     for match in _CHOSEN.finditer(tail):
         letter = match[1]
-        if letter.isupper() or re.search(
+        if _ANOTHER.match(tail, match.end(1)):  # two letters are no choice
+            chosen = None
+        elif letter.isupper() or re.search(
             rf"\({letter}\)|{letter}\)?\W*$", match[0] + tail[match.end() :][:3].split("\n")[0]
         ):
             chosen = letter.upper()
     if chosen:
         return chosen
     last = None
+    for last in _CORRECT.finditer(tail):  # noqa: B007  (the last one counts)
+        pass
+    if last:
+        return last[1]
     for last in _ALONE.finditer(tail):  # noqa: B007  (the last one counts)
         pass
-    return (last[1] or last[2]).upper() if last else None
+    if last is None or _ONE_BEFORE.search(tail, max(0, last.start() - 20), last.start()):
+        return None
+    return (last[1] or last[2]).upper()
 
 
 def known_letter(answer: str) -> str | None:
@@ -148,6 +155,7 @@ def find_text(response: str) -> str | None:
 
 
 def plain_text(text: str) -> str:
-    """Return a text without what `exact` passes over: case, spaces, quotation marks and a full stop at its end."""
+    """Return a text without what `exact` passes over: text commands, case, spaces, quotation marks, last full stop."""
+    text = re.sub(r"\\(?:text\w*|math\w+|mbox)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text)).strip().strip("\"'`*$ ").rstrip(".")
     return text.strip().casefold()

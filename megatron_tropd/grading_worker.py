@@ -67,7 +67,9 @@ def math_verify(left: str, right: str) -> bool | None:
         re.search(r"\\text|[A-Za-z]{3,}|\d\.\d|\d\s*_", c) for c in commands
     ):
         return None
-    if any(re.search(r"\\text|\\int(?!\s*(?:_|\\limits))", text) for text in texts):  # words, constants of integration
+    if any(
+        re.search(r":|\\[lc]?dots|\\text|\\int(?!\s*(?:_|\\limits))", text) for text in texts
+    ):  # ratios, more to come, words, constants of integration
         return None
     if importlib.util.find_spec("math_verify") is None:
         return None

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_tropd.config import ColumnsConfig
-from megatron_tropd.data_layouts import RowReader, id_text, last_boxed
+from megatron_tropd.data_layouts import RowReader, id_text
 
 CHAT = [{"role": "user", "content": "2 + 2?"}]
 SHAREGPT = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]
@@ -279,13 +279,16 @@ def test_field_cases_a6_finish_reasons_of_rows(reason, kept):
 
 
 @pytest.mark.parametrize(
-    ("text", "answer"),
+    ("solution", "answer"),
     [
         (r"\boxed{1} then \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         (r"\boxed{1} then \boxed{2", "1"),
+        (r"so $x$ is $\boxed{5}$ or $\boxed{7}$.", "5, 7"),
+        (r"so \fbox{3}", "3"),
+        (r"so \boxed 3", "3"),
         ("none", None),
         (r"\boxed{" * 20000, None),
     ],
 )
-def test_last_boxed(text, answer):
-    assert last_boxed(text) == answer
+def test_field_cases_a11_the_box_of_a_solution_is_found_as_that_of_a_response(solution, answer):
+    assert read({"problem": "2 + 2?", "solution": solution})[0].get("answer") == answer

@@ -7,7 +7,8 @@ from helpers import run_distributed
 
 from megatron_tropd.config import EvaluationConfig, ModelConfig, RolloutConfig
 from megatron_tropd.errors import UserError
-from megatron_tropd.evaluation import describe, evaluate, extract_answer, is_correct, load_problems, training_record
+from megatron_tropd.evaluation import describe, evaluate, load_problems, training_record
+from megatron_tropd.grading import Grader
 from megatron_tropd.types import Prompt, Rollouts
 
 
@@ -28,23 +29,19 @@ from megatron_tropd.types import Prompt, Rollouts
         ("", None),
     ],
 )
-def test_extract_answer(response, answer):
-    assert extract_answer(response) == answer
+def test_the_final_answer_is_found(response, answer):
+    with Grader() as grader:
+        assert grader.find(response) == answer
 
 
-def test_extract_answer_with_a_pattern():
-    assert extract_answer("A: 3 A: 4", r"A: (\d)") == "4"
-    assert extract_answer("x7y8", r"\d") == "8"
-    assert extract_answer("none", r"A: (\d)") is None
-    with pytest.raises(UserError, match="answer_pattern='\\('"):
-        extract_answer("x", "(")
-
-
-def test_is_correct():
-    assert is_correct(r"\boxed{0.5}", "1/2")
-    assert is_correct("#### 72", "reasoning\n#### 72.0")
-    assert not is_correct("the answer is 71", "72")
-    assert not is_correct("I do not know", "72")
+@pytest.mark.parametrize(
+    ("response", "pattern", "answer"),
+    [("A: 3 A: 4", r"A: (\d)", "4"), ("x7y8", r"\d", "8"), ("none", r"A: (\d)", None), ("", r"\d", None)],
+)
+def test_a_pattern_finds_the_answer(response, pattern, answer):
+    with Grader(pattern=pattern) as grader:
+        assert grader.find(response) == answer
+        assert grader.grade(response, answer or "4") == (answer, answer is not None)
 
 
 class _WordTokenizer:
