@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_tropd.errors import UserError
 from megatron_tropd.fingerprint import digest_of
-from megatron_tropd.json_files import refuse_foreign, write_text
+from megatron_tropd.json_files import refuse_foreign, refuse_unwritable, write_text
 from megatron_tropd.types import Prompt, Sampling
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ def finished_ids(output: str | Path, prompts: list[Prompt], origin: Origin, fiel
 def prepare_file(output: str | Path, prompts: list[Prompt], origin: Origin, field: str) -> set[str]:
     """Return `finished_ids` after dropping what a killed run left incomplete; every other line stays as it is."""
     output = Path(output)
+    refuse_unwritable(output.parent, f"--output {output}")
     output.parent.mkdir(parents=True, exist_ok=True)
     finished, kept = _read(output, prompts, origin, field)
     if kept is not None:
