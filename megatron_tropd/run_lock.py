@@ -1,4 +1,4 @@
-"""One job at a time writes to a run's folders: a lock that the system takes back when its holder ends or dies.
+"""One command at a time writes to a run's folders or to an output: the system takes the lock back from who dies.
 
 with RunLock() as lock:
     lock.probe([folder])  # refuse early; writes nothing
@@ -23,7 +23,7 @@ _FILE = ".lock"
 
 
 class RunLock:
-    """Locks on folders, each by a hidden file in it, held by one process.
+    """Locks on folders and files, each by a hidden file in or beside it, held by one process.
 
     A file that a killed run left is not held. File systems without locks are passed over.
     """
@@ -41,12 +41,19 @@ class RunLock:
         """Hold folders, which are made if missing; UserError if another process holds one."""
         for folder in dict.fromkeys(folder.resolve() for folder in folders):
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / _FILE
-            file = _open_locked(path, folder)
-            self._held.append((path, file))
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+            self._take(folder / _FILE, folder)
+
+    def take_file(self, path: Path) -> None:
+        """Hold a single file in an existing folder; UserError if another process holds it."""
+        path = path.resolve()
+        self._take(path.with_name(f".{path.name}{_FILE}"), path)
+
+    def _take(self, path: Path, what: Path) -> None:
+        file = _open_locked(path, what)
+        self._held.append((path, file))
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
 
     def __enter__(self) -> RunLock:
         return self
@@ -59,11 +66,14 @@ class RunLock:
         self._held.clear()
 
 
-def _open_locked(path: Path, folder: Path) -> IO[str]:
+def _open_locked(path: Path, what: Path) -> IO[str]:
     while True:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (open as long as the lock is held)
         try:
-            _lock(file, folder, fcntl.LOCK_EX)
+            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (open as long as the lock is held)
+        except OSError as error:
+            raise UserError(f"{what} cannot be written to ({error.strerror}); give another place.") from error
+        try:
+            _lock(file, what, fcntl.LOCK_EX)
         except UserError:
             file.close()
             raise
@@ -73,14 +83,14 @@ def _open_locked(path: Path, folder: Path) -> IO[str]:
         file.close()  # its holder removed it between the two calls
 
 
-def _lock(file: IO[str], folder: Path, mode: int) -> None:
+def _lock(file: IO[str], what: Path, mode: int) -> None:
     try:
         fcntl.flock(file, mode | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         raise UserError(
-            f"another command is writing to {folder} ({file.read() or 'it does not say which'}). Wait for its end, or "
-            f"give another folder; if that process is gone with its node, remove {file.name}."
+            f"another command is writing to {what} ({file.read() or 'it does not say which'}). Wait for its end, or "
+            f"give another place; if that process is gone with its node, remove {file.name}."
         ) from None
     except OSError as error:
-        logger.info("%s cannot be locked (%s): do not start two runs in it at once", folder, error.strerror)
+        logger.info("%s cannot be locked (%s): let no two commands write to it at once", what, error.strerror)
