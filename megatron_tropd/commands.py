@@ -14,7 +14,7 @@ import sys
 
 from megatron_tropd.config import Recipe
 from megatron_tropd.errors import UserError
-from megatron_tropd.json_files import has_keys, refuse_foreign, write_json
+from megatron_tropd.json_files import has_keys, refuse_foreign, refuse_unwritable, write_json
 from megatron_tropd.recipe import load_recipe, shipped_recipes, to_yaml
 from megatron_tropd.validation import check_layout, require, validate
 
@@ -32,6 +32,7 @@ def train(arguments: argparse.Namespace) -> None:
         from megatron_tropd.resume import decide
 
         start = decide(recipe)
+        start.pin(recipe)
         _print(to_yaml(recipe).rstrip())
         if start.is_finished:
             _print(f"# finished: {start.step} steps are done in {recipe.logging.dir}")
@@ -44,8 +45,11 @@ def train(arguments: argparse.Namespace) -> None:
     if summary.get("nothing_to_do"):
         _print(f"finished already: {summary['steps']} steps are done in {recipe.logging.dir}; nothing to do")
         return
+    skipped = [entry["reason"] for entry in summary["skipped_steps"]]
+    without = f" ({len(skipped)} of them without an update: {', '.join(dict.fromkeys(skipped))})" if skipped else ""
     _print(
-        f"{summary['steps']} steps in {summary['seconds']:.0f} s; records and checkpoints are in {recipe.logging.dir}"
+        f"{summary['steps']} steps{without} in {summary['seconds']:.0f} s; records and checkpoints are in "
+        f"{recipe.logging.dir}"
     )
     for record in summary["evaluations"]:
         numbers = ", ".join(f"{key} {value:.4g}" for key, value in record.items() if key != "step")
@@ -110,7 +114,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from megatron_tropd.grading import check_pattern
 
     if arguments.output:
-        refuse_foreign(arguments.output, has_keys("accuracy", "samples"), "the result of an evaluation", "--output")
+        _refuse_output(arguments.output, "--output", "the result of an evaluation", "accuracy", "samples")
     check_pattern(config.answer_pattern)  # a pattern that does not compile is refused before the model is read
     options = {key: getattr(arguments, key) for key in ("samples", "temperature", "max_new_tokens")}
     config = dataclasses.replace(config, **{key: value for key, value in options.items() if value is not None})
@@ -130,6 +134,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
     _print(describe(result))
     if arguments.output and int(os.environ.get("RANK", 0)) == 0:
         write_json(arguments.output, result)
+
+
+def _refuse_output(path: str, option: str, what: str, *keys: str) -> None:
+    """Refuse a file to write to before the work whose result it gets."""
+    refuse_unwritable(os.path.dirname(path), f"{option} {path}")
+    refuse_foreign(path, has_keys(*keys), what, option)
 
 
 def hf_to_mcore(arguments: argparse.Namespace) -> None:
@@ -193,12 +203,9 @@ def doctor(arguments: argparse.Namespace) -> int:
     from megatron_tropd.doctor import run_doctor
 
     if arguments.json:
-        refuse_foreign(arguments.json, has_keys("title", "checks"), "the checks of a doctor", "--json")
+        _refuse_output(arguments.json, "--json", "the checks of a doctor", "title", "checks")
     if arguments.calibrate:
-        refuse_foreign(
-            arguments.calibrate, has_keys("flops", "bandwidth"), "the measurements of a doctor", "--calibrate"
-        )
-
+        _refuse_output(arguments.calibrate, "--calibrate", "the measurements of a doctor", "flops", "bandwidth")
     return run_doctor(recipe, arguments.recipe, arguments.json, arguments.calibrate)
 
 

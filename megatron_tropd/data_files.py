@@ -59,16 +59,21 @@ def open_data(spec: str | Path | list[str], key: str) -> list[list[Rows]]:
     return [[_open(path, key) for path in _matches(str(entry), key)] for entry in entries]
 
 
+def matches(entry: str | Path) -> list[Path]:
+    """Return the paths that a path, perhaps one with `~`, or a glob stands for; none where nothing matches a glob."""
+    path = Path(entry).expanduser()
+    if path.exists() or not glob.has_magic(str(entry)):
+        return [path]
+    return [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+
+
 def _matches(entry: str, key: str) -> list[Path]:
     if "://" in entry:
         raise UserError(f"{key}={entry}: only local files are read; download it first and give its path.")
-    path = Path(entry).expanduser()
-    if path.exists() or not glob.has_magic(entry):
-        return [path]
-    found = sorted(glob.glob(str(path), recursive=True))
+    found = matches(entry)
     if not found:
         raise UserError(f"{key}={entry}: no file matches the pattern; give the path of a data file.")
-    return [Path(name) for name in found]
+    return found
 
 
 def _open(path: Path, key: str) -> Rows:

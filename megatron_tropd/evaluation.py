@@ -71,7 +71,7 @@ def evaluate(
     sampling = make_sampling(rollout, seed, samples_per_prompt=config.samples, **own)
     mine = problems[groups.dp_rank :: groups.dp_size]
     chunk = max(1, rollout.max_batch_size // config.samples)
-    share = _Share(config, problems)
+    share, arbitrary = _Share(config, problems), 0
     grades = all(group.rank() == 0 for group in (groups.mp, groups.cp))
     with (
         share,
@@ -80,13 +80,14 @@ def evaluate(
         for start in range(0, -(-len(problems) // groups.dp_size), chunk):  # as often on every rank
             batch = mine[start : start + chunk]
             rollouts = engine.generate(batch, [[] for _ in batch], sampling)
-            check_responses(rollouts, role, on_nan)
+            arbitrary += check_responses(rollouts, role, on_nan)
             if grades:
                 share.grade(rollouts)
             bar.update(len(batch))
             bar.set_postfix(accuracy=f"{share.accuracy:.3f}", refresh=False)
     samples, exceeded = _gather(share, groups)
-    return summarise(samples, config.samples, exceeded)
+    result = summarise(samples, config.samples, exceeded)
+    return {**result, "problems_not_finite": arbitrary} if arbitrary else result
 
 
 class _Share:
@@ -197,8 +198,11 @@ def training_record(result: dict[str, Any]) -> dict[str, float]:
     """Return what a training run records of an evaluation: flat numbers, none of them missing.
 
     Its keys are accuracy, accuracy_low, accuracy_high, pass_at_K and accuracy/DOMAIN as far as there are such, and
-    evaluation_response_length.
+    evaluation_response_length. Where responses were drawn from NaN or infinity there is no accuracy to record, but
+    evaluation_not_finite: the number of problems with such a response.
     """
+    if result.get("problems_not_finite"):
+        return {"evaluation_not_finite": float(result["problems_not_finite"])}
     record = {key: result[key] for key in ("accuracy", "accuracy_low", "accuracy_high") if result[key] is not None}
     record |= {f"pass_at_{k}": value for k, value in result["pass_at_k"].items() if k != "1"}
     record |= {f"accuracy/{name}": domain["accuracy"] for name, domain in result.get("domains", {}).items()}

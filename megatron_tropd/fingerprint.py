@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tropd.config import Recipe
+from megatron_tropd.data_files import matches
 from megatron_tropd.hf_folder import TOKENIZER_FILES, matching_files
 
 _LENGTH = 16  # hexadecimal digits
@@ -92,11 +93,14 @@ def tokenizer_digest(path: str | Path | None, chat_template: str | None = None) 
 
 
 def files_digest(paths: Any) -> str | None:
-    """Return the digest of a data file, of a folder's files or of several of them; None where nothing is named."""
+    """Return the digest of a data file, of a folder's, a glob's or a list's files; None where one is not there."""
     if not paths:
         return None
     state = hashlib.sha256()
-    for path in map(Path, paths if isinstance(paths, list | tuple) else [paths]):
+    found = [matches(entry) for entry in (paths if isinstance(paths, list | tuple) else [paths])]
+    if not all(found):
+        return None
+    for path in (path for entry in found for path in entry):
         if not path.exists():
             return None
         for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:

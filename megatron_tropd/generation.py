@@ -29,8 +29,9 @@ from megatron_tropd.number_guard import check_responses
 from megatron_tropd.parallel import ParallelGroups, on_rank_zero
 from megatron_tropd.pinned_date import pin_date
 from megatron_tropd.process_groups import process_groups
-from megatron_tropd.responses_file import Origin, append, finished_ids, prepare_file
+from megatron_tropd.responses_file import Origin, append, finished_ids, make_folder, prepare_file
 from megatron_tropd.rollout import RolloutEngine
+from megatron_tropd.run_lock import RunLock
 from megatron_tropd.tokenizer import Tokenizer, check_vocabulary, open_tokenizer
 from megatron_tropd.types import Prompt, Rollouts, Sampling
 
@@ -119,10 +120,31 @@ def write_responses(
         UserError: `output` holds anything but responses to these prompts by the same model and sampling, or responses
             were drawn from logits that are not finite.
     """
-    per_prompt = sampling.samples_per_prompt
     origin = Origin(model, sampling)
+    with RunLock() as lock:
+        return _complete_file(engine, prompts, origin, groups, Path(output), field, batch_size, role, lock)
+
+
+def _complete_file(
+    engine: RolloutEngine,
+    prompts: list[Prompt],
+    origin: Origin,
+    groups: ParallelGroups,
+    output: Path,
+    field: str,
+    batch_size: int,
+    role: str,
+    lock: RunLock,
+) -> int:
     finished: list[Any] = [None]
-    on_rank_zero(lambda: finished.__setitem__(0, prepare_file(output, prompts, origin, field)))
+    sampling, per_prompt = origin.sampling, origin.sampling.samples_per_prompt
+
+    def prepare() -> None:
+        make_folder(output)
+        lock.take_file(output)
+        finished[0] = prepare_file(output, prompts, origin, field)
+
+    on_rank_zero(prepare)
     dist.broadcast_object_list(finished, src=0)
     todo = [prompt for prompt in prompts if prompt.id not in finished[0]]
     chunk = max(1, batch_size // per_prompt) * groups.dp_size

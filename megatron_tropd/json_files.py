@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import uuid
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tropd.errors import UserError
+
+_ROOM = "make room, get permission, or give another place"
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
@@ -23,19 +26,43 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file whole or not at all; its folder is made, a link's target is replaced, not the link."""
+    """Write a file whole or not at all; its folder is made, a link's target is replaced, not the link.
+
+    Raises:
+        UserError: it cannot be written, such as on a full disk; the old one stands.
+    """
     path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # no file of anybody else's
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{path} cannot be written ({error.strerror}); {_ROOM}.") from error
         raise
+
+
+def refuse_unwritable(folder: str | Path, option: str) -> None:
+    """Raise UserError where files cannot be written to `folder`, which need not exist yet; nothing is written.
+
+    Args:
+        folder: of the files to be written.
+        option: the option or key that names it, or a file in it.
+    """
+    folder = Path(folder).absolute()
+    place = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+    if not place.is_dir():
+        raise UserError(f"{option}: {place} is no folder, so nothing can be written there; give another place.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{option}: {place} cannot be written to (its permissions, or a read-only file system); {_ROOM}."
+        )
 
 
 def refuse_foreign(path: str | Path, is_ours: Callable[[Path], bool], what: str, option: str) -> None:
@@ -58,9 +85,9 @@ def refuse_foreign(path: str | Path, is_ours: Callable[[Path], bool], what: str,
     except (ValueError, OSError):
         ours = False
     if not ours:
+        named = f"{option} {path}, which is" if option.endswith("holds") else f"{option} {path} exists and is"
         raise UserError(
-            f"{option} {path} exists and is not {what} of this program: it is left as it is. Give another name, or "
-            "move the file away."
+            f"{named} not {what} of this program: it is left as it is. Give another name, or move the file away."
         )
 
 

@@ -26,6 +26,8 @@ def find_damage(folder: str | Path) -> str | None:
         sizes = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
         return f"{MANIFEST} is missing or unreadable"
+    if not isinstance(sizes, dict):
+        return f"{MANIFEST} is no list of files"
     for name, size in sizes.items():
         file = folder / name
         if not file.is_file():

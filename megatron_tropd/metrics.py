@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_tropd.errors import UserError
 from megatron_tropd.json_files import refuse_foreign, write_bytes
 
 logger = logging.getLogger(__name__)
@@ -104,8 +105,15 @@ class MetricsWriter:
         self.close()
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        self._files[name].write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-        self._files[name].flush()
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            self._files[name].write(line.encode("utf-8", errors="backslashreplace"))
+            self._files[name].flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._folder / name}.jsonl cannot be written ({error.strerror}); make room, and start the command "
+                "again to continue from the newest checkpoint."
+            ) from error
 
     def _scalars(self, step: int, record: dict[str, Any]) -> None:
         for key, value in record.items() if self._tensorboard else ():
@@ -175,7 +183,7 @@ def _open(path: Path, last_step: int) -> Any:
             kept.append(lines[-1])
         text = "".join(line + "\n" for line in kept)
         write_bytes(path, text.encode("utf-8", errors="surrogateescape"))
-    return open(path, "a", encoding="utf-8")
+    return open(path, "ab")
 
 
 def _stays(line: str, last_step: int) -> bool:

@@ -188,8 +188,10 @@ def _listed(items: list[str]) -> str:
     return "; ".join(items[:_SHOWN]) + (" and others" if len(items) > _SHOWN else "")
 
 
-def check_responses(rollouts: Rollouts, role: str, on_nan: str = "stop") -> None:
+def check_responses(rollouts: Rollouts, role: str, on_nan: str = "stop") -> int:
     """Refuse responses that were drawn from logits that are not finite; collective over the model's ranks.
+
+    Returns how many prompts, of all ranks, have such a response: 0 unless `on_nan` is skip.
 
     Args:
         rollouts: this data-parallel rank's.
@@ -201,7 +203,7 @@ def check_responses(rollouts: Rollouts, role: str, on_nan: str = "stop") -> None
     """
     rows = [i for i, logprobs in enumerate(rollouts.logprobs) if not sum(logprobs) < math.inf]
     if not any_rank(bool(rows)):
-        return
+        return 0
     places = everywhere([f"prompt {rollouts.prompts[i].id!r} (rank {dist.get_rank()})" for i in rows])
     message = (
         f"NaN or infinity in the {role}'s logits as it wrote its responses to {_listed(places)}: what it drew is "
@@ -211,3 +213,4 @@ def check_responses(rollouts: Rollouts, role: str, on_nan: str = "stop") -> None
         raise UserError(message)
     if dist.get_rank() == 0:
         logger.warning(message)
+    return len(places)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from megatron_tropd.errors import UserError
 from megatron_tropd.fingerprint import digest_of
-from megatron_tropd.json_files import refuse_foreign, write_text
+from megatron_tropd.json_files import refuse_foreign, refuse_unwritable, write_text
 from megatron_tropd.types import Prompt, Sampling
 
 logger = logging.getLogger(__name__)
@@ -52,10 +53,17 @@ def finished_ids(output: str | Path, prompts: list[Prompt], origin: Origin, fiel
     return _read(Path(output), prompts, origin, field)[0]
 
 
+def make_folder(output: Path) -> None:
+    """Make the folder of a file to write to; UserError where nothing can be written there."""
+    folder = Path(os.path.realpath(output)).parent
+    refuse_unwritable(folder, f"--output {output}")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def prepare_file(output: str | Path, prompts: list[Prompt], origin: Origin, field: str) -> set[str]:
     """Return `finished_ids` after dropping what a killed run left incomplete; every other line stays as it is."""
     output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     finished, kept = _read(output, prompts, origin, field)
     if kept is not None:
         write_text(output, "".join(line + "\n" for line in kept))
@@ -97,8 +105,8 @@ def _read(output: Path, prompts: list[Prompt], origin: Origin, field: str) -> tu
     counts = Counter(record["id"] for record in records if record)
     if any(count > per_prompt for count in counts.values()):
         raise UserError(
-            f"{output} holds more than {per_prompt} responses of a prompt: it was written with other settings. Move it "
-            "away, or give another output."
+            f"{output} holds more than {per_prompt} responses of a prompt: it was written with other --samples, or by "
+            "two commands at once. Remove what is too much, move it away, or give another output."
         )
     dropped = {name for name, count in counts.items() if count < per_prompt and name in asked}
     kept = [line for line, record in zip(lines, records, strict=True) if not (record and record["id"] in dropped)]

@@ -22,7 +22,7 @@ from megatron_tropd.config import Recipe
 from megatron_tropd.disk_space import check_checkpoints
 from megatron_tropd.errors import UserError
 from megatron_tropd.fingerprint import read_config, recipe_contents
-from megatron_tropd.json_files import has_keys, refuse_foreign, write_json, write_text
+from megatron_tropd.json_files import has_keys, refuse_foreign, refuse_unwritable, write_json, write_text
 from megatron_tropd.metrics import JSONL_FILES, is_record_file
 from megatron_tropd.parallel import ParallelGroups, on_rank_zero
 from megatron_tropd.prompts import PromptSource
@@ -39,6 +39,7 @@ from megatron_tropd.recipe_changes import (
     refuse,
     settings_of,
 )
+from megatron_tropd.run_lock import RunLock
 from megatron_tropd.train_step import Student
 
 logger = logging.getLogger(__name__)
@@ -57,11 +58,18 @@ class Start:
     last_step: int = 0  # after which this command stops
     changes: list[Change] = field(default_factory=list)
     pinned: dict[str, Any] = field(default_factory=dict)  # values that the new recipe leaves to the checkpoint's
+    lock: RunLock | None = None  # to be held while the run writes
 
     @property
     def is_finished(self) -> bool:
         """Whether there is nothing left to train."""
         return self.checkpoint is not None and self.step >= self.last_step
+
+    def pin(self, recipe: Recipe) -> None:
+        """Set the keys that the recipe leaves to the checkpoint's."""
+        for key, value in self.pinned.items():
+            section, name = key.split(".")
+            setattr(getattr(recipe, section), name, value)
 
     @property
     def keeps_random_states(self) -> bool:
@@ -74,20 +82,34 @@ def checkpoint_folder(recipe: Recipe) -> Path:
     return Path(recipe.checkpoint.dir or Path(recipe.logging.dir) / "checkpoints")
 
 
-def prepare(recipe: Recipe, groups: ParallelGroups) -> Start:
+def _locked_folders(recipe: Recipe) -> list[Path]:
+    return [Path(recipe.logging.dir), checkpoint_folder(recipe)]
+
+
+def prepare(recipe: Recipe, groups: ParallelGroups, lock: RunLock | None = None) -> Start:
     """Decide where the run begins, and refuse what cannot; collective, reads a few files on rank 0 and writes none.
+
+    `lock` is to be taken on the run's folders by `restore`; refused here already where another run holds it.
 
     Raises:
         UserError: no checkpoint is whole, the recipe changes what cannot change within a run, the run has finished
             with other settings, or the run's folder holds files of another origin under the names that it needs.
     """
     decided: list[Start | None] = [None]
-    on_rank_zero(lambda: decided.__setitem__(0, decide(recipe)))
+
+    def decide_now() -> None:
+        decided[0] = decide(recipe)
+        if not decided[0].is_finished:
+            refuse_unwritable(recipe.logging.dir, f"logging.dir={recipe.logging.dir}")
+            refuse_unwritable(checkpoint_folder(recipe), f"checkpoint.dir={recipe.checkpoint.dir}")
+            if lock is not None:
+                lock.probe(_locked_folders(recipe))
+
+    on_rank_zero(decide_now)
     dist.broadcast_object_list(decided, src=0)
     start = decided[0]
-    for key, value in start.pinned.items():
-        section, name = key.split(".")
-        setattr(getattr(recipe, section), name, value)
+    start.lock = lock
+    start.pin(recipe)
     if start.checkpoint is not None and groups.rank == 0:
         differences = f"; the recipe differs from the checkpoint's:\n{describe(start.changes)}" if start.changes else ""
         what = "finished already, nothing to do:" if start.is_finished else "resuming from"
@@ -194,10 +216,24 @@ def restore(
         state.layout = layout
     state.contents = start.contents
     _foresee_room(recipe, student, start)
+    on_rank_zero(lambda: _take_lock(recipe, start))
     on_rank_zero(lambda: _put_in_force(recipe, start))
     student.gather_parameters()
     student.leave_device()
     return state
+
+
+def _take_lock(recipe: Recipe, start: Start) -> None:
+    """Hold the run's folders, and refuse to go on if another run wrote to them since `prepare`."""
+    if start.lock is None:
+        return
+    start.lock.take(_locked_folders(recipe))
+    folder = checkpoint_folder(recipe)
+    if recipe.checkpoint.resume and checkpoint.newest(folder) != start.checkpoint:
+        raise UserError(
+            f"another run wrote checkpoints to {folder} while this one was starting; start the command again to "
+            "continue from them, or give another logging.dir."
+        )
 
 
 def _foresee_room(recipe: Recipe, student: Student, start: Start) -> None:
@@ -227,9 +263,10 @@ def _put_in_force(recipe: Recipe, start: Start) -> None:
 
 def _entry(line: str) -> dict[str, Any] | None:
     try:
-        return json.loads(line)
+        entry = json.loads(line)
     except json.JSONDecodeError:
         return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
 
 
 def _set_aside(checkpoints: Path) -> None:

@@ -31,6 +31,7 @@ from megatron_tropd.process_groups import process_groups
 from megatron_tropd.remote_teacher import serve
 from megatron_tropd.resume import checkpoint_folder
 from megatron_tropd.run import Run, set_up
+from megatron_tropd.run_lock import RunLock
 from megatron_tropd.run_teacher import build_served_teacher
 from megatron_tropd.samples import sample_records
 from megatron_tropd.teacher import TeacherHook
@@ -58,8 +59,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     partition = split_processes(recipe)
     if partition is not None:
         return _train_in_parts(recipe, partition)
-    with process_groups(recipe.student, **_start(recipe)) as groups:
-        start = resume.prepare(recipe, groups)
+    with process_groups(recipe.student, **_start(recipe)) as groups, RunLock() as lock:
+        start = resume.prepare(recipe, groups, lock)
         if start.is_finished:
             return resume.finished_summary(recipe, start, groups)
         return _train(set_up(recipe, groups, None, start))
@@ -72,8 +73,10 @@ def _start(recipe: Recipe) -> dict[str, int]:
 def _train_in_parts(recipe: Recipe, partition: Partition) -> dict[str, Any]:
     """Train on the student's ranks and serve on the teacher's."""
     try:
-        with process_groups(getattr(recipe, partition.role), partition=partition, **_start(recipe)) as groups:
-            start = resume.prepare(recipe, groups)  # both parts decide from the same files, before either writes any
+        part = process_groups(getattr(recipe, partition.role), partition=partition, **_start(recipe))
+        with part as groups, RunLock() as lock:
+            # Both parts decide from the same files, before either writes any.
+            start = resume.prepare(recipe, groups, None if partition.is_teacher else lock)
             if start.is_finished:
                 partition.meet()
                 summary = resume.finished_summary(recipe, start, groups)

@@ -1,6 +1,7 @@
 """The file of responses: completed to the last one, and never a line of it that is not known to be replaceable."""
 
 import json
+import os
 
 import pytest
 from helpers import run_distributed
@@ -8,6 +9,7 @@ from tiny_models import write_model
 
 from megatron_tropd.errors import UserError
 from megatron_tropd.responses_file import Origin, finished_ids, prepare_file
+from megatron_tropd.run_lock import RunLock
 from megatron_tropd.types import Prompt, Sampling
 
 
@@ -229,3 +231,25 @@ def test_a_link_is_followed_and_a_device_is_left_alone(tmp_path):
     assert target.read_text() == record + "\n"
     with pytest.raises(UserError, match="not a regular file"):
         prepare_file("/dev/null", prompts, origin, "response")
+
+
+def test_field_cases_a9_two_commands_do_not_write_to_one_output(folder, whole, tmp_path):
+    output = tmp_path / "out.jsonl"
+    output.write_text("".join(whole.splitlines(keepends=True)[:2]))
+    before = output.read_text()
+    with RunLock() as lock:
+        lock.take_file(output)
+        status, errors = generate(folder, output)
+        assert status == 2
+        assert f"another command is writing to {output} (process {os.getpid()}" in errors[0]
+        assert output.read_text() == before
+    assert generate(folder, output) == (0, [])
+    assert output.read_text() == whole
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_field_cases_a9_an_output_below_a_file_is_refused(folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine\n")
+    status, errors = generate(folder, tmp_path / "notes.txt" / "out.jsonl")
+    assert status == 2
+    assert f"{tmp_path / 'notes.txt'} is no folder" in errors[0]

@@ -4,7 +4,9 @@ import json
 import math
 
 import torch
+from helpers import run_distributed
 
+from megatron_tropd.errors import UserError
 from megatron_tropd.metrics import MetricsWriter, read_records
 from megatron_tropd.responses import Responses
 
@@ -77,3 +79,35 @@ def test_only_newlines_end_a_record(tmp_path):
     assert read_records(file) == records
     responses = Responses(file, key="guidance.responses")
     assert {r["id"]: responses.get(r["id"])[0] for r in records} == {r["id"]: r["teacher_response"] for r in records}
+
+
+def limit_and_write(folder):
+    """Write records until the system refuses; a limit on file sizes stands for a full disk."""
+    import resource
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    writer = MetricsWriter(folder, tensorboard=False)
+    try:
+        for step in range(100):
+            writer.write(step, {"loss": 1.0})
+    except UserError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return None
+
+
+def test_field_cases_b16_a_disk_that_fills_up_under_the_records_is_named(tmp_path):
+    (message,) = run_distributed(limit_and_write, 1, str(tmp_path))
+    assert f"{tmp_path / 'metrics.jsonl'} cannot be written (" in message
+    assert "make room" in message
+    steps = [record["step"] for record in read_records(tmp_path / "metrics.jsonl")]
+    assert steps == list(range(len(steps)))
+    assert len(steps) in (38, 39)  # 1000 bytes; the rest of the last line is written where there is room at the end
+    writer = MetricsWriter(tmp_path, tensorboard=False, start=30)
+    writer.write(30, {"loss": 2.0})
+    writer.close()
+    assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == list(range(31))

@@ -398,6 +398,13 @@ def test_field_cases_b8_responses_of_nan_logits_are_refused(what, material, tmp_
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_field_cases_b8_an_evaluation_of_nan_logits_records_no_accuracy(material, tmp_path):
+    options = [f"evaluation.problems={material / 'prompts.jsonl'}", "training.on_nan=skip", "training.steps=1"]
+    run_guarded(material, tmp_path, *options, spoil=partial(spoil_row, "student", mark_id()))
+    first = json.loads((tmp_path / "evaluations.jsonl").read_text().splitlines()[0])
+    assert first == {"step": 0, "evaluation_not_finite": 1.0}  # p3 alone
+
+
 @pytest.mark.parametrize(("role", "on_nan"), [("teacher", "stop"), ("student", "stop"), ("teacher", "skip")])
 def test_field_cases_b8_a_held_out_divergence_names_the_model(role, on_nan, material, tmp_path):
     options = [f"evaluation.held_out={material / 'prompts.jsonl'}", f"training.on_nan={on_nan}", *PP2]

@@ -1,6 +1,7 @@
 """A run that is started again: the new recipe is in force or refused by key, and nothing is claimed that is not so."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from helpers import run_distributed
 from test_train import assert_same, overrides_of, records, refused_rank, train_rank
 from test_train import material as material  # a fixture
 from tiny_models import write_model
+
+from megatron_tropd.run_lock import RunLock
 
 COSINE = ("training.lr_schedule=cosine", "training.lr_warmup_steps=1")
 
@@ -259,3 +262,66 @@ def test_field_cases_a8_a_finished_run_with_a_teacher_apart_ends_on_all_ranks(ma
     summaries = run_distributed(train_rank, 2, options)
     assert all(summary["nothing_to_do"] for summary in summaries)
     assert snapshot(tmp_path) == before
+
+
+def test_field_cases_a8_edited_files_behind_a_pattern_or_in_a_list_are_seen(material, tmp_path):
+    (tmp_path / "data").mkdir()
+    text = (material / "prompts.jsonl").read_text()
+    (tmp_path / "data" / "a.jsonl").write_text(text)
+    named = {"pattern": f"data.prompts={tmp_path}/data/*.jsonl", "list": f"data.prompts=[{tmp_path}/data/*.jsonl]"}
+    for name, prompts in named.items():
+        (tmp_path / "data" / "a.jsonl").write_text(text)
+        run(material, tmp_path / name, prompts, "training.steps=1")
+        assert run(material, tmp_path / name, prompts, "training.steps=1")["nothing_to_do"]
+        (tmp_path / "data" / "a.jsonl").write_text(text.replace("add 3 and", "sub 3 and"))
+        message = refused(material, tmp_path / name, prompts, "training.steps=1")
+        assert "data.prompts: other contents in" in message
+
+
+def test_field_cases_a7_other_guidance_behind_a_pattern_is_said(material, tmp_path):
+    (tmp_path / "data").mkdir()
+    text = (material / "prompts.jsonl").read_text()
+    (tmp_path / "data" / "a.jsonl").write_text(text)
+    guidance = f"guidance.responses={tmp_path}/data/*.jsonl"
+    run(material, tmp_path / "run", guidance, "training.exit_step=2")
+    (tmp_path / "data" / "a.jsonl").write_text(text.replace("it is", "I say"))
+    run(material, tmp_path / "run", guidance)
+    *_, last = map(json.loads, (tmp_path / "run" / "recipes.jsonl").read_text().splitlines())
+    assert f"guidance.responses: other contents in {tmp_path}/data/*.jsonl" in last["changes"]
+
+
+def test_field_cases_a9_two_runs_do_not_write_to_one_folder(halfway, material, tmp_path):
+    shutil.copytree(halfway / "run", tmp_path / "run")
+    before = snapshot(tmp_path / "run")
+    with RunLock() as lock:
+        lock.take([tmp_path / "run"])
+        message = refused(material, tmp_path / "run")
+        assert "another command is writing to" in message
+        assert f"process {os.getpid()}" in message
+    with RunLock() as lock:
+        lock.take([tmp_path / "run" / "checkpoints"])
+        other = f"checkpoint.dir={tmp_path / 'run' / 'checkpoints'}"
+        assert "another command is writing to" in refused(material, tmp_path / "other", other)
+    assert snapshot(tmp_path / "run") == before
+    (tmp_path / "run" / ".lock").write_text("process 1 on a node that crashed")  # a file alone holds nothing
+    assert run(material, tmp_path / "run")["steps"] == 4
+    assert not list(tmp_path.rglob(".lock"))
+
+
+def test_field_cases_b16_a_folder_that_cannot_be_written_to_is_refused_before_a_model_is_read(material, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place in ("file", "file/run"):
+        message = refused(material, tmp_path / place)
+        assert message.startswith(f"logging.dir={tmp_path / place}: {tmp_path / 'file'} is no folder")
+    message = refused(material, tmp_path / "run", f"checkpoint.dir={tmp_path / 'file'}")
+    assert message.startswith(f"checkpoint.dir={tmp_path / 'file'}: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_lines_of_the_history_that_are_no_entries_are_passed_over(halfway, material, tmp_path):
+    shutil.copytree(halfway / "run", tmp_path / "run")
+    with open(tmp_path / "run" / "recipes.jsonl", "a") as file:
+        file.write('[1]\n{}\n5\nnull\n{"step": "x"}\nbroken')
+    run(material, tmp_path / "run", "objective.name=opd")
+    history = [json.loads(line) for line in (tmp_path / "run" / "recipes.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in history] == [0, 2]
