@@ -172,6 +172,7 @@ class PromptSet(Sequence):
         elif rows.columns is not None:
             _refuse_missing(columns, rows, rows.columns)
         reader = RowReader(columns, self._data.assistant_turn, self._require)
+        reader.file_columns = rows.columns
         if rows.columns is not None:
             rows.select(reader.names(rows.columns))
         return reader

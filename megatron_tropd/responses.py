@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tropd.config import ColumnsConfig
+from megatron_tropd.data_columns import REASONS, RESPONSES
 from megatron_tropd.data_files import open_data
-from megatron_tropd.data_layouts import REASONS, RESPONSES, RowReader, column_value, finish_reason, id_text
+from megatron_tropd.data_layouts import RowReader
 from megatron_tropd.data_messages import check_text
 from megatron_tropd.data_problems import Problems
+from megatron_tropd.data_values import column_value, finish_reason, id_text
 
 logger = logging.getLogger(__name__)
 
