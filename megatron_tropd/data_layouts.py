@@ -205,7 +205,7 @@ class RowReader:
         if role == "prompt" and isinstance(value, str) and looks_like_messages(value):
             value = parse_nested(value, name)
         if role == "messages" or isinstance(value, list):
-            prompt.messages = clean_messages(value, name)
+            prompt.messages = clean_messages(value, name, may_be_turns=role == "messages")
         else:
             text = check_text(value, name)
             about = self._about(row) if name == "instruction" else None

@@ -62,17 +62,18 @@ def parse_nested(value: Any, name: str) -> Any:
         raise ValueError(f"{name} is text that begins like JSON and is not ({error})") from error
 
 
-def clean_messages(value: Any, name: str = "messages") -> list[dict[str, Any]]:
+def clean_messages(value: Any, name: str = "messages", may_be_turns: bool = False) -> list[dict[str, Any]]:
     """Return messages with `role` and `content`: ShareGPT's fields and roles renamed, text parts joined.
 
-    Other fields of a message (tool_calls, name) stay for the template.
+    Other fields of a message (tool_calls, name) stay for the template. With `may_be_turns` a list of strings, or of
+    pairs such as {"input", "output"}, is a conversation that the user begins.
     """
     value = parse_nested(value, name)
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
         value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]  # by columns
     if not isinstance(value, list) or not value:
         raise ValueError(f"{name} is empty or not a list")
-    if type(value[0]) is not dict or "role" not in value[0]:
+    if may_be_turns and (type(value[0]) is not dict or "role" not in value[0]):
         value = _from_turns(value)
     messages = [_clean(message, name) for message in value]
     last = messages[-1]
@@ -97,7 +98,7 @@ def earlier_turns(history: Any) -> list[dict[str, Any]]:
     history = parse_nested(history, "history")
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise ValueError("history is no list of [question, response] pairs; write the conversation as messages")
-    return clean_messages([text for pair in history for text in pair], "history")
+    return clean_messages([text for pair in history for text in pair], "history", may_be_turns=True)
 
 
 def _from_turns(value: list[Any]) -> list[Any]:

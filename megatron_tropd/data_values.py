@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from decimal import Decimal
 from typing import Any
 
 from megatron_tropd.data_messages import check_encodable
@@ -54,7 +55,7 @@ def answer_text(value: Any) -> str:
 
 def scalar_text(value: Any, name: str) -> str:
     """Return a string or number as text; ValueError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise ValueError(f"{name} is a {type(value).__name__}, expected a string or a number")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} is {value}, expected a string or a number")

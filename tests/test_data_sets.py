@@ -200,6 +200,20 @@ def test_answers_of_multiple_choice(answer, expected):
     assert letter(answer, {"A": "3", "B": "4"}) == expected
 
 
+def test_field_cases_a10_rows_of_a_json_array_on_one_line_have_ids_of_their_own(tmp_path):
+    path = tmp_path / "sharegpt.json"
+    path.write_text(json.dumps([{"instruction": text, "output": text.upper()} for text in "abc"]))
+    prompts = PromptSet(str(path), None)
+    prompts.problems.raise_if_any()
+    assert [prompt.id for prompt in prompts] == ["1", "2", "3"]
+    path.write_text(json.dumps([{"id": "same", "text": text} for text in "abc"]))
+    assert "id 'same' is taken by row 1" in PromptSet(str(path), None).problems.first[0].message
+
+
+def test_a_list_of_strings_is_a_conversation_in_columns_of_conversations_alone(tmp_path):
+    assert "each of prompt must be" in open_rows(tmp_path, [{"prompt": ["a", "b"]}]).problems.first[0].message
+
+
 def test_what_a_question_may_be_about_is_pointed_at(tmp_path):
     lines = list(understood(open_rows(tmp_path, [{"question": "Where?", "context": "Bob is in Bonn."}])))
     assert any("the column context is no part of the prompt" in line for line in lines)
