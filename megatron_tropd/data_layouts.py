@@ -39,6 +39,8 @@ from megatron_tropd.data_messages import (
 from megatron_tropd.data_values import answer_text, column_value, finish_reason, id_text, last_boxed, scalar_text
 from megatron_tropd.types import Prompt
 
+_ROLES = {**dict.fromkeys(CHATS, "messages"), "text": "text"}  # of columns, else prompt
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -46,6 +48,7 @@ class _Plan:
 
     columns: dict[str, tuple[str, ...]]  # by SOURCES: those that the rows have
     renamed: dict[str, str]  # a column of ours that they have in other letter case -> its name there
+    only: tuple[str, str] | None = None  # role and name of the one column that the prompt can come from
 
 
 class RowReader:
@@ -115,7 +118,9 @@ class RowReader:
         for source, (role, names) in SOURCES.items():
             asked = (self._chosen[role],) if role in self._chosen else names
             columns[source] = tuple(n for n in asked if n in row or n in renamed or n.split(".")[0] in row)
-        plan = self._plans[tuple(row)] = _Plan(columns, renamed)
+        names, chosen = columns["prompt"], self._chosen.keys() & {"messages", "text", "prompt"}
+        only = (_ROLES.get(names[0], "prompt"), names[0]) if len(names) == 1 and not chosen else None
+        plan = self._plans[tuple(row)] = _Plan(columns, renamed, None if names == ("input",) else only)
         return plan
 
     def _renamed(self, columns: Any) -> dict[str, str]:
@@ -137,6 +142,11 @@ class RowReader:
         names = self._plan.columns[source]
         if not names:  # of most sources and rows: this runs ten times per row
             return None
+        if len(names) == 1 and names[0] in row:
+            name, value = names[0], row[names[0]]
+            if value is not None:
+                self._count(SOURCES[source][0] or source, name)
+            return value
         found = {name: value for name in names if (value := column_value(row, name)) is not None}
         if not found:
             return None
@@ -162,6 +172,10 @@ class RowReader:
 
     def _prompt_source(self, row: dict[str, Any]) -> tuple[str, str]:
         """Return the role (messages, text or prompt) and the column of what a response follows."""
+        only = self._plan.only
+        if only is not None and row[only[1]] is not None:
+            self._count(*only)
+            return only
         chosen = [(role, name) for role, name in self._chosen.items() if role in ("messages", "text", "prompt")]
         found = [(role, name) for role, name in chosen if column_value(row, name) is not None]
         if chosen and not found:
@@ -173,8 +187,7 @@ class RowReader:
             if len(names) > 1:
                 copies = repeated({name: row[name] for name in names}, [row.get("input"), row.get("output")])
                 names = [name for name in names if name not in copies]
-            roles = {**dict.fromkeys(CHATS, "messages"), "text": "text"}
-            found = [(roles.get(name, "prompt"), name) for name in names]
+            found = [(_ROLES.get(name, "prompt"), name) for name in names]
         if len(found) != 1:
             names = [name for _, name in found]
             decides = " or ".join(f"data.columns.{role}={name}" for role, name in found)
