@@ -84,7 +84,13 @@ class ChatTemplate:
         try:
             text = self._render(name, messages, tools, merged)
         except Exception as error:
-            raise UserError(self._refusal(error, name, messages, tools, merged)) from error
+            try:  # DeepSeek-R1's template joins the arguments of tool calls as text, others write objects as JSON
+                as_text = [_with_text_arguments(message) for message in messages]
+                text = self._render(name, as_text, tools, merged) if as_text != messages else None
+            except Exception:
+                text = None
+            if text is None:
+                raise UserError(self._refusal(error, name, messages, tools, merged)) from error
         if not text.strip():
             raise UserError(
                 f"the chat template of {self._origins[name]} renders nothing for these messages ({_roles(messages)}): "
@@ -317,3 +323,18 @@ def _environment() -> Any:
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     return environment
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with the arguments of its tool calls as JSON text."""
+
+    def as_text(call: Any) -> Any:
+        if not isinstance(call, dict):
+            return call
+        if isinstance(call.get("function"), dict):
+            return {**call, "function": as_text(call["function"])}
+        is_object = isinstance(call.get("arguments"), dict)
+        return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)} if is_object else call
+
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [as_text(call) for call in calls]} if isinstance(calls, list) else message

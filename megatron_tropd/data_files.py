@@ -13,7 +13,7 @@ import glob
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 _BATCH = 1000  # rows of a columnar file that are converted at once
 _LARGE_BYTES = 1 << 28  # a conversion from here on shows its progress
+
+
+Reader = Callable[[int, int], Any]  # returns the rows [start, stop) as a pyarrow.Table
 
 
 class Rows(Protocol):
@@ -143,6 +146,11 @@ def _map_arrow(path: Path) -> Any:
     return datasets.Dataset(InMemoryTable(table))
 
 
+def _reader(dataset: Any) -> Reader:
+    by_table = dataset.with_format("arrow")
+    return lambda start, stop: by_table[start:stop]
+
+
 class _Mapped:
     """A dataset that is mapped into memory as it is."""
 
@@ -152,8 +160,8 @@ class _Mapped:
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def take(self, names: list[str]) -> Any:
-        return self._dataset.select_columns(names)
+    def take(self, names: list[str]) -> Reader:
+        return _reader(self._dataset.select_columns(names))
 
 
 class _Parquet:
@@ -169,29 +177,36 @@ class _Parquet:
     def __len__(self) -> int:
         return self._rows
 
-    def take(self, names: list[str]) -> Any:
+    def take(self, names: list[str]) -> Reader:
         import datasets
         import pyarrow.parquet
-        from datasets.table import InMemoryTable
 
+        if not self._rows:  # `datasets` fails at it
+            return lambda start, stop: pyarrow.table({name: [] for name in names})
         stat = self._path.stat()
-        # `datasets` knows a file by its name and time: the folder tells apart what was written within one tick.
-        cache = Path(datasets.config.HF_DATASETS_CACHE) / "megatron_tropd" / f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
+        # `datasets` knows a file by its name and time. The folder tells apart what was written within one tick, and by
+        # the time of the inode what a copy put there with the time of another file.
+        version = "-".join(f"{number:x}" for number in (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+        cache = Path(datasets.config.HF_DATASETS_CACHE) / "megatron_tropd" / version
         name = glob.escape(str(self._path.resolve()))
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with _progress(datasets, stat.st_size > _LARGE_BYTES):  # a lock lets the first of several ranks convert
-                return datasets.Dataset.from_parquet(name, cache_dir=str(cache), columns=names)
+                return _reader(datasets.Dataset.from_parquet(name, cache_dir=str(cache), columns=names))
         except Exception as error:
+            table = pyarrow.parquet.read_table(self._path, columns=names)  # raises what is wrong with the file itself
             reason = _no_cache(error)
             if reason is None:
-                raise
-            logger.warning(
-                "%s: no cache can be written in %s (%s), so each process holds the columns in memory; set "
-                "HF_DATASETS_CACHE to a folder with room",
-                *(self._path, datasets.config.HF_DATASETS_CACHE, reason),
-            )
-            return datasets.Dataset(InMemoryTable(pyarrow.parquet.read_table(self._path, columns=names)))
+                logger.warning(
+                    "%s: %s; each process holds the columns in memory", self._path, " ".join(str(error).split())
+                )
+            else:
+                logger.warning(
+                    "%s: no cache can be written in %s (%s), so each process holds the columns in memory; set "
+                    "HF_DATASETS_CACHE to a folder with room",
+                    *(self._path, datasets.config.HF_DATASETS_CACHE, reason),
+                )
+            return lambda start, stop: table.slice(start, stop - start)
 
 
 def _no_cache(error: BaseException | None) -> str | None:
@@ -228,7 +243,7 @@ class ColumnRows:
     def __init__(self, path: Path, format: str, table: Any):
         """Wrap a _Mapped or a _Parquet."""
         self.path, self.format, self.columns = str(path), format, list(table.columns)
-        self._table, self._data = table, None
+        self._table, self._data = table, None  # a Reader, once columns are selected
 
     def __len__(self) -> int:
         return len(self._table)
@@ -246,7 +261,7 @@ class ColumnRows:
     def read(self, place: int) -> dict[str, Any]:
         """Return a row; ValueError says what is wrong with it."""
         try:
-            return _without_nulls(self._data[place]) if self._data is not None else {}
+            return _rows_of(self._data(place, place + 1))[0] if self._data is not None else {}
         except Exception as error:  # what pyarrow raises for a string that is not UTF-8 is a ValueError, too
             raise ValueError(" ".join(str(error).split())) from error
 
@@ -255,19 +270,39 @@ class ColumnRows:
         for start in range(0, len(self), _BATCH):
             places = range(start, min(start + _BATCH, len(self)))
             try:
-                batch = self._data[places.start : places.stop]
+                rows = (
+                    _rows_of(self._data(places.start, places.stop)) if self._data is not None else [{} for _ in places]
+                )
             except Exception:  # find the row that it is
-                yield from ((place, self._try(place)) for place in places)
-                continue
-            names = list(batch)
-            for place, values in zip(places, zip(*batch.values(), strict=True), strict=True):
-                yield place, _without_nulls(dict(zip(names, values, strict=True)))
+                rows = [self._try(place) for place in places]
+            yield from zip(places, rows, strict=True)
 
     def _try(self, place: int) -> dict[str, Any] | ValueError:
         try:
             return self.read(place)
         except ValueError as error:
             return error
+
+
+def _rows_of(table: Any) -> list[dict[str, Any]]:
+    rows = table.to_pylist()
+    if any(_may_hold_nulls(chunk) for column in table.columns for chunk in column.chunks):
+        return [_without_nulls(row) for row in rows]
+    return rows
+
+
+def _may_hold_nulls(array: Any) -> bool:
+    """Return whether an Arrow array holds a null at any depth, or may hold numbers that are none."""
+    import pyarrow.types as types
+
+    kind = array.type
+    if array.null_count or types.is_floating(kind):
+        return True
+    if types.is_struct(kind):
+        return any(_may_hold_nulls(field) for field in array.flatten())
+    if types.is_list(kind) or types.is_large_list(kind):
+        return _may_hold_nulls(array.flatten())
+    return types.is_nested(kind) or types.is_dictionary(kind) or types.is_null(kind)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 
+from megatron_tropd.data_columns import KNOWN
 from megatron_tropd.data_files import Rows
-from megatron_tropd.data_layouts import KNOWN, RowReader
+from megatron_tropd.data_layouts import RowReader
 from megatron_tropd.prompt_set import PromptSet
 
 _OWN_WORDS = sorted(KNOWN - {"input", "output", "context", "query"})  # short common words resemble too much
+_MATERIAL = {"context", "passage", "article", "document"}  # that questions are about
 
 
 def understood(prompts: PromptSet) -> Iterator[str]:
@@ -43,6 +45,11 @@ def warnings_about(rows: Rows, reader: RowReader) -> Iterator[str]:
         near = _near_miss(name, reader)
         if near:
             yield f"the column {name} is not read; was {near} meant? Rename it"
+    for name in unread_columns(rows, reader):
+        if name.lower() in _MATERIAL and reader.sources.get("prompt"):
+            yield f"the column {name} is no part of the prompt; if the question is about it, write both into one column"
+    if reader.not_taught:
+        yield f"{reader.not_taught} responses are not used: label=false, or weight=0 on the assistant's last turn"
     if reader.roles:
         shown = ", ".join(f"{role} ({count})" for role, count in reader.roles.most_common(5))
         yield f"messages have roles that few chat templates know: {shown}"
@@ -65,7 +72,7 @@ def _column_names(names: list[str]) -> Iterator[str]:
 def _near_miss(name: str, reader: RowReader) -> str | None:
     """Return the field that a column's name is a slip of the pen away from, unless that field is there."""
     lower = name.strip().lower()
-    if name in KNOWN:
+    if name in KNOWN or lower in KNOWN:
         return None
     near = difflib.get_close_matches(lower, _OWN_WORDS, n=1, cutoff=0.87)
     return near[0] if near and near[0] not in reader.fields else None

@@ -19,6 +19,7 @@ import os
 import shutil
 import sys
 import tempfile
+import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,16 +34,17 @@ _LIST_KEYS = ("data", "rows", "examples", "instances")  # of a JSON object aroun
 class TextRows:
     """The rows of a text file; only their places in the file are held in memory."""
 
-    unit = "line"
-
     def __init__(self, path: Path, format: str, file: BinaryIO, parse: Callable[[str], dict[str, Any]]):
         """Describe an empty index over the open `file`; `parse` turns a row's text into a dictionary."""
         self.path, self.format, self.columns = str(path), format, None
         self._file, self._parse = file, parse
         self._starts, self._ends, self._numbers = array("Q"), array("Q"), array("Q")
+        self.unit = "line"  # or "row", where several begin in one
 
     def add(self, start: int, end: int, number: int) -> None:
         """Add the row at bytes [start, end) that begins in line `number`, counted from 1."""
+        if self._numbers and self._numbers[-1] == number:
+            self.unit = "row"
         self._starts.append(start)
         self._ends.append(end)
         self._numbers.append(number)
@@ -51,8 +53,8 @@ class TextRows:
         return len(self._starts)
 
     def number(self, place: int) -> int:
-        """Return the line in which the row begins, counted from 1."""
-        return self._numbers[place]
+        """Return the line in which the row begins, or its number where several rows begin in one; counted from 1."""
+        return self._numbers[place] if self.unit == "line" else place + 1
 
     def read(self, place: int) -> dict[str, Any]:
         """Return a row; ValueError says what is wrong with it."""
@@ -124,13 +126,18 @@ def _uncompressed(path: Path) -> BinaryIO:
         file.seek(0)
         opener = next((o for magic, o in _COMPRESSED.items() if head.startswith(magic)), None)
         if opener is None:
-            if path.suffix.lower() == ".zst":
+            if head.startswith(b"\x28\xb5\x2f\xfd"):
                 raise UserError(f"{path}: zstd is not read here; unpack it with `unzstd {path}`.")
+            if head.startswith(b"PK\x03\x04"):
+                raise UserError(f"{path}: zip archives are not read here; unpack it with `unzip {path}`.")
             return file
         unpacked = tempfile.TemporaryFile()  # noqa: SIM115
         with file, opener(file) as packed:
             shutil.copyfileobj(packed, unpacked, 1 << 20)
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+        unpacked.seek(0)
+        if unpacked.read(4) == b"PAR1":
+            raise UserError(f"{path} is a compressed Parquet file, which cannot be mapped; unpack it.")
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is a damaged archive ({error}); copy or compress it again.") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); give the path of a data file.") from error
@@ -274,6 +281,8 @@ class _Scanner:
             self._refuse(f"{error.msg} at line {error.lineno} column {error.colno}", error)
         except RecursionError as error:
             self._refuse("nested too deeply to be read", error)
+        except ValueError as error:  # a number of more digits than Python reads
+            self._refuse(f"{error} at line {self._text.count(chr(10), 0, start) + 1}", error)
         return start, self._place
 
     def _expect(self, character: str) -> None:

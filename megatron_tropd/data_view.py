@@ -14,7 +14,7 @@ from megatron_tropd.types import Prompt
 
 _SHOWN = 3
 _SHOWN_CHARACTERS = 1500  # of a prompt: two thirds from its beginning, the rest from its end
-_SAMPLE = 20_000  # rows whose lengths are measured
+_SAMPLE = 5_000  # rows whose lengths are measured
 _SPECIAL = ("\033[1;36m", "\033[0m")  # bold cyan around special tokens, on a terminal
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could move the cursor of a terminal; \n and \t stay
 

@@ -11,7 +11,6 @@ token covers at least one byte), and one row per sequence of roles, as templates
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import sys
@@ -30,6 +29,7 @@ from megatron_tropd.data_files import Rows, open_data
 from megatron_tropd.data_layouts import RowReader
 from megatron_tropd.data_problems import Problems
 from megatron_tropd.data_text import TextRows
+from megatron_tropd.prompt_digests import digests, to_json
 from megatron_tropd.types import Prompt, UserError
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ class PromptSet(Sequence):
         self.files = [rows for part in self._parts for rows in part]
         self.readers = [self._reader(rows) for rows in self.files]  # of the check, which counts what it understands
         self._again = [reader.again() for reader in self.readers]
+        self._prefixes = [self._prefix(rows) for rows in self.files]
         self._file, self._place, self._size, self._shape = array("L"), array("L"), array("L"), array("L")
         self._contents, self._digests, self._ids = array("Q"), array("Q"), []
         self._without_response: list[str] = []
@@ -172,23 +173,27 @@ class PromptSet(Sequence):
         elif rows.columns is not None:
             _refuse_missing(columns, rows, rows.columns)
         reader = RowReader(columns, self._data.assistant_turn, self._require)
+        reader.file_columns = rows.columns
         if rows.columns is not None:
             rows.select(reader.names(rows.columns))
         return reader
 
     def _check_rows(self) -> None:
-        rows_of_id: dict[str, tuple[Rows, int]] = {}
+        row_of_id: dict[str, int] = {}
         total = sum(map(len, self.files))
         for i, rows, place, record in self._progress(self._scan(), total, "check"):
             number = rows.number(place)
             try:
                 if isinstance(record, ValueError):
                     raise record
-                prompt = self.readers[i].read(record, self._default_id(rows, number))
-                other, first = rows_of_id.setdefault(prompt.id, (rows, number))
-                if (other, first) != (rows, number):
+                prompt = self.readers[i].read(record, f"{self._prefixes[i]}{number}")
+                first = row_of_id.setdefault(prompt.id, len(self._ids))
+                if first != len(self._ids):
+                    other = self.files[self._file[first]]
                     where = "" if other is rows else f" of {other.path}"
-                    raise ValueError(f"id {prompt.id!r} is taken by {other.unit} {first}{where}")
+                    raise ValueError(
+                        f"id {prompt.id!r} is taken by {other.unit} {other.number(self._place[first])}{where}"
+                    )
             except ValueError as error:
                 self.problems.add(rows.path, rows.unit, number, str(error))
                 continue
@@ -206,7 +211,7 @@ class PromptSet(Sequence):
 
     def _add(self, file: int, place: int, prompt: Prompt) -> None:
         content, digest, contents = digests(prompt)
-        tools = 3 * len(_to_json(prompt.tools)) if prompt.tools else 0  # templates indent them
+        tools = 3 * len(to_json(prompt.tools)) if prompt.tools else 0  # templates indent them
         self._file.append(file)
         self._place.append(place)
         self._size.append(content + tools)
@@ -217,16 +222,17 @@ class PromptSet(Sequence):
             self._without_response.append(prompt.id)
         elif prompt.teacher_finish_reason == "length":
             self.cut += 1
-        roles = tuple(message["role"] for message in prompt.messages or ())
+        roles = tuple([message["role"] for message in prompt.messages or ()])
         shape = (roles, prompt.tools is None, tuple(prompt.chat_template_kwargs or ()))
         self._shape.append(self._shapes.setdefault(shape, len(self._shapes)))
 
-    def _default_id(self, rows: Rows, number: int) -> str:
+    def _prefix(self, rows: Rows) -> str:
+        """Return what stands before a row's number in its id where it has none of its own."""
         if len(self.files) == 1:
-            return str(number)
+            return ""
         name = Path(rows.path).name
         shared = sum(Path(other.path).name == name for other in self.files) > 1
-        return f"{rows.path if shared else name}:{number}"
+        return f"{rows.path if shared else name}:"
 
     def _without_duplicates(self) -> np.ndarray:
         contents = np.asarray(self._contents)
@@ -285,8 +291,9 @@ class PromptSet(Sequence):
     def _prompt(self, row: int) -> Prompt:
         i, place = self._file[row], self._place[row]
         rows = self.files[i]
-        prompt = self._again[i].read(rows.read(place), self._default_id(rows, rows.number(place)))
-        prompt.row = f"{rows.path}:{rows.number(place)}"
+        number = rows.number(place)
+        prompt = self._again[i].read(rows.read(place), f"{self._prefixes[i]}{number}")
+        prompt.row = f"{rows.path}:{number}"
         return prompt
 
     def _encode(self, row: int, prompt: Prompt) -> list[int]:
@@ -303,23 +310,6 @@ class PromptSet(Sequence):
         """Show a bar for what takes more than two seconds, on the first rank's terminal."""
         hides = int(os.environ.get("RANK", 0)) > 0 or not sys.stderr.isatty()
         return tqdm(items, f"{verb} {self.key}", total, unit="row", delay=2.0, disable=hides, leave=False)
-
-
-_to_json = json.JSONEncoder(default=str).encode
-
-
-def digests(prompt: Prompt) -> tuple[int, int, int]:
-    """Return the bytes of a prompt's content, 64 bits of everything that its row gives, and 64 bits of the content.
-
-    The content is what the model is asked: messages or text, tools and template arguments. The bytes are counted in
-    JSON with escapes, which are at least those of the text in UTF-8.
-    """
-    content = _to_json([prompt.messages, prompt.text, prompt.tools, prompt.chat_template_kwargs]).encode()
-    state = hashlib.blake2b(content, digest_size=8)
-    contents = state.digest()
-    rest = (prompt.id, prompt.teacher_response, prompt.teacher_finish_reason, prompt.answer, prompt.domain)
-    state.update("".join("-" if value is None else f"{len(value)}:{value}" for value in rest).encode())
-    return len(content), int.from_bytes(state.digest(), "little"), int.from_bytes(contents, "little")
 
 
 def _missing(columns: ColumnsConfig, present: Iterable[str]) -> list[tuple[str, str]]:

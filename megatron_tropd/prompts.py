@@ -18,7 +18,8 @@ import numpy as np
 
 from megatron_tropd.config import DataConfig
 from megatron_tropd.errors import UserError
-from megatron_tropd.prompt_set import PromptEncoder, PromptSet, digests
+from megatron_tropd.prompt_digests import digests
+from megatron_tropd.prompt_set import PromptEncoder, PromptSet
 from megatron_tropd.types import Prompt
 
 

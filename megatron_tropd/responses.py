@@ -1,6 +1,7 @@
 """Files of teacher responses, {"id", "teacher_response", "finish_reason"} per row, joined with prompts by id.
 
-They are what `megatron-tropd generate --model teacher --field teacher_response` writes, in any format of data_files.py.
+They are what `megatron-tropd generate --model teacher --field teacher_response` writes, in any format of data_files.py,
+or what servers and engines write (response_formats.py).
 
     responses = Responses("responses.jsonl", key="guidance.responses")
     responses.get(prompt.id)       # (text, finish reason) or None
@@ -13,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tropd.config import ColumnsConfig
+from megatron_tropd.data_columns import REASONS, RESPONSES
 from megatron_tropd.data_files import open_data
-from megatron_tropd.data_layouts import REASONS, RESPONSES, RowReader, column_value, finish_reason, id_text
+from megatron_tropd.data_layouts import RowReader
 from megatron_tropd.data_messages import check_text
 from megatron_tropd.data_problems import Problems
+from megatron_tropd.data_values import column_value, finish_reason, id_text
+from megatron_tropd.response_formats import COLUMNS, plain_response
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +89,12 @@ class ResponseReader:
 
     def names(self, columns: list[str]) -> set[str]:
         """Return those of a columnar file's columns that are read."""
-        return RowReader(self.columns).names(columns)
+        return RowReader(self.columns).names(columns) | (COLUMNS & set(columns))
 
     def read(self, row: dict[str, Any]) -> tuple[str, str, str | None]:
         """Return id, text and why it ended; ValueError says what is wrong with the row."""
+        if not (self.columns.teacher_response and column_value(row, self.columns.teacher_response) is not None):
+            row = plain_response(row)
         name, text = self._value(row, "id"), self._value(row, "teacher_response")
         if name is None:
             raise ValueError("id is missing: responses are joined with prompts by it")

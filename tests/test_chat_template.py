@@ -291,3 +291,13 @@ def test_texts_are_those_of_transformers(template, tools):
         CHAT, tools=tools, chat_template=template, add_generation_prompt=True, tokenize=False, enable_thinking=False
     )
     assert ours.render(CHAT, tools, {"enable_thinking": False}) == expected
+
+
+@pytest.mark.parametrize("written", ["arguments | tojson", "'' + call.function.arguments"])
+def test_field_cases_a18_arguments_of_tool_calls_are_objects_or_text_as_the_template_has_them(written):
+    code = "{{ " + written.replace("arguments | ", "call.function.arguments | ") + " }}"
+    text = "{% for m in messages %}{{ m.content or '' }}{% for call in m.tool_calls or [] %}" + code
+    template = ChatTemplate({"default": text + "{% endfor %}{% endfor %}"}, "here")
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert template.render(messages) == 'Q{"a": 2}'

@@ -65,12 +65,15 @@ def _rows(path):
     return rows
 
 
+ONE_LINE = {"bom.json", "data.json", "array.jsonl", "a.json.bz2"}  # of which several rows begin in one line
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_text_formats_give_the_same_rows(tmp_path, name):
     (tmp_path / name).write_bytes(TEXTS[name])
     rows = _rows(tmp_path / name)
     assert [rows.read(place) for place in range(len(rows))] == ROWS
-    assert rows.unit == "line"
+    assert rows.unit == ("row" if name in ONE_LINE else "line")
 
 
 def _write_columnar(folder):
@@ -116,6 +119,40 @@ def test_a_parquet_file_that_changes_is_read_again_and_the_cache_lies_elsewhere(
         os.utime(folder / "a.parquet", ns=(time.time_ns(),) * 2)
         assert _rows(folder / "a.parquet").read(0) == {"text": text}
     assert os.listdir(folder) == ["a.parquet"]
+
+
+def test_field_cases_a8_a_parquet_file_of_the_same_size_and_time_is_read_again(tmp_path):
+    """`cp -p` and rsync give the new content the time that it had elsewhere."""
+    for text in ("old", "new"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": [text]}), tmp_path / "a.parquet", compression="none")
+        os.utime(tmp_path / "a.parquet", ns=(10**18, 10**18))
+        assert _rows(tmp_path / "a.parquet").read(0) == {"text": text}
+
+
+def test_parquet_files_that_datasets_does_not_take(tmp_path):
+    """Spark writes maps and empty shards, and a newer release of `datasets` names features that this one lacks."""
+    table = pyarrow.table({"text": ["a"], "map": pyarrow.array([[("k", 1)]], pyarrow.map_(pyarrow.string(), "int64"))})
+    named = {"info": {"features": {"text": {"_type": "Hologram"}}}}
+    tables = {
+        "map": (table, [{"text": "a"}]),
+        "feature": (
+            table.select(["text"]).replace_schema_metadata({"huggingface": json.dumps(named)}),
+            [{"text": "a"}],
+        ),
+        "empty": (table.select(["text"]).slice(1), []),
+    }
+    for name, (table, expected) in tables.items():
+        path = tmp_path / f"{name}.parquet"
+        pyarrow.parquet.write_table(table, path)
+        rows = open_data(path, "data.prompts")[0][0]
+        rows.select({"text"})
+        assert [row for _, row in rows.scan()] == expected, name
+
+
+def test_rows_that_share_a_line_are_numbered_as_rows(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": "a"}, {"text": "b"}]')
+    rows = open_data(tmp_path / "a.json", "data.prompts")[0][0]
+    assert (rows.unit, [rows.number(place) for place in range(2)]) == ("row", [1, 2])
 
 
 @pytest.mark.parametrize("cache", ["/proc/no/cache", "/dev/full/cache"])
@@ -191,6 +228,10 @@ BROKEN = {
     "other.parquet": (b"{}\n", "does not begin as a parquet file"),
     "cut.parquet": (b"PAR1 and no more", "cannot be read as Parquet"),
     "cut.arrow": (b"ARROW1\0\0 and no more", "cannot be read as Arrow"),
+    "cut_inside.jsonl.gz": (gzip.compress(_jsonl())[:12] + bytes(range(6)), "damaged archive"),
+    "digits.json": (b'[{"a": ' + b"1" * 5000 + b"}]", "not valid JSON .*digits.* at line 1"),
+    "a.parquet.gz": (gzip.compress(b"PAR1"), "compressed Parquet file"),
+    "a.zip": (b"PK\x03\x04", "zip archives are not read here; unpack it with `unzip"),
     "a.jsonl.zst": (b"\x28\xb5\x2f\xfd", "unzstd"),
 }
 

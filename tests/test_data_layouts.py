@@ -3,7 +3,8 @@
 import pytest
 
 from megatron_tropd.config import ColumnsConfig
-from megatron_tropd.data_layouts import RowReader, id_text
+from megatron_tropd.data_layouts import RowReader
+from megatron_tropd.data_values import id_text
 
 CHAT = [{"role": "user", "content": "2 + 2?"}]
 SHAREGPT = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]
@@ -134,7 +135,9 @@ def test_columns_that_the_recipe_names_take_precedence(row, columns, expected):
             {"question": "a", "final_answer": "1", "ground_truth": "2"},
             "final_answer and ground_truth could each be the answer; data.columns.answer=final_answer or",
         ),
-        ({"Question": "a", "Answer": "b"}, "found none; name its column by data.columns.prompt, of Question, Answer"),
+        ({"Title": "a", "Result": "b"}, "found none; name its column by data.columns.prompt, of Title, Result"),
+        ({"question": "a", "input": "b", "answer": "c"}, "found question and input; data.columns.prompt=question or"),
+        ({"text": "a", "question": "b"}, "found text and question; data.columns.text=text or"),
         ({"instruction": "a", "input": "b", "context": "c"}, "input and context"),
     ],
 )
@@ -233,7 +236,7 @@ def test_field_cases_a20_null_is_no_response():
     assert "content" in refusal({"messages": [*CHAT, {"role": "assistant", "content": None}]})
 
 
-@pytest.mark.parametrize("value", [[1], {"a": 1}, True, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [[1, 2], {"a": 1}, True, float("nan"), float("inf")])
 @pytest.mark.parametrize("field", ["answer", "id", "domain"])
 def test_field_cases_a20_answers_ids_and_domains_are_strings_or_numbers(field, value):
     assert refusal({"text": "a", field: value}).startswith(f"{field} is ")

@@ -68,7 +68,7 @@ def test_reads_every_kind_of_line(path):
         ({"messages": [{"role": "user", "content": ""}]}, "line 2: the last of messages has empty content"),
         ({"text": "a", "id": "first"}, "line 2: id 'first' is taken by line 1"),
         ({"text": "a b c d"}, "line 2: the prompt has 4 tokens, more than the 3 allowed"),
-        ({"text": "a", "answer": [1]}, "line 2: answer is a list"),
+        ({"text": "a", "answer": [1, 2]}, "line 2: answer is a list"),
     ],
 )
 def test_a_broken_line_is_named(path, line, message):

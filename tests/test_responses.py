@@ -37,6 +37,59 @@ def test_field_cases_a6_the_first_whole_response_of_several_is_taken(tmp_path, c
     assert "responses to 2 prompts, 1 of them cut, the first whole one of several for 3 rows more" in caplog.text
 
 
+def of_batch(body, **fields):
+    return {"id": "batch_1", "custom_id": "p", "response": {"status_code": 200, "body": body}, "error": None, **fields}
+
+
+WHOLE, CUT = {"text": "A", "finish_reason": "stop"}, {"text": "B", "finish_reason": "length"}
+OUTPUT = [{"type": "message", "content": [{"type": "output_text", "text": "A"}]}]
+MESSAGE = {"role": "assistant", "content": "A", "refusal": None, "reasoning_content": None}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (of_batch({"choices": [{"message": MESSAGE, "finish_reason": "length"}]}), "length"),
+        (of_batch({"choices": [WHOLE]}), "stop"),
+        (
+            of_batch({"choices": [CUT, WHOLE]}),
+            "stop",
+        ),
+        (
+            of_batch(
+                {
+                    "output": [{"type": "message", "content": [{"type": "output_text", "text": "A"}]}],
+                    "status": "incomplete",
+                }
+            ),
+            "length",
+        ),
+        (
+            {
+                "custom_id": "p",
+                "result": {
+                    "type": "succeeded",
+                    "message": {"content": [{"type": "text", "text": "A"}], "stop_reason": "max_tokens"},
+                },
+            },
+            "length",
+        ),
+        ({"id": "p", "prompt": "x", "outputs": [{"text": "A", "finish_reason": "length"}]}, "length"),
+        ({"id": "p", "generated_text": "A", "details": {"finish_reason": "length"}}, "length"),
+        ({"id": "p", "text": "A", "meta_info": {"finish_reason": {"type": "length", "length": 4}}}, "length"),
+        ({"id": "p", "teacher_response": "A", "finish_reason": "FinishReason.LENGTH"}, "length"),
+        ({"id": "p", "teacher_response": "A", "stop_reason": 151645}, "stop"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_field_cases_a6_what_servers_and_engines_write(tmp_path, row, reason, suffix):
+    path = write(tmp_path / "a.jsonl", row)
+    if suffix == "parquet":
+        path = tmp_path / "a.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    assert Responses(path, "guidance.responses").get("p") == ("A", reason)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -49,6 +102,12 @@ def test_field_cases_a6_the_first_whole_response_of_several_is_taken(tmp_path, c
         ({"id": "p", "teacher_response": ["x"]}, "line 2: teacher_response is a list"),
         ({"id": True, "teacher_response": "x"}, "line 2: id is a bool"),
         ({"id": "p", "teacher_response": "\ud83d"}, "line 2: teacher_response holds the lone surrogate"),
+        (of_batch({"error": {"message": "too long"}}), "the request 'p' failed ({'message': 'too long'}): ask again"),
+        (
+            of_batch({"choices": [{"message": {**MESSAGE, "reasoning_content": "R"}, "finish_reason": "stop"}]}),
+            "the response has reasoning_content apart from its text",
+        ),
+        ({"custom_id": "p", "result": {"type": "expired"}}, "the request 'p' expired: ask again"),
         ({"id": "p", "response": "x"}, "if response is the teacher's, set data.columns.teacher_response=response"),
     ],
 )

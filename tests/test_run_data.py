@@ -7,6 +7,7 @@ import json
 import pytest
 from tiny_models import make_tokenizer
 
+from megatron_tropd.endings import Endings
 from megatron_tropd.errors import UserError
 from megatron_tropd.objectives import build_objective
 from megatron_tropd.recipe import load_recipe
@@ -24,7 +25,8 @@ def write(path, rows):
 def load(tmp_path, rows, *overrides, context=256):
     path = write(tmp_path / "prompts.jsonl", rows)
     recipe = load_recipe(None, [f"data.prompts={path}", "guidance.schedule=none", *overrides])
-    return load_run_data(recipe, TOKENIZER, build_objective(recipe.objective, recipe.guidance, 1), context)
+    objective = build_objective(recipe.objective, recipe.guidance, 1)
+    return load_run_data(recipe, TOKENIZER, Endings.of(TOKENIZER), objective, context)
 
 
 def refusal(*arguments, **options):
