@@ -21,7 +21,7 @@ _setup_active() { # is an environment with the package and $SETUP_MODULES active
 import importlib.util, os, sys
 assert sys.prefix != sys.base_prefix or os.environ.get("CONDA_PREFIX")
 import megatron_tropd.recipes, megatron_tropd.kernels
-assert all(map(importlib.util.find_spec, ("torch", "megatron", "transformers", *sys.argv[1:])))
+assert all(map(importlib.util.find_spec, ("torch", "megatron", "transformers", "datasets", *sys.argv[1:])))
 ' ${SETUP_MODULES:-} 2>/dev/null)
 }
 

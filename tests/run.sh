@@ -10,7 +10,7 @@
 # with a GPU the kernels' tests then run once more on it, unless tests were named; `pytest tests/kernels` does only that.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-SETUP_MODULES="pytest pytest_timeout hypothesis ruff" source examples/setup_env.sh
+SETUP_MODULES="pytest pytest_timeout hypothesis ruff math_verify" source examples/setup_env.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the distributed tests run several processes side by side
 
 tier=()

@@ -278,7 +278,7 @@ BAD_INPUT = {
     "teacher.ranks=dedicated teacher.tensor_model_parallel_size=2": "leaves the student none of 2",
     "teacher.ranks=dedicated student.tensor_model_parallel_size=2": "1 process(es) beside the other model's 1 cannot",
     "teacher.ranks=dedicated data.prompts=nowhere.jsonl": "nowhere.jsonl",
-    "teacher.ranks=dedicated teacher.hf_path={material}/unweighed": "holds no *.safetensors files",
+    "teacher.ranks=dedicated teacher.hf_path={material}/unweighed": "holds no model*.safetensors files",
     "student.hf_path={material}/experts training.prompts_per_step=6 student.expert_model_parallel_size=3": "[1, 2, 4]",
     "student.hf_path={material}/experts student.tensor_model_parallel_size=2": "needs student.sequence_parallel=true",
 }
