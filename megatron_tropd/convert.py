@@ -115,8 +115,9 @@ def convert_hf_to_mcore(
     Args:
         hf_path: folder with config.json, safetensors and tokenizer.
         output: must not exist.
-        verify: before the checkpoint gets its name, compare a few layers' results (fp32) with transformers', and the
-            bits of all its tensors with the files'. "auto": a few layers alone.
+        verify: before the checkpoint gets its name, compare with transformers, in fp32. "auto": a few layers and the
+            output. "bits", or True: also the bits of all its tensors with the files'. "all": also every layer of the
+            checkpoint with transformers' of the folder, which takes the whole model in fp32.
         bound: largest relative difference of a layer's results or of the logits that `verify` lets pass.
         tensor_model_parallel_size: under torchrun, spreads a model that is too large for one process.
         pipeline_model_parallel_size: likewise.
@@ -145,13 +146,19 @@ def convert_hf_to_mcore(
     with process_groups(layout) as groups, room_or_refusal(temporary, output, size, _NOTHING_WRITTEN):
         try:
             stages = [time.perf_counter()]
-            verdict = _verify_layers(hf_path, layout, groups, bound) if verify else ""
+            if verify:
+                _report(groups, describe_check(hf_path))
+                verdict = _verify_layers(hf_path, layout, groups, bound)
             stages.append(time.perf_counter())
             chunks = _write(temporary, hf_path, layout, groups, dtypes, most)
             stages.append(time.perf_counter())
             if verify and verify != "auto":
                 _verify_bits(chunks, temporary, hf_path, hf_config, groups)
                 verdict = f"{verdict}; all {len(dtypes)} tensors have the files' bits"
+            del chunks
+            if verify == "all":
+                whole = _verify_layers(hf_path, layout, groups, bound, temporary)
+                verdict = f"{verdict}; of the checkpoint, {whole}"
             stages.append(time.perf_counter())
             on_rank_zero(lambda: os.rename(temporary, output))
             if verify:
@@ -189,10 +196,11 @@ def _write(
     return chunks
 
 
-def _verify_layers(hf_path: Path, layout: ModelConfig, groups: ParallelGroups, bound: float) -> str:
-    _report(groups, describe_check(hf_path))
+def _verify_layers(
+    hf_path: Path, layout: ModelConfig, groups: ParallelGroups, bound: float, checkpoint: Path | None = None
+) -> str:
     try:
-        return str(verify_model(hf_path, layout, groups, bound=bound))
+        return str(verify_model(hf_path, layout, groups, bound=bound, checkpoint=checkpoint))
     except UserError as error:
         raise UserError(f"{error} Nothing was written.") from error
 
