@@ -23,10 +23,12 @@ import torch.distributed as dist
 
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.disk_space import check_room, folder_bytes, room_or_refusal
+from megatron_tropd.finite_weights import check_finite
 from megatron_tropd.hf_checks import check_files, check_tensors
 from megatron_tropd.hf_compare import difference
 from megatron_tropd.hf_config import load_hf_config, portable_config, read_config
 from megatron_tropd.hf_files import SafetensorsFolder
+from megatron_tropd.hf_folder import copy_files
 from megatron_tropd.hf_weights import find_difference, load_hf_weights, named_parameters, save_hf_weights
 from megatron_tropd.manifest import MANIFEST
 from megatron_tropd.model import build_model
@@ -191,6 +193,7 @@ def _write(
     for _, parameter, rule in named_parameters(chunks, hf_config):
         set_dtype(parameter, dtype_of(rule, kinds))
     load_hf_weights(chunks, hf_config, hf_path, groups)
+    check_finite(chunks, "model", f"as read from {hf_path}", "Take a whole copy of the weights.")
     on_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True))
     save_checkpoint_weights(chunks, temporary, hf_path, note=lambda folder: write_record(folder, dtypes, most))
     return chunks
@@ -265,10 +268,15 @@ def convert_mcore_to_hf(
         chunks = build_model(hf_config, layout, groups, training=False)
         take_stored_dtypes(chunks, sharded_weights(chunks), checkpoint)
         load_checkpoint_weights(chunks, checkpoint)
+        check_finite(chunks, "model", f"as read from {checkpoint}", "Export an earlier checkpoint.")
+        if dtype == "float16":
+            remedy = "float16 ends at 65504: export in bfloat16 or float32."
+            check_finite(chunks, "model", f"of {checkpoint} in float16", remedy, torch.float16)
 
         def prepare() -> None:
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(checkpoint / HF_FOLDER, temporary)
+            temporary.mkdir(parents=True)
+            copy_files(checkpoint / HF_FOLDER, temporary, ["*"])
             _write_config(temporary / "config.json", dtype or stored)
 
         on_rank_zero(prepare)

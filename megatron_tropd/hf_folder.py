@@ -68,10 +68,10 @@ def write_eos_ids(folder: str | Path, ids: Iterable[int], tokenizer: Tokenizer) 
 
 
 def copy_files(source: str | Path, folder: str | Path, patterns: Iterable[str]) -> None:
-    """Copy the files of `source` whose names match one of `patterns`."""
+    """Copy the files of `source` whose names match one of `patterns`; writable ones, whatever the source's are."""
     for file in sorted(Path(source).iterdir()):
         if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns):
-            shutil.copy(file, Path(folder) / file.name)
+            shutil.copyfile(file, Path(folder) / file.name)
 
 
 def replace_tokenizer(folder: str | Path, source: str | Path | None, chat_template: str | Path | None) -> None:
@@ -87,11 +87,11 @@ def replace_tokenizer(folder: str | Path, source: str | Path | None, chat_templa
         for file in [f for f in folder.iterdir() if any(fnmatch.fnmatch(f.name, p) for p in TOKENIZER_FILES)]:
             file.unlink()
         if Path(source).is_file():
-            shutil.copy(source, folder / "tokenizer.model")
+            shutil.copyfile(source, folder / "tokenizer.model")
         else:
             copy_files(source, folder, TOKENIZER_FILES)
     if chat_template is not None:
-        shutil.copy(chat_template, folder / "chat_template.jinja")
+        shutil.copyfile(chat_template, folder / "chat_template.jinja")
         config = _read_json(folder / "tokenizer_config.json")
         if config.pop("chat_template", None) is not None:  # some readers prefer it to the file
             (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
