@@ -82,9 +82,22 @@ def read_record(directory: Path) -> tuple[torch.dtype, dict[str, torch.dtype]] |
     """Return what `write_record` noted: the default and the others by name; None where all tensors are alike."""
     if not (directory / FILE).exists():
         return None
-    record = json.loads((directory / FILE).read_text(encoding="utf-8"))
-    others = {name: getattr(torch, dtype) for dtype, names in record["others"].items() for name in names}
-    return getattr(torch, record["default"]), others
+    try:
+        record = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        others = {name: _dtype_of(dtype) for dtype, names in record["others"].items() for name in names}
+        return _dtype_of(record["default"]), others
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{directory / FILE} cannot be read ({type(error).__name__}: {error}). Restore it, or convert the model "
+            "again."
+        ) from error
+
+
+def _dtype_of(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name} is no dtype")
+    return dtype
 
 
 class Rounding:
