@@ -137,13 +137,8 @@ def convert_hf_to_mcore(
         dtypes, most = folder.dtypes(), folder.dtype()
         size = folder.num_bytes()
     check_room(output.parent, size, f"the converted model {output}", _NO_ROOM)
-    layout = ModelConfig(
-        hf_path=str(hf_path),
-        dtype=_dtype_name(most, hf_path),
-        tensor_model_parallel_size=tensor_model_parallel_size,
-        pipeline_model_parallel_size=pipeline_model_parallel_size,
-        expert_model_parallel_size=expert_model_parallel_size,
-    )
+    sizes = (tensor_model_parallel_size, pipeline_model_parallel_size, expert_model_parallel_size)
+    layout = _layout(_dtype_name(most, hf_path), *sizes, hf_path=str(hf_path))
     temporary = output.with_name(f".{output.name}.tmp")
     with process_groups(layout) as groups, room_or_refusal(temporary, output, size, _NOTHING_WRITTEN):
         try:
@@ -156,20 +151,23 @@ def convert_hf_to_mcore(
             stages.append(time.perf_counter())
             if verify and verify != "auto":
                 _verify_bits(chunks, temporary, hf_path, hf_config, groups)
-                verdict = f"{verdict}; all {len(dtypes)} tensors have the files' bits"
+                verdict += f"; all {len(dtypes)} tensors have the files' bits"
             del chunks
             if verify == "all":
-                whole = _verify_layers(hf_path, layout, groups, bound, temporary)
-                verdict = f"{verdict}; of the checkpoint, {whole}"
-            stages.append(time.perf_counter())
+                verdict += f"; of the checkpoint, {_verify_layers(hf_path, layout, groups, bound, temporary)}"
             on_rank_zero(lambda: os.rename(temporary, output))
             if verify:
-                _report_verdict(groups, verdict, stages)
+                _report_verdict(groups, verdict, [*stages, time.perf_counter()])
             _report(groups, f"wrote {output} ({layout.dtype}, {hf_config.model_type})")
         except UserError:
             if groups.rank == 0:  # raised on every rank: nobody uses it any more
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _layout(dtype: str, tp: int, pp: int, ep: int, hf_path: str | None = None) -> ModelConfig:
+    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "expert_model_parallel_size": ep}
+    return ModelConfig(hf_path=hf_path, dtype=dtype, **sizes)
 
 
 def _report_verdict(groups: ParallelGroups, verdict: str, stages: list[float]) -> None:
@@ -255,12 +253,7 @@ def convert_mcore_to_hf(
     hf_config = load_hf_config(checkpoint / HF_FOLDER)
     record = read_record(checkpoint)
     stored = _dtype_name(record[0] if record else stored_dtype(checkpoint), checkpoint)
-    layout = ModelConfig(
-        dtype=stored,
-        tensor_model_parallel_size=tensor_model_parallel_size,
-        pipeline_model_parallel_size=pipeline_model_parallel_size,
-        expert_model_parallel_size=expert_model_parallel_size,
-    )
+    layout = _layout(stored, tensor_model_parallel_size, pipeline_model_parallel_size, expert_model_parallel_size)
     temporary = output.with_name(f".{output.name}.tmp")
     size = folder_bytes(checkpoint)
     check_room(output.parent, size, f"the exported model {output}", _NO_ROOM)
