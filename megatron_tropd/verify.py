@@ -10,9 +10,9 @@ With a checkpoint, all layers are compared: what the converter wrote, with what 
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,8 +37,6 @@ from megatron_tropd.parallel import ParallelGroups, all_shards
 from megatron_tropd.reference import LOGITS_EVERY, compare_parts
 from megatron_tropd.verdict import Verdict, judge
 from megatron_tropd.weights_checkpoint import load_checkpoint_weights
-
-logger = logging.getLogger(__name__)
 
 BOUND = 1e-5  # of relative differences: rounding of fp32 stays below, every part left out is above
 _TOKENS = 512
@@ -128,9 +126,11 @@ def verify_model(
 
 
 def verify_before_training(model: ModelConfig, groups: ParallelGroups, role: str) -> None:
-    """Verify a model that is read from `hf_path`, unless `verify` is off, and log what was; collective."""
+    """Verify a model that is read from `hf_path`, unless `verify` is off, and say what was; collective."""
     if model.checkpoint is None and model.verify == "auto":
-        logger.warning("%s: %s", role, verify_model(model.hf_path, model, groups))
+        verdict = verify_model(model.hf_path, model, groups)
+        if groups.rank == 0:  # of its part of the job: a teacher on ranks of its own logs nothing but errors
+            print(f"{role}: {verdict}", file=sys.stderr, flush=True)
 
 
 def choose_layers(hf_config: Any, at_least: int, stages: int) -> tuple[int, ...]:
