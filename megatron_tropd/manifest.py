@@ -25,8 +25,6 @@ def find_damage(folder: str | Path) -> str | None:
     try:
         sizes = dict(json.loads((folder / MANIFEST).read_text()).items())
     except (OSError, ValueError, AttributeError):  # the last one: it holds something other than an object
-        sizes = {}
-    if not sizes:
         return f"{MANIFEST} is missing or unreadable"
     for name, size in sizes.items():
         file = folder / name

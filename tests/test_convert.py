@@ -454,7 +454,6 @@ def _spoil(folder, name, content):
         ("__0_0.distcp", "", "cannot be read"),
         ("metadata.json", "{", "metadata.json|cannot be read"),
         ("complete.json", "[]", "complete.json is missing or unreadable"),
-        ("complete.json", "{}", "complete.json is missing or unreadable"),
         ("tensor_dtypes.json", "{", "tensor_dtypes.json cannot be read"),
         ("tensor_dtypes.json", '{"default": "nothing", "others": {}}', "tensor_dtypes.json cannot be read"),
         ("tensor_dtypes.json", '{"default": "bfloat16", "others": 3}', "tensor_dtypes.json cannot be read"),
