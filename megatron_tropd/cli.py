@@ -268,10 +268,11 @@ def _add_convert(subcommands: Any) -> None:
     there.add_argument(
         "--verify",
         nargs="?",
-        const="all",
-        choices=("all", "auto"),
-        help="compare layers and output with transformers, and all tensors' bits with the files, and fail if they "
-        "differ; auto: two layers and the output alone",
+        const="bits",
+        choices=("auto", "bits", "all"),
+        help="fail if the model is not transformers', in fp32. auto: compare the first and last layer, one of each "
+        "kind, embedding and output; bits, or nothing: also all tensors' bits with the files; all: also every layer "
+        "of the written checkpoint, which takes four bytes of memory per weight",
     )
     there.add_argument(
         "--bound",

@@ -23,10 +23,12 @@ import torch.distributed as dist
 
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.disk_space import check_room, folder_bytes, room_or_refusal
+from megatron_tropd.finite_weights import check_finite
 from megatron_tropd.hf_checks import check_files, check_tensors
 from megatron_tropd.hf_compare import difference
 from megatron_tropd.hf_config import load_hf_config, portable_config, read_config
 from megatron_tropd.hf_files import SafetensorsFolder
+from megatron_tropd.hf_folder import copy_files
 from megatron_tropd.hf_weights import find_difference, load_hf_weights, named_parameters, save_hf_weights
 from megatron_tropd.manifest import MANIFEST
 from megatron_tropd.model import build_model
@@ -115,8 +117,9 @@ def convert_hf_to_mcore(
     Args:
         hf_path: folder with config.json, safetensors and tokenizer.
         output: must not exist.
-        verify: before the checkpoint gets its name, compare a few layers' results (fp32) with transformers', and the
-            bits of all its tensors with the files'. "auto": a few layers alone.
+        verify: before the checkpoint gets its name, compare with transformers, in fp32. "auto": a few layers and the
+            output. "bits", or True: also the bits of all its tensors with the files'. "all": also every layer of the
+            checkpoint with transformers' of the folder, which takes the whole model in fp32.
         bound: largest relative difference of a layer's results or of the logits that `verify` lets pass.
         tensor_model_parallel_size: under torchrun, spreads a model that is too large for one process.
         pipeline_model_parallel_size: likewise.
@@ -134,33 +137,37 @@ def convert_hf_to_mcore(
         dtypes, most = folder.dtypes(), folder.dtype()
         size = folder.num_bytes()
     check_room(output.parent, size, f"the converted model {output}", _NO_ROOM)
-    layout = ModelConfig(
-        hf_path=str(hf_path),
-        dtype=_dtype_name(most, hf_path),
-        tensor_model_parallel_size=tensor_model_parallel_size,
-        pipeline_model_parallel_size=pipeline_model_parallel_size,
-        expert_model_parallel_size=expert_model_parallel_size,
-    )
+    sizes = (tensor_model_parallel_size, pipeline_model_parallel_size, expert_model_parallel_size)
+    layout = _layout(_dtype_name(most, hf_path), *sizes, hf_path=str(hf_path))
     temporary = output.with_name(f".{output.name}.tmp")
     with process_groups(layout) as groups, room_or_refusal(temporary, output, size, _NOTHING_WRITTEN):
         try:
             stages = [time.perf_counter()]
-            verdict = _verify_layers(hf_path, layout, groups, bound) if verify else ""
+            if verify:
+                _report(groups, describe_check(hf_path))
+                verdict = _verify_layers(hf_path, layout, groups, bound)
             stages.append(time.perf_counter())
             chunks = _write(temporary, hf_path, layout, groups, dtypes, most)
             stages.append(time.perf_counter())
             if verify and verify != "auto":
                 _verify_bits(chunks, temporary, hf_path, hf_config, groups)
-                verdict = f"{verdict}; all {len(dtypes)} tensors have the files' bits"
-            stages.append(time.perf_counter())
+                verdict += f"; all {len(dtypes)} tensors have the files' bits"
+            del chunks
+            if verify == "all":
+                verdict += f"; of the checkpoint, {_verify_layers(hf_path, layout, groups, bound, temporary)}"
             on_rank_zero(lambda: os.rename(temporary, output))
             if verify:
-                _report_verdict(groups, verdict, stages)
+                _report_verdict(groups, verdict, [*stages, time.perf_counter()])
             _report(groups, f"wrote {output} ({layout.dtype}, {hf_config.model_type})")
         except UserError:
             if groups.rank == 0:  # raised on every rank: nobody uses it any more
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _layout(dtype: str, tp: int, pp: int, ep: int, hf_path: str | None = None) -> ModelConfig:
+    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "expert_model_parallel_size": ep}
+    return ModelConfig(hf_path=hf_path, dtype=dtype, **sizes)
 
 
 def _report_verdict(groups: ParallelGroups, verdict: str, stages: list[float]) -> None:
@@ -184,15 +191,17 @@ def _write(
     for _, parameter, rule in named_parameters(chunks, hf_config):
         set_dtype(parameter, dtype_of(rule, kinds))
     load_hf_weights(chunks, hf_config, hf_path, groups)
+    check_finite(chunks, "model", f"as read from {hf_path}", "Take a whole copy of the weights.")
     on_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True))
     save_checkpoint_weights(chunks, temporary, hf_path, note=lambda folder: write_record(folder, dtypes, most))
     return chunks
 
 
-def _verify_layers(hf_path: Path, layout: ModelConfig, groups: ParallelGroups, bound: float) -> str:
-    _report(groups, describe_check(hf_path))
+def _verify_layers(
+    hf_path: Path, layout: ModelConfig, groups: ParallelGroups, bound: float, checkpoint: Path | None = None
+) -> str:
     try:
-        return str(verify_model(hf_path, layout, groups, bound=bound))
+        return str(verify_model(hf_path, layout, groups, bound=bound, checkpoint=checkpoint))
     except UserError as error:
         raise UserError(f"{error} Nothing was written.") from error
 
@@ -203,7 +212,7 @@ def _verify_bits(
     """Read a checkpoint back into the chunks that it was written of, and compare them with the files; collective."""
     for chunk in chunks:
         for parameter in chunk.parameters():
-            parameter.data.fill_(float("nan"))
+            parameter.data[..., :1] = float("nan")  # of every row: what was not read again differs
     load_checkpoint_weights(chunks, checkpoint)
     found: list[Any] = [None] * groups.world_size
     dist.all_gather_object(found, find_difference(chunks, hf_config, hf_path, groups))
@@ -244,12 +253,7 @@ def convert_mcore_to_hf(
     hf_config = load_hf_config(checkpoint / HF_FOLDER)
     record = read_record(checkpoint)
     stored = _dtype_name(record[0] if record else stored_dtype(checkpoint), checkpoint)
-    layout = ModelConfig(
-        dtype=stored,
-        tensor_model_parallel_size=tensor_model_parallel_size,
-        pipeline_model_parallel_size=pipeline_model_parallel_size,
-        expert_model_parallel_size=expert_model_parallel_size,
-    )
+    layout = _layout(stored, tensor_model_parallel_size, pipeline_model_parallel_size, expert_model_parallel_size)
     temporary = output.with_name(f".{output.name}.tmp")
     size = folder_bytes(checkpoint)
     check_room(output.parent, size, f"the exported model {output}", _NO_ROOM)
@@ -257,10 +261,15 @@ def convert_mcore_to_hf(
         chunks = build_model(hf_config, layout, groups, training=False)
         take_stored_dtypes(chunks, sharded_weights(chunks), checkpoint)
         load_checkpoint_weights(chunks, checkpoint)
+        check_finite(chunks, "model", f"as read from {checkpoint}", "Export an earlier checkpoint.")
+        if dtype == "float16":
+            remedy = "float16 ends at 65504: export in bfloat16 or float32."
+            check_finite(chunks, "model", f"of {checkpoint} in float16", remedy, torch.float16)
 
         def prepare() -> None:
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(checkpoint / HF_FOLDER, temporary)
+            temporary.mkdir(parents=True)
+            copy_files(checkpoint / HF_FOLDER, temporary, ["*"])
             _write_config(temporary / "config.json", dtype or stored)
 
         on_rank_zero(prepare)

@@ -8,7 +8,7 @@ and `g` the key/value heads of the whole model; Megatron interleaves the fused p
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,40 +113,43 @@ def router_name(model_type: str) -> str:
     return _ROUTERS[model_type]
 
 
-def read_shard(rule: Rule, read: Read, shape: Shape, rank: int, size: int, like: torch.Tensor) -> torch.Tensor:
-    """Read rank `rank` of `size`'s shard, of the shape of `like`; rows beyond the vocabulary are zero.
+def shard_parts(
+    rule: Rule, read: Read, shape: Shape, rank: int, size: int, shard: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield every part of rank `rank` of `size`'s shard with what the files hold for it: nothing is copied.
 
-    An expert's rank and size are those of expert tensor parallelism.
+    The first of a pair is a view of `shard`, the second a tensor of the files, or zeros for rows beyond the vocabulary;
+    they differ in shape where the files do. An expert's rank and size are those of expert tensor parallelism.
     """
     if rule.kind == "replicated":
-        return read(rule.sources[0], _ALL, _ALL)
-    if rule.kind == "columns":
-        width = like.size(1)
-        return read(rule.sources[0], _ALL, slice(rank * width, (rank + 1) * width))
-    if rule.kind == "vocab":
-        start = rank * like.size(0)
-        stop = min(start + like.size(0), shape.vocab)
-        shard = torch.zeros(like.shape, dtype=like.dtype)
-        if start < stop:
-            shard[: stop - start] = read(rule.sources[0], slice(start, stop), _ALL)
-        return shard
-    if rule.kind == "gated":
-        half = like.size(0) // 2
-        rows = slice(rank * half, (rank + 1) * half)
-        return torch.cat([read(source, rows, _ALL) for source in rule.sources])
-    assert rule.kind == "qkv"
-    groups = shape.kv_heads // size
-    per_group = (shape.heads // shape.kv_heads, 1, 1)
-    parts = []
-    for source, heads in zip(rule.sources, per_group, strict=True):
-        rows = groups * heads * shape.head_dim
-        part = read(source, slice(rank * rows, (rank + 1) * rows), _ALL)
-        parts.append(part.reshape(groups, heads * shape.head_dim, *part.shape[1:]))
-    return torch.cat(parts, dim=1).flatten(0, 1)
+        yield shard, read(rule.sources[0], _ALL, _ALL)
+    elif rule.kind == "columns":
+        width = shard.size(1)
+        yield shard, read(rule.sources[0], _ALL, slice(rank * width, (rank + 1) * width))
+    elif rule.kind == "vocab":
+        start = rank * shard.size(0)
+        count = max(min(shape.vocab - start, shard.size(0)), 0)
+        if count:
+            yield shard[:count], read(rule.sources[0], slice(start, start + count), _ALL)
+        if count < shard.size(0):
+            yield shard[count:], torch.zeros(shard[count:].shape, dtype=shard.dtype)
+    elif rule.kind == "gated":
+        half = shard.size(0) // 2
+        for part, source in zip(shard.split(half), rule.sources, strict=True):
+            yield part, read(source, slice(rank * half, (rank + 1) * half), _ALL)
+    else:
+        assert rule.kind == "qkv"
+        groups, heads = shape.kv_heads // size, shape.heads // shape.kv_heads
+        sizes = [heads * shape.head_dim, shape.head_dim, shape.head_dim]
+        grouped = shard.unflatten(0, (groups, sum(sizes))).split(sizes, dim=1)
+        for part, source in zip(grouped, rule.sources, strict=True):
+            rows = part.size(0) * part.size(1)
+            tensor = read(source, slice(rank * rows, (rank + 1) * rows), _ALL)
+            yield part, tensor.reshape(part.shape) if tensor.numel() == part.numel() else tensor
 
 
 def split_full(rule: Rule, shards: list[torch.Tensor], shape: Shape) -> dict[str, torch.Tensor]:
-    """Turn all ranks' shards of one parameter back into its Hugging Face tensors: the inverse of `read_shard`."""
+    """Turn all ranks' shards of one parameter back into its Hugging Face tensors: the inverse of `shard_parts`."""
     names = rule.sources
     if rule.kind == "replicated":
         return {names[0]: shards[0]}

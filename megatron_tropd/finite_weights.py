@@ -18,7 +18,9 @@ from megatron_tropd.parallel import any_rank
 _SHOWN = 4  # tensors named by a message
 
 
-def check_finite(modules: list[torch.nn.Module], role: str, where: str, remedy: str) -> None:
+def check_finite(
+    modules: list[torch.nn.Module], role: str, where: str, remedy: str, dtype: torch.dtype | None = None
+) -> None:
     """Refuse a model with a NaN or an infinity in a parameter; collective over the ranks of its part of the job.
 
     Reads every parameter once and waits for the device once.
@@ -28,11 +30,14 @@ def check_finite(modules: list[torch.nn.Module], role: str, where: str, remedy: 
         role: student or teacher.
         where: when, or from which files: the sentence goes on with it.
         remedy: the message ends with it.
+        dtype: in which the numbers must be finite; default: their own.
 
     Raises:
         UserError: on every rank, with the names of the tensors and their ranks.
     """
-    found = not_finite(named_parameters(modules))
+    found = not_finite(
+        (name, parameter.detach().to(dtype or parameter.dtype)) for name, parameter in named_parameters(modules)
+    )
     if not any_rank(bool(found)):
         return
     names = everywhere([f"{name} on rank {dist.get_rank()}" for name in found[:_SHOWN]])

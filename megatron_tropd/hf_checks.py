@@ -21,6 +21,7 @@ from megatron_tropd.experts import experts_of
 from megatron_tropd.hf_config import has_qk_norm, has_qkv_bias, head_dim
 from megatron_tropd.hf_files import SafetensorsFolder
 from megatron_tropd.quantization import refuse_quantised_tensors
+from megatron_tropd.tensor_dtypes import same_bits
 
 _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -188,14 +189,10 @@ def _refuse_second_output(folder: SafetensorsFolder) -> None:
     for start in range(0, rows, _COMPARED_ROWS):
         part = slice(start, min(start + _COMPARED_ROWS, rows))
         a, b = folder.read(_EMBEDDING, part), folder.read(_OUTPUT, part)
-        same = torch.equal(a.double(), b.double()) if a.dtype != b.dtype else torch.equal(_bits(a), _bits(b))
+        same = torch.equal(a.double(), b.double()) if a.dtype != b.dtype else same_bits(a, b)
         if not same:
             raise UserError(
                 f"{folder.path}: config.json says tie_word_embeddings=true, and the files hold another {_OUTPUT} than "
                 f"{_EMBEDDING} (rows from {start} on). Set tie_word_embeddings=false if the output layer was trained "
                 f"by itself; if not, save the folder again without {_OUTPUT}."
             )
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8)

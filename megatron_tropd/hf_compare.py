@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_tropd.experts import experts_of
-from megatron_tropd.hf_config import NEUTRAL_FIELDS, SIZE_FIELDS, UNDERSTOOD_FIELDS, head_dim, rope_parameters
+from megatron_tropd.hf_config import head_dim, rope_parameters
+from megatron_tropd.hf_fields import NEUTRAL_FIELDS, SIZE_FIELDS, UNDERSTOOD_FIELDS
 
 
 def function_fields(hf_config: Any) -> dict[str, Any]:

@@ -17,58 +17,16 @@ import torch
 
 from megatron_tropd.errors import UserError
 from megatron_tropd.experts import experts_of
+from megatron_tropd.hf_fields import FOREIGN_FIELDS, NEUTRAL_FIELDS, SIZE_FIELDS, UNDERSTOOD_FIELDS
 from megatron_tropd.quantization import refuse_quantised_config
 
 SUPPORTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral")
 _ROPE_KINDS = ("default", "linear", "llama3")
-SIZE_FIELDS = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("vocab_size", "max_position_embeddings"),
-)
 _EXPERT_SIZES = {
     "mixtral": ("num_local_experts", "num_experts_per_tok"),
     "qwen3_moe": ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"),
 }
-# Fields of other architectures, with the values at which they change nothing. Where transformers' class of the model's
-# type does not read one, a file that sets it still says that its weights want it.
-_FOREIGN: dict[str, tuple[Any, ...]] = {
-    "partial_rotary_factor": (1,),
-    "rotary_pct": (1,),
-    **dict.fromkeys(("attention_multiplier", "logits_scaling", "logit_scale", "embedding_multiplier"), (1,)),
-    **dict.fromkeys(("residual_multiplier", "scale_emb", "scale_depth", "mup_multiplier", "width_multiplier"), (1,)),
-    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "logit_cap", "query_pre_attn_scalar"), ()),
-    **dict.fromkeys(("clip_qkv", "attention_chunk_size", "no_rope_layer_interval", "attn_temperature_tuning"), ()),
-    **dict.fromkeys(("use_qk_norm", "qk_layernorm", "qk_norm", "attention_sinks", "alibi", "parallel_attn"), (False,)),
-    **dict.fromkeys(("lm_head_bias", "attention_out_bias", "qkv_bias", "use_mrope", "shared_expert"), (False,)),
-    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size"), (0,)),
-    **dict.fromkeys(("num_nextn_predict_layers", "kv_lora_rank", "q_lora_rank", "first_k_dense_replace"), (0,)),
-    "routed_scaling_factor": (1,),
-}
-_EXTENDED_BIASES = {"qwen2": "qkv_bias"}  # fields of the table that say what the architecture does anyway
-# What changes neither the function nor any shape: names, versions, defaults of training and of generation, and the
-# ends of text, which end_of_text.py reads. The context length rotates nothing in the supported kinds of rope scaling.
-NEUTRAL_FIELDS = {
-    *("transformers_version", "_name_or_path", "name_or_path", "architectures", "torch_dtype", "dtype", "use_cache"),
-    *("initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "max_window_layers"),
-    *("output_attentions", "output_hidden_states", "output_router_logits", "router_aux_loss_coef", "return_dict"),
-    *("router_jitter_noise", "pretraining_tp", "max_position_embeddings", "_attn_implementation_autoset", "auto_map"),
-    *("id2label", "label2id", "num_labels", "problem_type", "chunk_size_feed_forward", "is_encoder_decoder"),
-    *(
-        "use_sliding_window",
-        "sliding_window",
-        "layer_types",
-        "tokenizer_class",
-        "task_specific_params",
-        "unsloth_fixed",
-    ),
-    *("torchscript", "use_bfloat16", "finetuning_task", "prefix", "sep_token_id", "decoder_start_token_id"),
-    *("pruned_heads", "tf_legacy_loss", "cross_attention_hidden_size", "add_cross_attention", "is_decoder"),
-    *("tie_encoder_decoder", "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "num_beams"),
-    *("early_stopping", "num_beam_groups", "diversity_penalty", "typical_p", "repetition_penalty", "length_penalty"),
-    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
-    *("output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens"),
-    *("remove_invalid_values", "exponential_decay_length_penalty", "begin_suppress_tokens"),
-}
+_EXTENDED_BIASES = {"qwen2": "qkv_bias"}  # of the foreign fields, those that say what the architecture does anyway
 
 
 def load_hf_config(hf_path: str | Path) -> Any:
@@ -236,7 +194,7 @@ def _refuse_unsupported(file: Path, config: Any, raw: dict[str, Any]) -> None:
         "hidden_act": config.hidden_act not in ("silu", "swish"),
         "mlp_bias": getattr(config, "mlp_bias", False),
         "attention_bias": model_type != "qwen2" and getattr(config, "attention_bias", False),
-        "use_sliding_window": getattr(config, "use_sliding_window", False),
+        "use_sliding_window": _has_window(config),
         "sliding_window": model_type == "mixtral" and config.sliding_window is not None,
         "layer_types": bool(other),
     }
@@ -244,7 +202,7 @@ def _refuse_unsupported(file: Path, config: Any, raw: dict[str, Any]) -> None:
         if refused:
             value = other[0] if key == "layer_types" else getattr(config, key)
             raise UserError(f"{file}: {key}={value} is not supported for model_type {model_type}.")
-    for key, neutral in _FOREIGN.items():
+    for key, neutral in FOREIGN_FIELDS.items():
         value = raw.get(key)
         if value is None or value in neutral or _EXTENDED_BIASES.get(model_type) == key:
             continue
@@ -261,6 +219,12 @@ def _refuse_unsupported(file: Path, config: Any, raw: dict[str, Any]) -> None:
         )
 
 
+def _has_window(config: Any) -> bool:
+    """Whether any layer of a Qwen has an attention window: those from max_window_layers on, if they are used at all."""
+    first = getattr(config, "max_window_layers", None)
+    return bool(getattr(config, "use_sliding_window", False)) and (first is None or first < config.num_hidden_layers)
+
+
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else []
 
@@ -275,14 +239,6 @@ def _unknown_fields(config: Any, raw: dict[str, Any]) -> list[str]:
     read = {a or b for a, b in names} - NEUTRAL_FIELDS - UNDERSTOOD_FIELDS
     default = AutoConfig.for_model(config.model_type)
     return sorted(key for key in read & raw.keys() if raw[key] != getattr(default, key, None))
-
-
-UNDERSTOOD_FIELDS = {
-    *(*SIZE_FIELDS, "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta"),
-    *("attention_bias", "mlp_bias", "tie_word_embeddings", "model_type", "num_experts", "num_local_experts"),
-    *("num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob"),
-    *("classifier_dropout", "hidden_dropout", "n_positions"),  # of heads that are not built, and in error messages
-}
 
 
 def head_dim(hf_config: Any) -> int:

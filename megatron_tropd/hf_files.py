@@ -163,13 +163,14 @@ class SafetensorsFolder:
                         f"{file} is a pointer of Git LFS, not the weights; fetch them with `git lfs pull`."
                     ) from error
             raise UserError(f"{file} is cut short or no safetensors file ({error}); fetch it again.") from error
+        inside = "/".join(file.parts[len(self.path.parts) :])  # as the index names it
         for name in handle.keys():  # noqa: SIM118 (no mapping)
             if name in self._views:
                 raise UserError(
-                    f"{self.path}: the tensor {name} is in {self._views[name].file} and in {file.name}; remove the "
+                    f"{self.path}: the tensor {name} is in {self._views[name].file} and in {inside}; remove the "
                     "file that is not meant, or fetch the folder again."
                 )
-            self._views[name] = _View(handle, name, file.name)
+            self._views[name] = _View(handle, name, inside)
 
     def _check_index(self) -> None:
         index = self.path / INDEX

@@ -16,13 +16,13 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from megatron_tropd.convert_mapping import Rule, Shape, read_shard, rule_of, split_full
+from megatron_tropd.convert_mapping import Rule, Shape, rule_of, shard_parts, split_full
 from megatron_tropd.experts import experts_of
 from megatron_tropd.hf_checks import check_tensors
 from megatron_tropd.hf_config import head_dim
 from megatron_tropd.hf_files import INDEX, SINGLE, SafetensorsFolder
 from megatron_tropd.parallel import ParallelGroups, all_shards
-from megatron_tropd.tensor_dtypes import Rounding
+from megatron_tropd.tensor_dtypes import Rounding, same_bits
 from megatron_tropd.types import UserError
 
 _MAX_FILE_BYTES = 5 << 30
@@ -81,9 +81,10 @@ def load_hf_weights(
         if layers is None:
             check_tensors(folder, hf_config)
         rounding = Rounding(hf_path, folder.dtype())
-        for parameter, rule, shard in _shards(chunks, hf_config, folder, groups, layers, "reading weights"):
-            parameter.copy_(shard)
-            rounding.add(rule, shard, parameter)
+        for parameter, rule, parts in _shards(chunks, hf_config, folder, groups, layers, "reading weights"):
+            for part, tensor in parts(parameter):
+                part.copy_(tensor)
+                rounding.add(rule, tensor, part)
         rounding.report()
 
 
@@ -92,9 +93,8 @@ def find_difference(
 ) -> str | None:
     """Return the first Hugging Face tensor whose bits are not those of this rank's parameters, None if all are."""
     with SafetensorsFolder(hf_path, hf_config.model_type) as folder, torch.no_grad():
-        for parameter, rule, shard in _shards(chunks, hf_config, folder, groups, None, "comparing weights"):
-            ours = parameter.detach().cpu()
-            if not torch.equal(ours.view(torch.uint8), shard.to(ours.dtype).contiguous().view(torch.uint8)):
+        for parameter, rule, parts in _shards(chunks, hf_config, folder, groups, None, "comparing weights"):
+            if not all(same_bits(part, tensor.to(part.dtype)) for part, tensor in parts(parameter.cpu())):
                 return " + ".join(rule.sources)
     return None
 
@@ -106,20 +106,26 @@ def _shards(
     groups: ParallelGroups,
     layers: tuple[int, ...] | None,
     title: str,
-) -> Iterator[tuple[torch.nn.Parameter, Rule, torch.Tensor]]:
-    """Yield every parameter of this rank with its rule and what the files hold for it."""
+) -> Iterator[tuple[torch.nn.Parameter, Rule, Callable[[torch.Tensor], Iterator[tuple[torch.Tensor, torch.Tensor]]]]]:
+    """Yield every parameter of this rank, its rule and a function of it: see `shard_parts`."""
     shape = shape_of(hf_config)
     parameters = list(named_parameters(chunks, hf_config, layers))
     for name, parameter, rule in tqdm(parameters, desc=title, unit="tensor", delay=3, disable=groups.rank > 0):
         rule = rule.of_expert(groups.ep.rank() * shape.experts // groups.ep.size())
         group = groups.tp if rule.expert is None else groups.expert_tp
-        shard = read_shard(rule, folder.read, shape, group.rank(), group.size(), parameter)
-        if shard.shape != parameter.shape:
-            raise UserError(
-                f"{folder.path}: {' + '.join(rule.sources)} give a shard of {tuple(shard.shape)} for {name}, expected "
-                f"{tuple(parameter.shape)}; config.json does not describe these weights."
-            )
-        yield parameter, rule, shard
+
+        def parts(
+            shard: torch.Tensor, name: str = name, rule: Rule = rule, group: Any = group
+        ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for part, tensor in shard_parts(rule, folder.read, shape, group.rank(), group.size(), shard):
+                if part.shape != tensor.shape:
+                    raise UserError(
+                        f"{folder.path}: {' + '.join(rule.sources)} give {tuple(tensor.shape)} for a part of {name} of "
+                        f"{tuple(part.shape)}; config.json does not describe these weights."
+                    )
+                yield part, tensor
+
+        yield parameter, rule, parts
 
 
 def save_hf_weights(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -296,13 +298,21 @@ def load_sharded(state: dict[str, Any], directory: str) -> dict[str, Any]:
         UserError: the folder holds pickles of more than plain data, or it cannot be read; the message names it.
     """
     check_folder(directory)
-    try:
+    with refusing_unreadable(directory):
         return dist_checkpointing.load(state, directory)
+
+
+@contextmanager
+def refusing_unreadable(directory: str | Path) -> Iterator[None]:
+    """Within the context whatever Megatron and torch raise about a checkpoint's files becomes a UserError."""
+    try:
+        yield
     except (KeyboardInterrupt, SystemExit, MemoryError, torch.OutOfMemoryError):
         raise
-    except BaseException as error:  # torch's CheckpointException is no Exception
+    except BaseException as error:  # torch's CheckpointException is no Exception; its text ends with the cause
+        cause = (str(error).strip().splitlines() or [""])[-1]
         raise UserError(
-            f"checkpoint {directory} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:400]}). "
+            f"checkpoint {directory} cannot be read ({type(error).__name__}: {' '.join(cause.split())[:400]}). "
             "Restore the folder, or move it away to go on from the checkpoint before it."
         ) from error
 

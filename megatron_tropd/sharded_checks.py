@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from megatron_tropd.errors import UserError
+from megatron_tropd.megatron_compat import refusing_unreadable
 from megatron_tropd.model import padded_vocab_size
 from megatron_tropd.safe_pickles import check_folder
 from megatron_tropd.tensor_dtypes import name_of, set_dtype
@@ -30,9 +31,14 @@ _MOST_TP = 512  # vocabularies may be padded for any tensor-parallel size up to 
 
 
 def stored_tensors(directory: str | Path) -> dict[str, ShardedTensor]:
-    """Return name, whole shape and dtype of a checkpoint's tensors; UserError if it holds more than plain data."""
+    """Return name, whole shape and dtype of a checkpoint's tensors.
+
+    Raises:
+        UserError: it cannot be read, or holds more than plain data.
+    """
     check_folder(directory)
-    return dist_checkpointing.load_tensors_metadata(str(directory))
+    with refusing_unreadable(directory):
+        return dist_checkpointing.load_tensors_metadata(str(directory))
 
 
 def common_dtype(stored: dict[str, ShardedTensor]) -> torch.dtype:

@@ -1,7 +1,8 @@
-"""Are Megatron's layers those of transformers? A few are built from the files, both ways, and compared in fp32.
+"""Are Megatron's layers those of transformers? They are built from the files, both ways, and compared in fp32.
 
 The first and the last layers, one of each kind, the embedding and the output layer, in the model's own layout: cheap
 for any size. All layers of a kind are the same code; that all weights arrived is for `hf_weights.find_difference`.
+With a checkpoint, all layers are compared: what the converter wrote, with what transformers makes of the folder.
 
     print(verify_model("models/Llama-3.1-8B", recipe.student, groups))     # raises UserError where they differ
 """
@@ -9,12 +10,12 @@ for any size. All layers of a kind are the same code; that all weights arrived i
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,11 @@ from megatron_tropd.model import build_model
 from megatron_tropd.model_checks import UNEVEN_STAGES
 from megatron_tropd.output_hook import OutputHook
 from megatron_tropd.parallel import ParallelGroups, all_shards
-from megatron_tropd.reference import LOGITS_EVERY, Part, compare_parts
-
-logger = logging.getLogger(__name__)
+from megatron_tropd.reference import LOGITS_EVERY, compare_parts
+from megatron_tropd.verdict import Verdict, judge
+from megatron_tropd.weights_checkpoint import load_checkpoint_weights
 
 BOUND = 1e-5  # of relative differences: rounding of fp32 stays below, every part left out is above
-_OWN = 8  # times transformers' own rounding is rounding, too
-_OWN_MOST = 100  # but never more than this many times the bound
-_NEAR = 30  # times transformers' own rounding may still be rounding
-_FLIPS = 0.01  # of the positions, in layers of experts, where rounding may choose other experts
 _TOKENS = 512
 _LONGEST = 4160  # tokens, where the config has a window: up to 64 beyond one of 4096
 _HEADROOM = 1.1  # of memory over the weights: activations, and fragments
@@ -77,37 +74,13 @@ def full_logits(
     return kept[0] if kept else None
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What was compared, and how far apart it is."""
-
-    parts: list[Part]
-    layers: tuple[int, ...]
-    num_layers: int
-
-    @property
-    def difference(self) -> float:
-        """Largest relative difference of any part at any position."""
-        return max(part.difference.max().item() for part in self.parts)
-
-    @property
-    def own(self) -> float:
-        """Transformers' own: the largest one between sdpa and eager attention."""
-        return max(part.own.max().item() for part in self.parts)
-
-    def __str__(self) -> str:
-        import transformers
-
-        length = len(self.parts[0].difference)
-        return (
-            f"verified {len(self.layers)} of {self.num_layers} layers + embedding and output on {length} tokens "
-            f"against transformers {transformers.__version__} (fp32): largest relative difference "
-            f"{self.difference:.2g}, transformers' own (sdpa to eager) {self.own:.2g}"
-        )
-
-
 def verify_model(
-    hf_path: str | Path, model: ModelConfig, groups: ParallelGroups, at_least: int = 2, bound: float = BOUND
+    hf_path: str | Path,
+    model: ModelConfig,
+    groups: ParallelGroups,
+    at_least: int = 2,
+    bound: float = BOUND,
+    checkpoint: str | Path | None = None,
 ) -> Verdict:
     """Compare a few layers, embedding and output layer with transformers'; collective, the same on every rank.
 
@@ -118,17 +91,21 @@ def verify_model(
         at_least: as many layers, the first and the last ones; more where the pipeline's stages or the kinds of layers
             are more.
         bound: largest relative difference of a part's result; rounding as large as transformers' own passes, too.
+        checkpoint: compare all layers, with the weights of this checkpoint of the folder: transformers reads the
+            folder by its own names, so that a layer in another's place shows.
 
     Raises:
         UserError: on every rank, where a part differs by more than rounding, or the host has too little memory.
     """
     hf_config = load_hf_config(hf_path)
+    if checkpoint is not None:
+        at_least = hf_config.num_hidden_layers
     layers = choose_layers(hf_config, at_least, groups.pp_size)
     few = truncate(hf_config, layers)
     _check_host_memory(hf_path, few, groups)
     tokens = sample_tokens(hf_config).to(groups.device)
     with _whole_float32():
-        ours = _run_megatron(hf_path, few, layers, model, groups, tokens)
+        ours = _run_megatron(hf_path, few, layers, model, groups, tokens, checkpoint)
         found: tuple[str, Any] | None = None
         if groups.is_reporter:
             try:
@@ -149,9 +126,11 @@ def verify_model(
 
 
 def verify_before_training(model: ModelConfig, groups: ParallelGroups, role: str) -> None:
-    """Verify a model that is read from `hf_path`, unless `verify` is off, and log what was; collective."""
+    """Verify a model that is read from `hf_path`, unless `verify` is off, and say what was; collective."""
     if model.checkpoint is None and model.verify == "auto":
-        logger.warning("%s: %s", role, verify_model(model.hf_path, model, groups))
+        verdict = verify_model(model.hf_path, model, groups)
+        if groups.rank == 0:  # of its part of the job: a teacher on ranks of its own logs nothing but errors
+            print(f"{role}: {verdict}", file=sys.stderr, flush=True)
 
 
 def choose_layers(hf_config: Any, at_least: int, stages: int) -> tuple[int, ...]:
@@ -200,45 +179,6 @@ def sample_tokens(hf_config: Any) -> torch.Tensor:
     return ids.clamp(0, vocab - 1)
 
 
-def judge(verdict: Verdict, bound: float) -> str | None:
-    """Return what differs by more than rounding and what it looks like; None where nothing does."""
-    for part in verdict.parts:
-        own = part.own.max().item()
-        rounding = min(_OWN * own, _OWN_MOST * bound)
-        allowed = max(bound, rounding)
-        beyond = ~(part.excess <= allowed)  # NaN is beyond
-        if not beyond.sum() > (_FLIPS * len(beyond) if part.sparse else 0):
-            continue
-        first, count = int(beyond.nonzero()[0]), int(beyond.sum())
-        largest = part.excess.max().item() if not part.excess.isnan().any() else math.nan
-        text = (
-            f"{part.name} differs from transformers' by {largest:.3g} of what it adds, more than the bound of "
-            f"{bound:g} (transformers' own rounding there, sdpa to eager: {own:.2g}), at {count} of {len(beyond)} "
-            f"positions, the first {first}. "
-        )
-        if largest <= _NEAR * max(rounding / _OWN, 2.0**-20):
-            return text + "So little may be rounding of unusually large numbers: give --bound more if it is."
-        return text + f"That is no rounding: {_suspect(part, first, count / len(beyond))}."
-    return None
-
-
-def _suspect(part: Part, first: int, share: float) -> str:
-    if part.excess.isnan().any():
-        return "there are NaNs, in the weights or in what was computed of them"
-    if part.name == "the embedding":
-        return "other rows, or a factor on the embedding that this conversion does not know"
-    if part.layer is None:
-        return "another final norm or output layer, or a factor or cap on the logits that this conversion does not know"
-    if first == 0:
-        return (
-            "it is there at position 0, where attention has a single key: another norm or its epsilon, a bias, an "
-            "activation, experts, or weights in another order"
-        )
-    if first < 4 and share > 0.5:
-        return "it begins with the second token: the rotary embedding (theta, scaling), softmax's scale or q/k norms"
-    return f"it begins at position {first}: an attention window, chunks, or a rotary scaling that begins there"
-
-
 def _run_megatron(
     hf_path: str | Path,
     few: Any,
@@ -246,6 +186,7 @@ def _run_megatron(
     model: ModelConfig,
     groups: ParallelGroups,
     tokens: torch.Tensor,
+    checkpoint: str | Path | None,
 ) -> dict[str, torch.Tensor]:
     """Return what Megatron's parts make of `tokens` [s], on the host; whole on the reporting rank."""
     plain = dict.fromkeys(UNEVEN_STAGES[:2]) | dict.fromkeys(UNEVEN_STAGES[2:], False)
@@ -254,7 +195,10 @@ def _run_megatron(
     single = replace(_whole_sequences(groups), virtual_pipeline_size=None)
     # Transformer Engine would multiply fp32 matrices with the 10-bit mantissas of TF32.
     chunks = build_model(few, layout, single, training=False, use_transformer_engine=False)
-    load_hf_weights(chunks, few, hf_path, single, layers)
+    if checkpoint is None:
+        load_hf_weights(chunks, few, hf_path, single, layers)
+    else:
+        load_checkpoint_weights(chunks, checkpoint)
     ours: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -320,8 +264,9 @@ def _check_host_memory(hf_path: str | Path, few: Any, groups: ParallelGroups) ->
     if needed > available:
         raise UserError(
             f"{hf_path}: verification needs {needed / 1e9:.1f} GB of host memory, for {few.num_hidden_layers} layers "
-            f"in fp32, and {available / 1e9:.1f} GB are available. Use a machine with more, or turn it off (convert "
-            "without --verify, train with verify=off) and verify a smaller model of the same architecture."
+            f"in fp32, and {available / 1e9:.1f} GB are available. Use a machine with more, verify less (convert with "
+            "--verify alone instead of --verify all), or turn it off (convert without --verify, train with verify=off) "
+            "and verify a smaller model of the same architecture."
         )
 
 

@@ -438,3 +438,33 @@ def test_virtual_stages_must_divide_a_stage(hf):
     ):
         transformer_config(load_hf_config(hf / "llama_bf16"), model)
     shutdown()  # twice is harmless, and without groups too
+
+
+def _spoil(folder, name, content):
+    """Replace a file's content by another of the same size: a checkpoint's list of files then says nothing."""
+    file = next(folder.glob(name))
+    size = file.stat().st_size
+    file.write_bytes(content.encode().ljust(size, b" ")[:size] if content else bytes(size))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("__0_0.distcp", "", "cannot be read"),
+        ("metadata.json", "{", "metadata.json|cannot be read"),
+        ("complete.json", "[]", "complete.json is missing or unreadable"),
+        ("tensor_dtypes.json", "{", "tensor_dtypes.json cannot be read"),
+        ("tensor_dtypes.json", '{"default": "nothing", "others": {}}', "tensor_dtypes.json cannot be read"),
+        ("tensor_dtypes.json", '{"default": "bfloat16", "others": 3}', "tensor_dtypes.json cannot be read"),
+    ],
+)
+def test_field_cases_b5_spoiled_files_of_a_checkpoint_are_one_line(checkpoints, tmp_path, name, content, expected):
+    folder = shutil.copytree(checkpoints / "qwen3_bf16", tmp_path / "c")
+    if name == "tensor_dtypes.json":
+        (folder / name).write_text(" " * 100)
+    (message,) = _convert(1, [("convert_mcore_to_hf", (_spoil(folder, name, content), tmp_path / "out"), {})])
+    assert any(part in message for part in expected.split("|"))
+    assert "Traceback" not in message
+    assert "\n" not in message
+    assert not (tmp_path / "out").exists()

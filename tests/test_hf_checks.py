@@ -182,6 +182,45 @@ def test_field_cases_a12_a_tensor_twice_or_elsewhere_than_its_index_says(hf, tmp
     assert "model.safetensors.index.json cannot be read" in refusal(both, tmp_path)
 
 
+def test_field_cases_a12_a_part_in_a_folder_of_its_own_is_found_where_the_index_says(hf, tmp_path):
+    folder = _split(
+        changed(hf / "llama", tmp_path / "m"), lambda n: "3" in n, lambda n: "3" not in n, lambda n: "3" in n
+    )
+    (folder / "parts").mkdir()
+    (folder / "model-00002-of-00002.safetensors").rename(folder / "parts" / "model-00002-of-00002.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00002", "parts/model-00002"))
+    run_distributed(_convert, 1, str(folder), str(tmp_path / "c"))
+    theirs, ours = (load_file(Path(p) / "model.safetensors") for p in (hf / "llama", tmp_path / "c_hf"))
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_field_cases_b8_weights_that_are_not_finite_are_not_converted(hf, tmp_path, value):
+    folder = changed(
+        hf / "llama", tmp_path / "m", lambda t: t["model.layers.2.mlp.up_proj.weight"][3, 5:6].fill_(value)
+    )
+    for options in ({}, {"verify": True}):
+        message = refusal(folder, tmp_path, **options)
+        assert f"NaN or infinity in the model's weights as read from {folder}" in message
+        assert "decoder.layers.2.mlp.linear_fc1.weight on rank 0" in message
+
+
+def test_field_cases_b15_a_cache_of_links_to_files_that_nobody_may_write(hf, tmp_path):
+    """A snapshot of the hub's cache on a disk that is shared: the copies are the user's own."""
+    folder = changed(hf / "llama", tmp_path / "m")
+    (tmp_path / "blobs").mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        blob = file.rename(tmp_path / "blobs" / str(number))
+        blob.chmod(0o444)
+        file.symlink_to(f"../blobs/{number}")
+    run_distributed(_convert, 1, str(folder), str(tmp_path / "c"))
+    for copies in (tmp_path / "c" / "hf", tmp_path / "c_hf"):
+        names = {file.name for file in copies.iterdir()}
+        assert {"config.json", "generation_config.json", "tokenizer.json"} <= names
+        assert all(file.stat().st_mode & 0o200 and not file.is_symlink() for file in copies.iterdir())
+
+
 def _load_changed(folder, checkpoint, layout):
     """Load a checkpoint into the model that another folder's config describes; the message."""
     from megatron_tropd.model import build_model, load_hf_config

@@ -179,6 +179,9 @@ def test_field_cases_b13_impossible_values_are_named(hf, tmp_path, kind, change,
         ("llama", rope(partial_rotary_factor=0.5), "partial_rotary_factor"),
         ("llama", rope(mrope_section=[2, 1, 1]), "mrope_section"),
         ("llama", {"use_qk_norm": True}, "use_qk_norm"),
+        ("llama", {"rope_interleaved": True}, "rope_interleaved"),
+        ("qwen2", {"hidden_activation": "gelu_pytorch_tanh"}, "hidden_activation"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}, "use_sliding_window"),
         ("qwen3", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"], "sliding_window": 8}, "layer_types"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 4, "sliding_window": 8}, "layer_types"),
         ("llama", {"layer_types": ["chunked_attention"] * 4}, "layer_types"),
@@ -191,6 +194,20 @@ def test_field_cases_a13_fields_of_other_architectures_are_refused(hf, tmp_path,
     message = refusal(config_of(hf / kind, tmp_path / "c", change))
     assert f"{key}=" in message
     assert "is not supported" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 4, "layer_types": "absent"}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 36, "layer_types": "absent"}),
+        ("llama", {"_attn_implementation": "flash_attention_2", "_flash_attn_2_enabled": True}),
+        ("llama", {"attn_implementation": "flash_attention_2", "gradient_checkpointing": True}),
+        ("llama", {"rope_interleaved": False, "is_llama_config": True}),
+    ],
+)
+def test_field_cases_a13_settings_that_leave_the_function_alone_are_no_reason_to_refuse(hf, tmp_path, kind, change):
+    load_hf_config(config_of(hf / kind, tmp_path / "c", change))
 
 
 def test_neutral_values_of_such_fields_are_fine(hf, tmp_path):

@@ -1,6 +1,8 @@
 """Verification passes rounding and refuses a part that is missing, and tells which is which."""
 
+import contextlib
 import copy
+import io
 import types
 
 import pytest
@@ -8,11 +10,13 @@ import torch
 from helpers import run_distributed
 from tiny_models import load_transformers, write_model
 
-from megatron_tropd import hf_config, reference, verify
+from megatron_tropd import convert, hf_config, hf_weights, reference, verify
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.errors import UserError
 from megatron_tropd.hf_config import load_hf_config
 from megatron_tropd.parallel import initialize
+from megatron_tropd.verdict import Verdict
+from megatron_tropd.verdict import judge as judge_parts
 
 # SmolLM2-135M with narrower heads: 9 heads in 3 groups, 30 layers, tied.
 SMOL = {
@@ -143,6 +147,42 @@ def test_field_cases_b11_a_missing_part_is_refused_and_named(hf):
     assert "the output layer differs" in found["final norm"]
 
 
+def _convert_swapping_layers(folder, root):
+    """Convert with a mapping that takes layer 1 for layer 2 and the reverse; the messages."""
+    initialize(ModelConfig())
+    rule_of = hf_weights.rule_of
+    hf_weights.rule_of = lambda name, layers, *rest: rule_of(name, [{1: 2, 2: 1}.get(i, i) for i in layers], *rest)
+    messages = []
+    for verify_what in (True, "all"):
+        try:
+            convert.convert_hf_to_mcore(folder, f"{root}/{verify_what}", verify=verify_what, **{PP: 2})
+            messages.append(None)
+        except UserError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_field_cases_b11_all_layers_of_a_checkpoint_are_compared_by_transformers_names(hf, tmp_path):
+    for bits, everything in run_distributed(_convert_swapping_layers, 2, str(hf / "llama"), str(tmp_path)):
+        assert bits is None  # the same mapping reads the files back: why the whole model can be compared
+        assert "layer 1 differs from transformers'" in everything
+        assert "Nothing was written" in everything
+    assert [path.name for path in tmp_path.iterdir()] == ["True"]
+
+
+def _what_conversion_prints(folder, output):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        convert.convert_hf_to_mcore(folder, output, verify="all")
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["smol", "qwen3_moe"])
+def test_all_layers_of_a_checkpoint_are_verified(hf, tmp_path, kind):
+    (printed,) = run_distributed(_what_conversion_prints, 1, str(hf / kind), str(tmp_path / "c"))
+    count = load_hf_config(hf / kind).num_hidden_layers
+    assert f"of the checkpoint, verified {count} of {count} layers + embedding and output" in printed
+
+
 def test_the_bound_decides(hf):
     arguments = str(hf / "smol"), {TP: 3}
     for message in run_distributed(_verify, 3, *arguments, {"bound": 0.0, "at_least": 4}):
@@ -159,7 +199,7 @@ def _part(excess, own, sparse=False, name="layer 7"):
 
 def test_rounding_as_large_as_transformers_own_passes_and_routers_may_flip():
     def judge(part):
-        return verify.judge(verify.Verdict([part], (7,), 8), 1e-5)
+        return judge_parts(Verdict([part], (7,), 8), 1e-5)
 
     assert judge(_part([5e-5], [1e-5])) is None
     assert "may be rounding" in judge(_part([2e-4], [1e-5]))
