@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from megatron_tropd.reference import Part
 
-_OWN = 8  # times transformers' own rounding is rounding, too
+_OWN = 24  # times transformers' own rounding is rounding, too
 _OWN_MOST = 100  # but never more than this many times the bound
-_NEAR = 30  # times transformers' own rounding may still be rounding
+_NEAR = 60  # times transformers' own rounding may still be rounding
 _FLIPS = 0.01  # of the positions, in layers of experts, where rounding may choose other experts
 
 
@@ -62,7 +62,7 @@ def judge(verdict: Verdict, bound: float) -> str | None:
             f"positions, the first {first}. "
         )
         if largest <= _NEAR * max(rounding / _OWN, 2.0**-20):
-            return text + "So little may be rounding of unusually large numbers: give --bound more if it is."
+            return text + "So little may be rounding of unusually large numbers: if it is, raise the bound (--bound)."
         return text + f"That is no rounding: {_suspect(part, first, count / len(beyond))}."
     return None
 

@@ -38,7 +38,7 @@ from megatron_tropd.reference import LOGITS_EVERY, compare_parts
 from megatron_tropd.verdict import Verdict, judge
 from megatron_tropd.weights_checkpoint import load_checkpoint_weights
 
-BOUND = 1e-5  # of relative differences: rounding of fp32 stays below, every part left out is above
+BOUND = 2e-5  # of relative differences: rounding of fp32 stays below, every part left out is above
 _TOKENS = 512
 _LONGEST = 4160  # tokens, where the config has a window: up to 64 beyond one of 4096
 _HEADROOM = 1.1  # of memory over the weights: activations, and fragments
@@ -128,7 +128,10 @@ def verify_model(
 def verify_before_training(model: ModelConfig, groups: ParallelGroups, role: str) -> None:
     """Verify a model that is read from `hf_path`, unless `verify` is off, and say what was; collective."""
     if model.checkpoint is None and model.verify == "auto":
-        verdict = verify_model(model.hf_path, model, groups)
+        try:
+            verdict = verify_model(model.hf_path, model, groups)
+        except UserError as error:
+            raise UserError(f"{error} {role}.verify=off leaves this comparison out.") from error
         if groups.rank == 0:  # of its part of the job: a teacher on ranks of its own logs nothing but errors
             print(f"{role}: {verdict}", file=sys.stderr, flush=True)
 

@@ -133,7 +133,7 @@ def test_field_cases_b11_a_missing_part_is_refused_and_named(hf):
     (messages,) = run_distributed(_without, 1, folders, list(cases.values()))
     for name, message in zip(cases, messages, strict=True):
         assert isinstance(message, str), (name, message)
-        assert "more than the bound of 1e-05" in message, name
+        assert "more than the bound of 2e-05" in message, name
         assert "That is no rounding" in message, (name, message)
         assert "transformers' own rounding there, sdpa to eager" in message
     found = dict(zip(cases, messages, strict=True))
@@ -202,7 +202,8 @@ def test_rounding_as_large_as_transformers_own_passes_and_routers_may_flip():
         return judge_parts(Verdict([part], (7,), 8), 1e-5)
 
     assert judge(_part([5e-5], [1e-5])) is None
-    assert "may be rounding" in judge(_part([2e-4], [1e-5]))
+    assert judge(_part([2e-4], [1e-5])) is None
+    assert "may be rounding" in judge(_part([5e-4], [1e-5]))
     assert "no rounding" in judge(_part([5e-2], [1.0]))  # whatever transformers' two attentions do
     assert "NaN" in judge(_part([float("nan")], [0.0]))
     flips = [0.0] * 198 + [0.5] * 2
