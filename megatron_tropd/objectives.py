@@ -14,6 +14,7 @@ import torch
 
 from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
 from megatron_tropd.errors import UserError
+from megatron_tropd.token_statistics import gradient_shares, logit_gradient, token_histograms
 from megatron_tropd.trust_region import TrustGate, trust_gate
 from megatron_tropd.types import LOSS_GUIDANCE, LOSS_STUDENT, TeacherScores, TrainingBatch
 
@@ -62,6 +63,8 @@ class ObjectiveResult:
     metrics: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     maxima: dict[str, torch.Tensor] = field(default_factory=dict)
     minima: dict[str, torch.Tensor] = field(default_factory=dict)
+    counts: dict[str, torch.Tensor] = field(default_factory=dict)  # histograms, [bins] each
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)  # [b, s] by kind of token: logit_gradient
     details: TokenDetails | None = None
 
 
@@ -165,6 +168,9 @@ class Objective:
             result = dataclasses.replace(student, loss=student.loss + result.loss)
         result.metrics["loss_guidance"] = _total(-beta * given, is_guidance)
         result.metrics["guidance_fraction"] = _total(is_guidance, is_student | is_guidance)
+        if not self.divergence:  # whose gradient is that of one kind of token
+            result.gradients["guidance"] = logit_gradient((beta * is_guidance).unsqueeze(-1), given.unsqueeze(-1))
+            result.metrics |= gradient_shares(result.gradients)
         if student_entropy is not None:
             kept = is_student if self.needs_rollout else is_guidance
             result.metrics["student_entropy"] = _total(torch.where(kept, student_entropy, 0.0), kept)
@@ -205,10 +211,27 @@ class Objective:
         return ObjectiveResult(
             loss=loss,
             metrics=metrics,
-            maxima={"advantage_max": torch.where(kept, advantage, -torch.inf).amax()},
+            maxima={
+                "advantage_max": torch.where(kept, advantage, -torch.inf).amax(),
+                "logprob_mismatch_max": torch.where(kept, mismatch, -torch.inf).amax(),
+            },
             minima={"advantage_min": torch.where(kept, advantage, torch.inf).amin()},
+            counts=token_histograms(gate.rho, advantage, mismatch, kept),
+            gradients={
+                "trusted": logit_gradient((trusted * importance * advantage).unsqueeze(-1), sampled.unsqueeze(-1)),
+                "outlier": self._outlier_gradient(outlying * outlier_loss, logprobs, kept),
+            },
             details=TokenDetails(sampled.detach(), teacher, gate),
         )
+
+    def _outlier_gradient(self, loss: torch.Tensor, logprobs: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """Return the outliers' `logit_gradient` [b, s]; the loss reads either the sampled token or the top-k."""
+        if not (loss.requires_grad and logprobs.requires_grad):
+            return torch.zeros_like(loss)
+        read = slice(1, None) if self.outlier == "fkl" else slice(0, 1)
+        (gradient,) = torch.autograd.grad(loss.sum(), logprobs, retain_graph=True)
+        student = torch.where(kept.unsqueeze(-1), logprobs[..., read], -torch.inf)
+        return logit_gradient(gradient[..., read], student)
 
     def _gate(self, sampled, teacher, batch: TrainingBatch, step: int) -> TrustGate:
         gate = trust_gate(

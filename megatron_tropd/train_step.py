@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from megatron_tropd.objectives import Objective, TokenDetails
 from megatron_tropd.output_hook import OutputHook
 from megatron_tropd.parallel import ParallelGroups
 from megatron_tropd.student_outputs import StudentOutputs, read_student
+from megatron_tropd.token_statistics import summarise
 from megatron_tropd.types import TeacherScores, TrainingBatch
 
 # Megatron's 2**32 is meant for a mean over a micro-batch's tokens. The loss here is their undivided sum, thousands of
@@ -256,7 +258,8 @@ def loss_func(
     loss_sum = result.loss.sum()
     num_tokens = batch.num_loss_tokens.to(torch.int)
     sums = {"loss": (loss_sum.detach(), num_tokens), **result.metrics}
-    report = {"sums": sums, "maxima": result.maxima, "minima": result.minima, "details": result.details}
+    report = {"sums": sums, "counts": result.counts, "maxima": result.maxima, "minima": result.minima}
+    report["details"] = result.details
     return loss_sum, num_tokens, report
 
 
@@ -264,7 +267,8 @@ def reduce_reports(reports: list[dict[str, Any]], groups: ParallelGroups) -> Ste
     """Reduce the micro-batches' reports over data- and context-parallel ranks, in two small collectives.
 
     `sums` (name -> (sum, count)) become means over the global batch, whatever the layout; `maxima` and `minima` the
-    extremes. Stages without the output layer have no reports and return an empty result.
+    extremes; `counts` (name -> [bins]) what token_statistics.summarise reads off them. Stages without the output layer
+    have no reports and return an empty result.
     """
     if not groups.is_last_stage:
         return StepResult()
@@ -272,10 +276,13 @@ def reduce_reports(reports: list[dict[str, Any]], groups: ParallelGroups) -> Ste
     extremes = _stack(reports, "maxima", lambda values: torch.stack(values).amax(0))
     lowest = _stack(reports, "minima", lambda values: torch.stack(values).amin(0))
     extremes.update({f"-{name}": -value for name, value in lowest.items()})
-    packed_sums = torch.stack(list(sums.values()))  # [metrics, 2]
-    torch.distributed.all_reduce(packed_sums, group=groups.dp_cp)
-    metrics = {}
-    for name, (total, count) in zip(sums, packed_sums.tolist(), strict=True):
+    counts = _stack(reports, "counts", lambda values: torch.stack(values).sum(0))
+    flat = torch.cat([torch.stack(list(sums.values())).flatten(), *counts.values()])  # [2 metrics + bins]
+    torch.distributed.all_reduce(flat, group=groups.dp_cp)
+    numbers = iter(flat.tolist())
+    pairs = {name: (next(numbers), next(numbers)) for name in sums}
+    metrics = summarise({name: list(islice(numbers, len(histogram))) for name, histogram in counts.items()})
+    for name, (total, count) in pairs.items():
         if count or name == "loss":
             metrics[name] = total / max(count, 1)
         if name == "loss":
