@@ -5,7 +5,7 @@ of the teacher's behaviour, in nats a token. The teacher's hidden states live fo
 last stage only, where they meet the teacher's output layer in the student's shards.
 
     held_out = HeldOut(prompts, tokenizer, student, teacher, divergence)
-    held_out.measure()      # {"held_out_kl": 0.83, "held_out_tokens": 1844}, the same on every rank
+    held_out.measure()      # {"held_out_kl": 0.83, "held_out_kl_low": 0.79, ...}, the same on every rank
 """
 
 from __future__ import annotations
@@ -86,25 +86,28 @@ class HeldOut:
         )
 
     def measure(self) -> dict[str, float]:
-        """Return `held_out_kl`, the mean over all response tokens in nats, and `held_out_tokens`, their number.
+        """Return `held_out_kl`, the mean over all response tokens in nats, its `interval`, and `held_out_tokens`.
 
         Collective over all ranks of both models; the same answer everywhere. Leaves the student in eval mode.
         """
-        total = torch.zeros(2, dtype=torch.float64, device=self.groups.device)
+        groups, rows_per_rank = self.groups, len(self._batch.tokens)
+        table = torch.zeros(groups.dp_size, rows_per_rank, 2, dtype=torch.float64, device=groups.device)
         for module in self._student.modules:
             module.eval()
         with torch.no_grad(), self._teacher.weights():
-            for rows in microbatches(self._batch, self._group_rows):
+            for i, rows in enumerate(microbatches(self._batch, self._group_rows)):
                 hidden = self._teacher.hidden_states(rows, self.micro_batch_size)
-                for sums in self._student_pass(rows, _Hidden(hidden)):
-                    total += sums
-        dist.all_reduce(total, group=self.groups.dp_cp)
-        dist.all_reduce(total, group=self.groups.pp)  # the earlier stages hold zeros
-        kl_sum, tokens = total.tolist()
-        return {"held_out_kl": kl_sum / max(tokens, 1), "held_out_tokens": int(tokens)}
+                for j, sums in enumerate(self._student_pass(rows, _Hidden(hidden))):
+                    first = i * self._group_rows + j * self.micro_batch_size
+                    table[groups.dp_rank, first : first + self.micro_batch_size] = sums
+        dist.all_reduce(table, group=groups.dp_cp)
+        dist.all_reduce(table, group=groups.pp)  # the earlier stages hold zeros
+        sums, tokens = table.flatten(0, 1)[table[..., 1].flatten() > 0].unbind(-1)  # [responses], without fillers
+        found = {"held_out_kl": (sums.sum() / tokens.sum().clamp(min=1)).item(), "held_out_tokens": int(tokens.sum())}
+        return found | interval(found["held_out_kl"], sums.tolist(), tokens.tolist())
 
     def _student_pass(self, rows: TrainingBatch, hidden: _Hidden) -> list[torch.Tensor]:
-        """Run some rows; return each micro-batch's sum of the divergence and number of tokens, on the last stage."""
+        """Run some rows; return each micro-batch's [b, 2] sums of divergence and tokens by row, on the last stage."""
         split = split_batch(rows, self.groups, self.micro_batch_size)
         return run_schedule(
             self.groups,
@@ -126,7 +129,29 @@ class HeldOut:
 
         with self._student.hook.replaced(read):
             output = model(rows.tokens, rows.position_ids, None)
-        return output, lambda output, non_loss_data=True: torch.stack([output.double().sum(), mask.double().sum()])
+
+        def sums(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+            return torch.stack([output.double().sum((1, 2)), mask.double().sum(1)], dim=-1)
+
+        return output, sums
+
+
+def interval(mean: float, sums: list[float], tokens: list[float]) -> dict[str, float]:
+    """Return the 95 % interval of a mean over tokens as `held_out_kl_low` and `_high`; nothing of a single response.
+
+    Tokens of one response are alike, so it is the responses that count as independent.
+
+    Args:
+        mean: sum of `sums` over the sum of `tokens`.
+        sums: the divergence of each response.
+        tokens: the number of tokens of each.
+    """
+    n = len(sums)
+    if n < 2:
+        return {}
+    squares = sum((s - mean * t) ** 2 for s, t in zip(sums, tokens, strict=True))
+    half = 1.96 * (squares * n / (n - 1)) ** 0.5 / sum(tokens)
+    return {"held_out_kl_low": max(0.0, mean - half), "held_out_kl_high": mean + half}
 
 
 def load_held_out(
