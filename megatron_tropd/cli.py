@@ -309,11 +309,20 @@ def _add_report(subcommands: Any) -> None:
         subcommands,
         "report",
         commands.report,
-        "draw runs' records as plots and one HTML page; several runs are overlaid",
+        "write one interactive HTML page about a run, or about several runs compared",
+        "examples:\n"
+        "  megatron-tropd report runs/tiny\n"
+        "  megatron-tropd report runs/tropd runs/opd --output runs/comparison\n"
+        "  megatron-tropd report runs/tiny --watch\n\n"
+        "The page (report.html) holds all that it shows and needs no network: curves, the trust region over time,\n"
+        "responses with every token coloured, answers before and after, the recipe. It reads what training wrote.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder (the recipe's logging.dir)")
     parser.add_argument(
         "--output", help="folder to write to (default: the run's own; several: `comparison` beside them)"
+    )
+    parser.add_argument(
+        "--watch", action="store_true", help="write the page again as training goes on, until the runs have finished"
     )
 
 
