@@ -147,7 +147,7 @@ def _describe(run: RunRecords) -> dict[str, Any]:
     """Return the run as report_page.js reads it."""
     stride = max(1, math.ceil(len(run.metrics) / MAX_POINTS))
     if stride > 1:
-        run.notes.append(f"Plots show every {stride}th of {len(run.metrics):,} steps.")
+        run.notes.append(f"Plots show one of {stride} steps ({len(run.metrics):,} in all).")
     generated, total = {}, 0.0
     for record in run.metrics:  # an evaluation after n steps has seen the tokens of all of them
         total += record.get("generated_tokens") or 0

@@ -20,10 +20,12 @@ function restore(defaults) {
 
 function theme() {
   const style = getComputedStyle(document.documentElement);
-  return Object.fromEntries(["ink", "soft", "line", "card"].map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
+  const colours = Object.fromEntries(["ink", "soft", "line", "card"].map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
+  return { ...colours, palette: matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light" };
 }
 
-const PRINTED = { ink: "#1b1f24", soft: "#5b6570", line: "#dde1e6", card: "#fff" };
+const PRINTED = { ink: "#1b1f24", soft: "#5b6570", line: "#dde1e6", card: "#fff", palette: "light" };
+const ON_PAPER = { width: 312, height: 280 }, WIDE_ON_PAPER = { width: 650, height: 280 }; // two columns of a page
 
 function section(id, title, ...content) {
   return element("section", { id }, element("h2", {}, title), ...content);
@@ -51,7 +53,7 @@ function runsTable(runs) {
 }
 
 function differencesTable(runs, differences) {
-  if (!differences.length) return element("p", { class: "soft" }, "The runs' recipes are the same.");
+  if (!differences.length) return element("p", { class: "soft" }, "The runs' recipes are the same, as far as they are recorded.");
   const head = element("tr", {}, element("th", {}, "key"), ...runs.map((run) => element("th", {}, run.name)));
   const rows = differences.map((row) => element("tr", { title: row.help }, element("td", { class: "key" }, row.key), ...row.values.map((value) => element("td", {}, value))));
   return element("div", { class: "card scroll" }, element("table", {}, element("tbody", {}, head, ...rows)));
@@ -77,13 +79,14 @@ function plotCards(cards, drawing) {
   return element("div", { class: "cards" }, ...cards.map((card) => {
     const why = missing(card), home = element("div", { class: `plot${why ? " empty" : ""}`, "data-plot": card.plot.name }, why);
     if (!why) drawing.add(home, card);
-    return element("div", { class: `card${card.plot.wide ? " wide" : ""}` }, element("h3", {}, card.title), card.plot.note ? element("p", {}, card.plot.note) : null, home);
+    return element("div", { class: `card${card.wide ? " wide" : ""}` }, element("h3", {}, card.title), card.plot.note ? element("p", {}, card.plot.note) : null, home);
   }));
 }
 
 class Drawing {
-  constructor(options) {
-    this.options = options;
+  constructor(state, runs) {
+    this.state = state;
+    this.runs = runs;
     this.cards = new Map();
     this.drawn = new Set();
     this.seen = new IntersectionObserver((entries) => entries.filter((e) => e.isIntersecting).forEach((e) => this.draw(e.target)), { rootMargin: "600px" });
@@ -97,7 +100,7 @@ class Drawing {
   draw(home, colours = theme()) {
     this.seen.unobserve(home);
     this.drawn.add(home);
-    return drawCard(home, this.cards.get(home), this.options, colours);
+    return drawCard(home, this.cards.get(home), this.state, this.runs, colours);
   }
 
   redraw() {
@@ -105,7 +108,7 @@ class Drawing {
   }
 
   print() {
-    for (const home of this.cards.keys()) this.draw(home, PRINTED);
+    for (const [home, card] of this.cards) this.draw(home, { ...PRINTED, ...(card.wide ? WIDE_ON_PAPER : ON_PAPER) });
   }
 }
 
@@ -116,6 +119,18 @@ function optionControls(runs, state, changed) {
   const smoothing = element("label", {}, element("input", { type: "checkbox", id: "smooth", checked: state.smooth,
     onchange: (event) => { state.smooth = event.target.checked; changed(); } }), " smooth");
   return element("span", { class: "options" }, radio("steps", "steps", true), radio("tokens", "generated tokens", tokens), smoothing);
+}
+
+// The colours of several runs; a click hides a run.
+function runsLegend(runs, state, changed) {
+  const entry = (run) => {
+    const shown = element("input", { type: "checkbox", checked: !state.hidden.includes(run.name), onchange: () => {
+      state.hidden = shown.checked ? state.hidden.filter((name) => name !== run.name) : [...state.hidden, run.name];
+      changed();
+    } });
+    return element("label", {}, shown, element("span", { class: `line p${run.place % 6}` }), run.name);
+  };
+  return element("span", { class: "legend", role: "group", "aria-label": "Runs" }, ...runs.map(entry));
 }
 
 function keepCurrent(seconds, save) {
@@ -133,14 +148,15 @@ function keepCurrent(seconds, save) {
 
 function build(data, texts) {
   const { runs, plots } = data, several = runs.length > 1;
-  const state = restore({ axis: "steps", smooth: true, run: 0, step: null, query: "", answersRun: 0, before: null, after: null, change: "all problems" });
+  const state = restore({ axis: "steps", smooth: true, run: 0, step: null, query: "", answersRun: 0, before: null, after: null, change: "all problems", hidden: [] });
+  runs.forEach((run, i) => { run.place = i; });
   for (const name of ["run", "answersRun"]) state[name] = runs[state[name]] ? state[name] : 0;
   if (!runs.every((run) => run.metrics.tokens)) state.axis = "steps";
   const save = () => { try { sessionStorage.setItem(KEPT, JSON.stringify(state)); } catch { /* a reload forgets */ } };
-  const drawing = new Drawing(state), cards = cardsOf(plots, runs), main = document.getElementById("main");
+  const drawing = new Drawing(state, runs.length), cards = cardsOf(plots, runs), main = document.getElementById("main");
   runs.forEach((run) => run.notes.forEach((note) => document.getElementById("notes").append(element("p", { class: "note" }, several ? `${run.name}: ${note}` : note))));
   main.append(section("overview", several ? "The runs" : "The run", several ? runsTable(runs) : tiles(runs[0])));
-  if (several) main.append(section("differences", "Where the recipes differ", differencesTable(runs, data.differences)));
+  if (several) main.append(section("differences", "Differences", differencesTable(runs, data.differences)));
   const names = [...new Set(plots.map((plot) => plot.section))], id = (name) => name.toLowerCase().replace(/\W+/g, "-");
   for (const name of names) main.append(section(id(name), name, plotCards(cards.filter((card) => card.plot.section === name), drawing)));
   main.append(section("responses", "Responses", ...samplesSection(runs, texts, state, save)));
@@ -149,7 +165,10 @@ function build(data, texts) {
   main.append(section("recipe", "Recipe", ...runs.map((run) => recipeOf(run, several))));
   main.after(element("footer", {}, "Made by megatron-tropd report. Drag to zoom a plot, double-click to see all of it, click a legend entry to hide its line."));
   const links = [...main.children].map((part) => element("a", { href: `#${part.id}` }, part.querySelector("h2").textContent));
-  document.getElementById("nav").append(element("div", {}, element("span", { class: "links" }, ...links), optionControls(runs, state, () => { save(); drawing.redraw(); })));
+  const changed = () => { save(); drawing.redraw(); };
+  const home = document.getElementById("nav");
+  home.append(element("div", {}, element("span", { class: "links" }, ...links), optionControls(runs, state, changed)));
+  if (several) home.append(element("div", {}, runsLegend(runs, state, changed)));
   installTips(document.getElementById("tip"));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawing.redraw());
   addEventListener("beforeprint", () => drawing.print());

@@ -1,9 +1,13 @@
 // Plots of the report: the catalogue's entries (report_plots.py) and the runs' columns, as plotly's traces and layouts.
 // One run: a colour per series. Several: a colour per run and a line style per series.
 
-// Okabe and Ito's palette, which the colour-blind can tell apart; its yellow is too faint for a line.
-const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F"];
-const GREY = COLOURS[6];
+// Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow, which is too faint for a line; and
+// the same hues for a dark page.
+const PALETTES = {
+  light: ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"],
+  dark: ["#4AA3E0", "#F0843C", "#2FC19A", "#E09AC0", "#F2B632", "#9AD4F5"],
+};
+const GREY = "#8A8A8A";
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
 const FEWEST_TO_SMOOTH = 40;
 
@@ -30,6 +34,13 @@ function hover(plot, name) {
   return `${number}<extra>${name}</extra>`;
 }
 
+const colourOf = (options, i) => PALETTES[options.palette][i % PALETTES.light.length];
+
+// Entries of the legend without data: of several runs, the colours stand in the page's legend, the line styles here.
+function styleEntries(series) {
+  return series.map((s, j) => ({ x: [null], y: [null], type: "scatter", mode: "lines", name: s.label, line: { color: GREY, dash: DASHES[j % DASHES.length] } }));
+}
+
 // A line, and where it is long and smoothing is on, its running mean over the faint line itself.
 function lineTraces(plot, x, y, name, style) {
   const base = { x, type: "scatter", name, legendgroup: name, hovertemplate: hover(plot, name) };
@@ -43,18 +54,19 @@ function lineTraces(plot, x, y, name, style) {
 }
 
 function lines(plot, runs, options) {
-  const traces = [];
-  runs.forEach((run, i) => plot.series.forEach((series, j) => {
+  const traces = [], several = options.runs > 1, used = new Set();
+  runs.forEach((run) => plot.series.forEach((series, j) => {
     const records = run[plot.source];
     if (!hasNumbers(records[series.key])) return;
-    const several = runs.length > 1;
+    used.add(series);
     const name = several ? plain(plot.series.length > 1 ? `${run.name}: ${series.label}` : run.name) : series.label;
-    const style = { colour: several ? COLOURS[i % COLOURS.length] : series.label === "all tokens" ? GREY : COLOURS[j % COLOURS.length], dash: several ? DASHES[j % DASHES.length] : "solid", smooth: options.smooth && plot.smooth };
+    const style = { colour: several ? colourOf(options, run.place) : series.label === "all tokens" ? GREY : colourOf(options, j), dash: several ? DASHES[j % DASHES.length] : "solid", smooth: options.smooth && plot.smooth };
     const found = lineTraces(plot, xOf(records, options), records[series.key], name, style);
     if (hasNumbers(records[series.high])) addInterval(found[found.length - 1], records, series, plot);
+    if (several) found.forEach((trace) => { trace.showlegend = false; });
     traces.push(...found);
   }));
-  return traces;
+  return several && used.size > 1 ? [...traces, ...styleEntries(plot.series.filter((s) => used.has(s)))] : traces;
 }
 
 function addInterval(trace, records, series, plot) {
@@ -69,11 +81,11 @@ function addInterval(trace, records, series, plot) {
 // Bands of quantiles around the median, and the extremes as thin lines. Of several runs, their lines only.
 function fan(plot, runs, options) {
   const central = { ...plot, series: plot.series.filter((s) => !s.low && !/_(min|max)$/.test(s.key)) };
-  if (runs.length > 1) return lines(central, runs, options);
+  if (options.runs > 1) return lines(central, runs, options);
   const [run] = runs, x = xOf(run.metrics, options), traces = [];
   const bands = plot.series.filter((s) => s.low && hasNumbers(run.metrics[s.low]) && hasNumbers(run.metrics[s.high]));
   bands.reverse().forEach((series, i) => {
-    const edge = { x, type: "scatter", mode: "lines", line: { width: 0, color: COLOURS[0] }, legendgroup: series.label };
+    const edge = { x, type: "scatter", mode: "lines", line: { width: 0, color: colourOf(options, 0) }, legendgroup: series.label };
     traces.push({ ...edge, y: run.metrics[series.low], showlegend: false, hovertemplate: hover(plot, series.label + ": lower") });
     const fillcolor = i ? "rgba(0,114,178,.32)" : "rgba(0,114,178,.15)";
     traces.push({ ...edge, y: run.metrics[series.high], fill: "tonexty", fillcolor, name: series.label, hovertemplate: hover(plot, series.label + ": upper") });
@@ -89,20 +101,20 @@ function fan(plot, runs, options) {
 // One run: areas over the steps. Several: one bar of means per run.
 function stacked(plot, runs, options) {
   const series = plot.series.filter((s) => runs.some((run) => (run[plot.source][s.key] || []).some((v) => v))); // of nothing there is no area
-  if (runs.length > 1) {
+  if (options.runs > 1) {
     const mean = (values) => {
       const there = (values || []).filter((v) => v !== null);
       return there.length ? there.reduce((a, b) => a + b, 0) / there.length : 0;
     };
     return series.map((s, j) => ({
       type: "bar", name: s.label, x: runs.map((run) => plain(run.name)), y: runs.map((run) => mean(run[plot.source][s.key])),
-      marker: { color: COLOURS[j] }, hovertemplate: hover(plot, `${s.label}, mean`), width: 0.5,
+      marker: { color: colourOf(options, j) }, hovertemplate: hover(plot, `${s.label}, mean`), width: 0.5,
     }));
   }
   const records = runs[0][plot.source];
   return series.map((s, j) => ({
     x: xOf(records, options), y: records[s.key].map((v) => v ?? 0), type: "scatter", mode: "lines", stackgroup: "one", name: s.label,
-    line: { width: 0.5, color: COLOURS[j] }, fillcolor: COLOURS[j] + "bb", hovertemplate: hover(plot, s.label),
+    line: { width: 0.5, color: colourOf(options, j) }, fillcolor: colourOf(options, j) + "bb", hovertemplate: hover(plot, s.label),
   }));
 }
 
@@ -132,7 +144,7 @@ function tracesOf(plot, runs, options) {
 }
 
 function layoutOf(plot, runs, traces, options, theme) {
-  const bars = plot.kind === "stacked" && runs.length > 1;
+  const bars = plot.kind === "stacked" && options.runs > 1;
   const positive = traces.some((t) => (t.y || []).some((v) => v > 0));
   const axis = { gridcolor: theme.line, linecolor: theme.line, zerolinecolor: theme.line, automargin: true };
   const xTitle = options.axis === "tokens" ? "generated tokens" : "step";
@@ -141,14 +153,14 @@ function layoutOf(plot, runs, traces, options, theme) {
     margin: { l: 52, r: map ? 4 : 10, t: 24, b: 40 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "system-ui, sans-serif", size: 12, color: theme.ink }, hovermode: map ? "closest" : "x unified",
     hoverlabel: { bgcolor: theme.card, bordercolor: theme.soft, font: { color: theme.ink, size: 12 }, namelength: -1 },
-    showlegend: !map && (entries > 1 || runs.length > 1), legend: { traceorder: "normal", orientation: "h", y: -0.22, yanchor: "top", font: { size: 11 }, itemwidth: 30 },
+    showlegend: !map && entries > 1, legend: { traceorder: "normal", orientation: "h", y: -0.22, yanchor: "top", font: { size: 11 }, itemwidth: 30 },
     xaxis: { ...axis, title: bars ? undefined : { text: xTitle, standoff: 6 }, type: bars ? "category" : undefined, showgrid: false },
     yaxis: {
       ...axis, title: { text: plot.unit, standoff: 6 }, type: plot.log && positive ? "log" : undefined, exponentformat: "power",
       dtick: plot.log && positive && traces.length > 1 ? 1 : undefined, nticks: 7,
       tickformat: plot.percent ? ".0%" : undefined, range: map ? [0, 1] : undefined, rangemode: plot.kind === "stacked" ? "tozero" : undefined,
     },
-    barmode: "stack", modebar: { bgcolor: "rgba(0,0,0,0)", color: theme.soft, activecolor: theme.ink }, dragmode: window.innerWidth < 700 ? false : "zoom",
+    width: theme.width, height: theme.height, autosize: !theme.width, barmode: "stack", modebar: { bgcolor: "rgba(0,0,0,0)", color: theme.soft, activecolor: theme.ink }, dragmode: window.innerWidth < 700 ? false : "zoom",
   };
 }
 
@@ -158,8 +170,8 @@ const CONFIG = { responsive: true, displaylogo: false, modeBarButtons: [["toImag
 function cardsOf(catalogue, runs) {
   return catalogue.flatMap((plot) => {
     const holders = runs.filter((run) => plot.series.some((s) => [s.key, s.low].some((key) => hasNumbers(run[plot.source][key]))));
-    if (plot.kind !== "heatmap" || holders.length < 2) return [{ plot, runs: holders, title: plot.title }];
-    return holders.map((run) => ({ plot, runs: [run], title: `${plot.title}: ${run.name}` }));
+    if (plot.kind !== "heatmap" || holders.length < 2) return [{ plot, runs: holders, title: plot.title, wide: plot.wide }];
+    return holders.map((run) => ({ plot, runs: [run], title: `${plot.title}: ${run.name}`, wide: false }));
   });
 }
 
@@ -172,7 +184,10 @@ function missing(card) {
   return "";
 }
 
-function drawCard(element, card, options, theme) {
-  const traces = tracesOf(card.plot, card.runs, options);
-  return Plotly.react(element, traces, layoutOf(card.plot, card.runs, traces, options, theme), CONFIG);
+// `state`: what the reader chose; a heat map stays where its run is hidden.
+function drawCard(element, card, state, runs, theme) {
+  const options = { ...state, runs, palette: theme.palette };
+  const shown = card.plot.kind === "heatmap" ? card.runs : card.runs.filter((run) => !state.hidden.includes(run.name));
+  const traces = tracesOf(card.plot, shown, options);
+  return Plotly.react(element, traces, layoutOf(card.plot, shown, traces, options, theme), CONFIG);
 }

@@ -52,7 +52,7 @@ def pack_samples(path: Path, notes: list[str], max_bytes: int = MAX_BYTES) -> di
             samples.append(_pack_sample(record, shown, texts))
             cut += len(tokens) > MAX_TOKENS
     if cut:
-        notes.append(f"samples.jsonl: {cut} responses are shown up to their first {MAX_TOKENS:,} tokens.")
+        notes.append(f"samples.jsonl: long responses ({cut:,}) are shown up to their first {MAX_TOKENS:,} tokens.")
     samples.sort(key=lambda sample: sample["step"])
     return {"texts": list(texts.places), "samples": samples}
 

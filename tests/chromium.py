@@ -107,10 +107,11 @@ class Chromium:
 
     def open(self, page: Path) -> None:
         """Load a file and wait until the report says that it is ready, or that it cannot be shown."""
-        self.send("Page.navigate", url=page.resolve().as_uri())
+        address = page.resolve().as_uri()
+        self.send("Page.navigate", url=address)
         self.wait(
-            f"location.href.startsWith({json.dumps(page.resolve().as_uri())}) && (document.documentElement?.dataset.ready"
-            " || /cannot be shown/.test(document.getElementById('notes')?.textContent))"
+            f"location.href === {json.dumps(address)} && (document.documentElement?.dataset.ready || "
+            "/cannot be shown/.test(document.getElementById('notes')?.textContent))"
         )
 
     def run(self, expression: str) -> Any:
