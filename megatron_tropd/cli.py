@@ -163,7 +163,8 @@ def _add_train(subcommands: Any) -> None:
         "  megatron-tropd train tiny --dry-run\n"
         "  torchrun --nproc-per-node 2 -m megatron_tropd train tiny training.steps=10 logging.dir=runs/short\n\n"
         "A run that was killed continues when the same command is given again. The run's folder (logging.dir) holds\n"
-        "recipe.yaml, metrics.jsonl, evaluations.jsonl, samples.jsonl, summary.json, tensorboard/ and checkpoints/.",
+        "run.json, recipe.yaml, metrics.jsonl, evaluations.jsonl, answers.jsonl, samples.jsonl, summary.json,\n"
+        "tensorboard/ and checkpoints/; `megatron-tropd report` makes a page of it.",
     )
     _add_recipe_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe, checked, and stop")

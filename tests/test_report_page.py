@@ -224,6 +224,32 @@ def test_a_run_without_some_records_says_what_is_missing(browser, recorded_run, 
     assert browser.errors == []
 
 
+def test_a_watched_page_takes_up_new_steps_and_keeps_what_the_reader_typed(browser, recorded_run, tmp_path):
+    run = shutil.copytree(recorded_run, tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:2]))
+    browser.errors.clear()
+    browser.open(write_report(run, refresh=0.5))
+    assert "After 2 steps" in browser.run("document.body.innerText")
+    assert "reloads every 0.5 s" in browser.run("document.body.innerText")
+    enter(browser, "#search", "add")
+    (run / "metrics.jsonl").write_text("".join(lines))
+    write_report(run)
+    browser.wait("document.documentElement?.dataset.ready && /After 4 steps/.test(document.body.innerText)")
+    assert browser.run("document.getElementById('search').value") == "add"
+    assert browser.errors == []
+
+
+def test_a_run_can_be_hidden(browser, recorded_run, tmp_path):
+    runs = [shutil.copytree(recorded_run, tmp_path / name) for name in ("one", "two")]
+    browser.open(write_report(runs, tmp_path / "out"))
+    draw_all(browser)
+    names = "document.querySelector('[data-plot=accuracy]').data.map(t => [t.name, t.line.color])"
+    before = browser.run(names)
+    browser.run("document.querySelector('nav .legend input').click()")
+    assert browser.run(names) == before[1:]  # the other one keeps its colour
+
+
 def test_it_prints_in_light_colours_with_every_plot(shown, tmp_path):
     shown.emulate(prefers_color_scheme="dark")
     draw_all(shown)
