@@ -125,7 +125,8 @@ class Chromium:
         """Wait until an expression is true; return its value."""
         deadline = time.monotonic() + seconds
         while not (value := self.run(expression)):
-            assert time.monotonic() < deadline, f"never true: {expression}; errors: {self.errors}"
+            assert self.errors == []
+            assert time.monotonic() < deadline, f"never true: {expression}"
             time.sleep(0.1)
         return value
 
