@@ -32,6 +32,7 @@ from megatron_tropd.report_run import RunRecords, read_run
 from megatron_tropd.report_texts import MAX_BYTES, pack_answers, pack_samples
 
 MAX_POINTS = 2000  # of a line; of more steps every n-th is shown
+_NAMES_OF_ANY_RUN = {"train", "training", "distill", "run", "output", "default"}
 _SCRIPTS = ("report_plots.js", "report_texts.js", "report_page.js")
 _SOURCES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "answers.jsonl", "summary.json", "run.json")
 
@@ -101,10 +102,11 @@ def _state(path: Path) -> tuple[int, int] | None:
 
 
 def _name_apart(runs: list[RunRecords]) -> None:
-    """Name runs by as much of their path as tells them apart."""
+    """Name runs by the part of their path that tells them apart; by two parts where the last says nothing."""
     for run in runs:
         others = [other.folder.resolve().parts for other in runs if other is not run]
-        parts, length = run.folder.resolve().parts, 1
+        parts = run.folder.resolve().parts
+        length = 2 if parts[-1] in _NAMES_OF_ANY_RUN else 1
         while length < len(parts) and any(parts[-length:] == other[-length:] for other in others):
             length += 1
         run.name = "/".join(parts[-length:])

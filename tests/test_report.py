@@ -205,6 +205,11 @@ def test_several_runs_are_told_apart_and_compared(recorded_run, tmp_path):
     assert differences([read_run(one), read_run(one)]) == []
 
 
+def test_a_run_in_a_folder_of_any_name_is_called_by_two(recorded_run, tmp_path):
+    data, _ = contents(write_report(writable(recorded_run, tmp_path / "quick" / "train")))
+    assert data["runs"][0]["name"] == "quick/train"
+
+
 def test_missing_and_damaged_files_are_left_out_with_a_note(recorded_run, tmp_path):
     run = writable(recorded_run, tmp_path / "run")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
