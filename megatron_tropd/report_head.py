@@ -6,6 +6,7 @@ Everything comes from the run's records (report_run.py); what they lack is left 
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from megatron_tropd.report_run import RunRecords
@@ -95,13 +96,13 @@ def facts(run: RunRecords) -> list[tuple[str, str]]:
             ("Method", method(run.recipe)),
             ("Layout", layout(run)),
             ("Hardware", _hardware(start)),
-            ("Versions", _versions(start)),
-            ("Commit", str(start.get("commit") or "")),
+            ("Commit", _commit(start)),
             ("Started", _started(run)),
             ("Time", _time(run)),
             ("Tokens", _tokens(run)),
+            ("Versions", _versions(start)),
             ("Folder", str(run.folder)),
-            ("Command", shlex.join(map(str, start.get("command") or []))),
+            ("Command", _command(start)),
         )
         if value
     ]
@@ -181,6 +182,19 @@ def _versions(start: dict[str, Any]) -> str:
     if not isinstance(versions, dict):
         return ""
     return ", ".join(f"{name} {version}" for name, version in {"Python": start.get("python"), **versions}.items())
+
+
+def _commit(start: dict[str, Any]) -> str:
+    commit = str(start.get("commit") or "")
+    return f"{commit[:12]} with changes" if commit.endswith("+") else commit[:12]
+
+
+def _command(start: dict[str, Any]) -> str:
+    command = start.get("command")
+    if not isinstance(command, list) or not command:
+        return ""
+    program = Path(str(command[0])).name
+    return shlex.join(["megatron-tropd" if program == "__main__.py" else program, *map(str, command[1:])])
 
 
 def _started(run: RunRecords) -> str:

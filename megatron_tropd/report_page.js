@@ -31,12 +31,20 @@ function section(id, title, ...content) {
   return element("section", { id }, element("h2", {}, title), ...content);
 }
 
+const LONG_FACT = 90; // letters that need a line of their own
+
+// What one run was, in columns of pairs.
+function factsList(run) {
+  const pair = ([name, value]) => element("div", { class: value.length > LONG_FACT ? "long" : "" }, element("dt", {}, name), element("dd", {}, value));
+  return element("div", { class: "card" }, element("dl", { class: "facts" }, ...run.facts.map(pair)));
+}
+
 function factsTable(runs) {
   const names = [...new Set(runs.flatMap((run) => run.facts.map(([name]) => name)))];
   const value = (run, name) => run.facts.find(([other]) => other === name)?.[1] || "";
-  const head = runs.length > 1 ? [element("tr", {}, element("th"), ...runs.map((run) => element("th", {}, run.name)))] : [];
+  const head = element("tr", {}, element("th"), ...runs.map((run) => element("th", {}, run.name)));
   const rows = names.map((name) => element("tr", {}, element("th", {}, name), ...runs.map((run) => element("td", {}, value(run, name)))));
-  return element("div", { class: "card scroll" }, element("table", { class: runs.length > 1 ? "" : "facts" }, element("tbody", {}, ...head, ...rows)));
+  return element("div", { class: "card scroll" }, element("table", {}, element("tbody", {}, head, ...rows)));
 }
 
 function tiles(run) {
@@ -155,13 +163,16 @@ function build(data, texts) {
   const save = () => { try { sessionStorage.setItem(KEPT, JSON.stringify(state)); } catch { /* a reload forgets */ } };
   const drawing = new Drawing(state, runs.length), cards = cardsOf(plots, runs), main = document.getElementById("main");
   runs.forEach((run) => run.notes.forEach((note) => document.getElementById("notes").append(element("p", { class: "note" }, several ? `${run.name}: ${note}` : note))));
-  main.append(section("overview", several ? "The runs" : "The run", several ? runsTable(runs) : tiles(runs[0])));
-  if (several) main.append(section("differences", "Differences", differencesTable(runs, data.differences)));
+  if (several) {
+    main.append(section("overview", "The runs", runsTable(runs)), section("differences", "Differences", differencesTable(runs, data.differences)));
+    main.append(section("setup", "Setup", factsTable(runs)));
+  } else {
+    main.append(section("overview", "The run", tiles(runs[0]), factsList(runs[0])));
+  }
   const names = [...new Set(plots.map((plot) => plot.section))], id = (name) => name.toLowerCase().replace(/\W+/g, "-");
   for (const name of names) main.append(section(id(name), name, plotCards(cards.filter((card) => card.plot.section === name), drawing)));
   main.append(section("responses", "Responses", ...samplesSection(runs, texts, state, save)));
   main.append(section("answers", "Before and after", ...answersSection(runs, texts, state, save)));
-  main.append(section("facts", "Setup", factsTable(runs)));
   main.append(section("recipe", "Recipe", ...runs.map((run) => recipeOf(run, several))));
   main.after(element("footer", {}, "Made by megatron-tropd report. Drag to zoom a plot, double-click to see all of it, click a legend entry to hide its line."));
   const links = [...main.children].map((part) => element("a", { href: `#${part.id}` }, part.querySelector("h2").textContent));
