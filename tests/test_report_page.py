@@ -231,7 +231,7 @@ def test_a_watched_page_takes_up_new_steps_and_keeps_what_the_reader_typed(brows
     browser.errors.clear()
     browser.open(write_report(run, refresh=2))
     # The page may load itself again between any two calls, so each waits for what it needs.
-    browser.wait("/After 2 steps[^]*reloads every 2 s/.test(document.body?.innerText)")
+    browser.wait("/reloads every 2 s[^]*After 2 steps/.test(document.body?.innerText)")
     box = "document.documentElement?.dataset.ready && document.getElementById('search')"
     browser.wait(f"(box => box && (box.value = 'add', box.dispatchEvent(new Event('input'))))({box})")
     (run / "metrics.jsonl").write_text("".join(lines))
