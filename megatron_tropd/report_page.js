@@ -85,9 +85,10 @@ function recipeOf(run, named) {
 // The plots of a section of the catalogue as cards; each is drawn when it comes near the window.
 function plotCards(cards, drawing) {
   return element("div", { class: "cards" }, ...cards.map((card) => {
+    const note = [card.plot.note, hasInterval(card) ? "Bars are 95% intervals." : ""].filter((text) => text).join(" ");
     const why = missing(card), home = element("div", { class: `plot${why ? " empty" : ""}`, "data-plot": card.plot.name }, why);
     if (!why) drawing.add(home, card);
-    return element("div", { class: `card${card.wide ? " wide" : ""}` }, element("h3", {}, card.title), card.plot.note ? element("p", {}, card.plot.note) : null, home);
+    return element("div", { class: `card${card.wide ? " wide" : ""}` }, element("h3", {}, card.title), note ? element("p", {}, note) : null, home);
   }));
 }
 

@@ -175,6 +175,10 @@ function cardsOf(catalogue, runs) {
   });
 }
 
+function hasInterval(card) {
+  return card.plot.kind === "lines" && card.plot.series.some((s) => s.high && card.runs.some((run) => hasNumbers(run[card.plot.source][s.high])));
+}
+
 // Why a plot is missing, or which of its lines are.
 function missing(card) {
   if (!card.runs.length) {

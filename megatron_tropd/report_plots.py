@@ -60,7 +60,6 @@ PLOTS = (
                 "accuracy", "accuracy", "accuracy_low", "accuracy_high", only="with evaluation.problems in the recipe"
             ),
         ),
-        "Bars are 95% intervals.",
         source="evaluations",
         percent=True,
     ),
@@ -78,7 +77,7 @@ PLOTS = (
                 only="with evaluation.held_out in the recipe",
             ),
         ),
-        "Exact over the vocabulary, on the teacher's own responses. Bars are 95% intervals.",
+        "Exact over the vocabulary, on the teacher's own responses.",
         source="evaluations",
     ),
     Plot(
