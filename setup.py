@@ -20,5 +20,9 @@ setup(
         "megatron_tropd.kernels": "kernels",
         "megatron_tropd.recipes": "examples/recipes",
     },
-    package_data={"megatron_tropd.recipes": ["*.yaml"], "megatron_tropd.kernels": ["*.md", "*/*.md"]},
+    package_data={
+        "megatron_tropd": ["*.html", "*.css", "*.js"],
+        "megatron_tropd.recipes": ["*.yaml"],
+        "megatron_tropd.kernels": ["*.md", "*/*.md"],
+    },
 )

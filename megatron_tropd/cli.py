@@ -170,7 +170,8 @@ def _add_train(subcommands: Any) -> None:
         "  megatron-tropd train tiny --dry-run\n"
         "  torchrun --nproc-per-node 2 -m megatron_tropd train tiny training.steps=10 logging.dir=runs/short\n\n"
         "A run that was killed continues when the same command is given again. The run's folder (logging.dir) holds\n"
-        "recipe.yaml, metrics.jsonl, evaluations.jsonl, samples.jsonl, summary.json, tensorboard/ and checkpoints/.",
+        "run.json, recipe.yaml, metrics.jsonl, evaluations.jsonl, answers.jsonl, samples.jsonl, summary.json,\n"
+        "tensorboard/ and checkpoints/; `megatron-tropd report` makes a page of it.",
     )
     _add_recipe_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe, checked, and stop")
@@ -328,11 +329,20 @@ def _add_report(subcommands: Any) -> None:
         subcommands,
         "report",
         commands.report,
-        "draw runs' records as plots and one HTML page; several runs are overlaid",
+        "write one interactive HTML page about a run, or about several runs compared",
+        "examples:\n"
+        "  megatron-tropd report runs/tiny\n"
+        "  megatron-tropd report runs/tropd runs/opd --output runs/comparison\n"
+        "  megatron-tropd report runs/tiny --watch\n\n"
+        "The page (report.html) holds all that it shows and needs no network: curves, the trust region over time,\n"
+        "responses with every token coloured, answers before and after, the recipe. It reads what training wrote.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder (the recipe's logging.dir)")
     parser.add_argument(
         "--output", help="folder to write to (default: the run's own; several: `comparison` beside them)"
+    )
+    parser.add_argument(
+        "--watch", action="store_true", help="write the page again as training goes on, until the runs have finished"
     )
 
 

@@ -232,9 +232,14 @@ def data(arguments: argparse.Namespace) -> int:
 
 def report(arguments: argparse.Namespace) -> None:
     """Write the HTML report of runs."""
-    from megatron_tropd.report import write_report
+    from megatron_tropd.report import watch, write_report
 
-    _print(str(write_report(arguments.runs, arguments.output)))
+    if not arguments.watch:
+        return _print(str(write_report(arguments.runs, arguments.output)))
+    try:
+        watch(arguments.runs, arguments.output, written=lambda page: _print(f"{page} (Ctrl-C ends the watch)"))
+    except KeyboardInterrupt:  # how a watch ends
+        _print("stopped watching; the page stays as it is")
 
 
 def _print(text: str) -> None:

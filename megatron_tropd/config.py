@@ -306,6 +306,7 @@ class LoggingConfig:
     dir: str = _key("runs/default", "the run's folder: recipe.yaml, metrics.jsonl, summary.json, checkpoints/")
     tensorboard: bool = _key(True, "write TensorBoard events to dir/tensorboard")
     samples: int = _key(2, "rollouts a step written to samples.jsonl, tokens with their gate; 0: none", low=0)
+    answers: int = _key(32, "problems whose graded responses each evaluation writes to answers.jsonl; 0: none", low=0)
 
 
 @dataclass

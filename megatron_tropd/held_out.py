@@ -5,13 +5,14 @@ of the teacher's behaviour, in nats a token. The teacher's hidden states live fo
 last stage only, where they meet the teacher's output layer in the student's shards.
 
     held_out = HeldOut(prompts, tokenizer, student, teacher, divergence)
-    held_out.measure()      # {"held_out_kl": 0.83, "held_out_tokens": 1844}, the same on every rank
+    held_out.measure()      # {"held_out_kl": 0.83, "held_out_kl_low": 0.79, ...}, the same on every rank
 """
 
 from __future__ import annotations
 
 import glob
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -95,36 +96,46 @@ class HeldOut:
         )
 
     def measure(self, on_nan: str = "stop") -> dict[str, float]:
-        """Return `held_out_kl`, the mean over all response tokens in nats, and `held_out_tokens`, their number.
+        """Return `held_out_kl`, the mean over all response tokens in nats, its `interval`, and `held_out_tokens`.
 
         Collective over all ranks of both models; the same answer everywhere. Leaves the student in eval mode.
 
         Raises:
             UserError: a divergence is not finite, unless `on_nan` is skip, which warns.
         """
-        parts: list[torch.Tensor] = []  # of each micro-batch, on the last stage
+        groups, rows_per_rank = self.groups, len(self._batch.tokens)
+        table = torch.zeros(groups.dp_size, rows_per_rank, 4, dtype=torch.float64, device=groups.device)
         for module in self._student.modules:
             module.eval()
         with torch.no_grad(), self._teacher.weights():
-            for rows in microbatches(self._batch, self._group_rows):
+            for i, rows in enumerate(microbatches(self._batch, self._group_rows)):
                 hidden = self._teacher.hidden_states(rows, self.micro_batch_size)
-                parts += self._student_pass(rows, _Hidden(hidden))
-        total = sum(parts, torch.zeros(4, dtype=torch.float64, device=self.groups.device))
-        dist.all_reduce(total, group=self.groups.dp_cp)
-        dist.all_reduce(total, group=self.groups.pp)  # the earlier stages hold zeros
-        kl_sum, tokens, bad_teacher, bad = total.tolist()
+                for j, sums in enumerate(self._student_pass(rows, _Hidden(hidden))):
+                    first = i * self._group_rows + j * self.micro_batch_size
+                    table[groups.dp_rank, first : first + self.micro_batch_size] = sums
+        dist.all_reduce(table, group=groups.dp_cp)
+        dist.all_reduce(table, group=groups.pp)  # the earlier stages hold zeros
+        bad_teacher, bad = table[..., 2:].sum((0, 1)).tolist()
         if bad:
-            self._refuse("teacher" if bad_teacher else "student", int(bad), parts, on_nan)
-        return {"held_out_kl": kl_sum / max(tokens, 1), "held_out_tokens": int(tokens)}
+            self._refuse("teacher" if bad_teacher else "student", int(bad), table[groups.dp_rank, :, 3], on_nan)
+        sums, tokens = table.flatten(0, 1)[table[..., 1].flatten() > 0, :2].unbind(-1)  # [responses], without fillers
+        found = {"held_out_kl": (sums.sum() / tokens.sum().clamp(min=1)).item(), "held_out_tokens": int(tokens.sum())}
+        return found | interval(found["held_out_kl"], sums.tolist(), tokens.tolist())
 
-    def _refuse(self, model: str, tokens: int, parts: list[torch.Tensor], on_nan: str) -> None:
-        """Raise UserError, or warn, with the prompts of which a token's divergence is not finite; collective."""
-        rows = self.micro_batch_size
-        starts = [i * rows for i, part in enumerate(parts) if part[3]]
-        names = everywhere([repr(name) for start in starts for name in self._names[start : start + rows]])
+    def _refuse(self, model: str, tokens: int, bad: torch.Tensor, on_nan: str) -> None:
+        """Raise UserError, or warn, with the prompts of which a token's divergence is not finite; collective.
+
+        Args:
+            model: the one to blame.
+            tokens: how many tokens of the whole job have no finite divergence.
+            bad: [rows] how many of each row of this replica.
+            on_nan: "stop" or "skip".
+        """
+        names = everywhere([repr(name) for name, count in zip(self._names, bad.tolist(), strict=False) if count])
+        names = list(dict.fromkeys(names))  # every rank of a replica names the same
         message = (
             f"the held-out divergence is NaN or infinite at {tokens} tokens, for the {model}'s hidden states or "
-            f"logits, in micro-batches with the prompts {', '.join(names[:8])}. Look at the {model}'s weights and "
+            f"logits, of the prompts {', '.join(names[:8])}. Look at the {model}'s weights and "
             f"{model}.dtype."
         )
         if on_nan == "stop":
@@ -133,7 +144,7 @@ class HeldOut:
             logger.warning(message)
 
     def _student_pass(self, rows: TrainingBatch, hidden: _Hidden) -> list[torch.Tensor]:
-        """Run some rows; return each micro-batch's sum of the divergence and number of tokens, on the last stage."""
+        """Run some rows; return each micro-batch's `_sums`, on the last stage."""
         split = split_batch(rows, self.groups, self.micro_batch_size)
         return run_schedule(
             self.groups,
@@ -159,10 +170,30 @@ class HeldOut:
 
 
 def _sums(output: torch.Tensor, non_loss_data: bool = True, *, mask: torch.Tensor, hidden: torch.Tensor):
-    """Return the sum of a micro-batch's divergence, and how many tokens it has, bad ones of the teacher, bad ones."""
+    """Return [b, 4], by row: the sum of the divergence, and how many tokens, bad ones of the teacher, bad ones."""
     bad_teacher = ~torch.isfinite(hidden.sum(-1, dtype=torch.float32)) & mask
-    bad = (~(output.detach().abs() < ABSURD)).sum()
-    return torch.stack([output.sum(dtype=torch.float64), *(n.double() for n in (mask.sum(), bad_teacher.sum(), bad))])
+    bad = ~(output.detach().abs() < ABSURD)
+    return torch.stack([part.double().flatten(1).sum(1) for part in (output, mask, bad_teacher, bad)], dim=-1)
+
+
+def interval(mean: float, sums: list[float], tokens: list[float]) -> dict[str, float]:
+    """Return the 95 % interval of a mean over tokens as `held_out_kl_low` and `_high`, if it has one.
+
+    There is none of one response, or of a mean that is not finite.
+
+    Tokens of one response are alike, so it is the responses that count as independent.
+
+    Args:
+        mean: sum of `sums` over the sum of `tokens`.
+        sums: the divergence of each response.
+        tokens: the number of tokens of each.
+    """
+    n = len(sums)
+    if n < 2 or not math.isfinite(mean):
+        return {}
+    squares = sum((s - mean * t) ** 2 for s, t in zip(sums, tokens, strict=True))
+    half = 1.96 * (squares * n / (n - 1)) ** 0.5 / sum(tokens)
+    return {"held_out_kl_low": max(0.0, mean - half), "held_out_kl_high": mean + half}
 
 
 def load_held_out(

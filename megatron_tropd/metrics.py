@@ -1,7 +1,8 @@
 """One record a step: metrics.jsonl, TensorBoard, and a progress bar; written by one rank.
 
 Lines are flushed as they are written, so a killed run keeps what it measured; on resume the steps that will run again
-are dropped first. `evaluations.jsonl` and `samples.jsonl` lie beside it, one object an evaluation or a sampled rollout.
+are dropped first. Beside it lie `evaluations.jsonl`, `answers.jsonl` and `samples.jsonl`: an object per
+evaluation, graded response to a problem, or sampled rollout.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from megatron_tropd.json_files import refuse_foreign, write_bytes
 
 logger = logging.getLogger(__name__)
 
-JSONL_FILES = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")
+JSONL_FILES = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "answers.jsonl")
 _BAR_KEYS = {"loss": "loss", "trust_fraction": "trust", "mean_rho": "rho", "response_length": "length"}
 _LOG_SECONDS = 10.0  # at most one line in so many seconds where the bar would fill a log file
 
@@ -51,7 +52,8 @@ class MetricsWriter:
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         # An evaluation bears the number of steps done before it: that of `start` stands, unless the run starts anew.
-        last_steps = {"metrics": start - 1, "samples": start - 1, "evaluations": start if start else -1}
+        evaluated = start if start else -1
+        last_steps = {"metrics": start - 1, "samples": start - 1, "evaluations": evaluated, "answers": evaluated}
         self._files = {name: _open(self._folder / f"{name}.jsonl", last) for name, last in last_steps.items()}
         self._tensorboard = None
         if tensorboard:
@@ -81,6 +83,11 @@ class MetricsWriter:
         self._scalars(record["step"], {f"evaluation/{key}": value for key, value in record.items()})
         shown = ", ".join(f"{key} {value:.4g}" for key, value in record.items() if isinstance(value, float))
         tqdm.write(f"evaluation after {record['step']} steps: {shown}", file=sys.stderr)
+
+    def write_answers(self, records: list[dict[str, Any]]) -> None:
+        """Write an evaluation's graded responses; each `step` is the number of steps done before it."""
+        for record in records if self.enabled else ():
+            self._append("answers", _finite(record))
 
     def write_samples(self, step: int, records: list[dict[str, Any]]) -> None:
         """Write rollouts with their tokens' gate, as `tools/inspect_rollouts.py` reads them."""

@@ -18,6 +18,7 @@ import torch
 from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
 from megatron_tropd.end_of_text import ABSENT
 from megatron_tropd.errors import UserError
+from megatron_tropd.token_statistics import gradient_shares, logit_gradient, loss_gradient, token_histograms
 from megatron_tropd.trust_region import TrustGate, trust_gate
 from megatron_tropd.types import LOSS_GUIDANCE, LOSS_STUDENT, TeacherScores, TrainingBatch
 
@@ -66,6 +67,8 @@ class ObjectiveResult:
     metrics: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     maxima: dict[str, torch.Tensor] = field(default_factory=dict)
     minima: dict[str, torch.Tensor] = field(default_factory=dict)
+    counts: dict[str, torch.Tensor] = field(default_factory=dict)  # histograms, [bins] each
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)  # [b, s] by kind of token: logit_gradient
     details: TokenDetails | None = None
 
 
@@ -137,7 +140,7 @@ class Objective:
     @property
     def extremes(self) -> tuple[str, ...]:
         """The names of `maxima` and, with a minus sign, of `minima` that `loss` returns."""
-        return ("advantage_max", "-advantage_min") if self.needs_teacher else ()
+        return ("advantage_max", "logprob_mismatch_max", "-advantage_min") if self.needs_teacher else ()
 
     def ids(self, batch: TrainingBatch, scores: TeacherScores | None) -> torch.Tensor:
         """Return the ids [b, s, 1 + k] at which the student is read: the sampled token, then the teacher's top-k."""
@@ -174,6 +177,10 @@ class Objective:
             result = dataclasses.replace(student, loss=student.loss + result.loss)
         result.metrics["loss_guidance"] = _total(-beta * given, is_guidance)
         result.metrics["guidance_fraction"] = _total(is_guidance, is_student | is_guidance)
+        if not self.divergence:  # whose gradient is that of one kind of token
+            learned = is_guidance & (student_logprobs[..., 0] != -torch.inf)  # a floored one has no gradient
+            result.gradients["guidance"] = logit_gradient((beta * learned).unsqueeze(-1), given.unsqueeze(-1))
+            result.metrics |= gradient_shares(result.gradients)
         if student_entropy is not None:
             kept = is_student if self.needs_rollout else is_guidance
             result.metrics["student_entropy"] = _total(torch.where(kept, student_entropy, 0.0), kept)
@@ -218,11 +225,24 @@ class Objective:
             metrics["outlier_forward_kl"] = _total(_weighed(outlying, forward_kl), outlying)
         if scores.entropy is not None:
             metrics["teacher_entropy"] = _total(torch.where(kept, scores.entropy, 0.0), kept)
+        read = (
+            slice(1, None) if self.outlier == "fkl" else slice(0, 1)
+        )  # either the teacher's top-k or the sampled token
         return ObjectiveResult(
             loss=trust_loss + outlier_loss,
             metrics=metrics,
-            maxima={"advantage_max": torch.where(comparable, advantage, -torch.inf).amax()},
+            maxima={
+                "advantage_max": torch.where(comparable, advantage, -torch.inf).amax(),
+                "logprob_mismatch_max": torch.where(matched, mismatch, -torch.inf).amax(),
+            },
             minima={"advantage_min": torch.where(comparable, advantage, torch.inf).amin()},
+            counts=token_histograms(
+                {"rho": (gate.rho, kept), "advantage": (advantage, comparable), "mismatch": (mismatch, matched)}
+            ),
+            gradients={
+                "trusted": logit_gradient(_weighed(trusted, importance * advantage)[..., None], sampled[..., None]),
+                "outlier": loss_gradient(outlier_loss, logprobs, kept, read),
+            },
             details=details,
         )
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_tropd import checkpoint
+from megatron_tropd import checkpoint, provenance
 from megatron_tropd.config import Recipe
 from megatron_tropd.disk_space import check_checkpoints
 from megatron_tropd.errors import UserError
@@ -184,6 +184,7 @@ def _refuse_foreign_files(folder: Path, checkpoints: Path) -> None:
     key = "logging.dir holds"
     refuse_foreign(folder / "recipe.yaml", _is_whole_recipe, "a run's resolved recipe", key)
     refuse_foreign(folder / "summary.json", has_keys("steps", "finished", "checkpoint"), "a run's summary", key)
+    refuse_foreign(folder / provenance.FILE, has_keys("starts"), "a run's record of its starts", key)
     for name in (*JSONL_FILES, HISTORY):
         refuse_foreign(folder / name, is_record_file, "a run's records", key)
     for path in checkpoint.step_folders(checkpoints):

@@ -11,6 +11,7 @@ import torch
 from megatron_tropd.number_flags import STAGES, Finding, count_flags
 from megatron_tropd.objectives import TokenDetails
 from megatron_tropd.parallel import ParallelGroups
+from megatron_tropd.token_statistics import summarise
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Limits:
 class StepResult:
     """Metrics of one step, reduced over the whole job; the same on every data-parallel rank of the last stage."""
 
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float | list[int]] = field(default_factory=dict)  # a list is a histogram
     num_loss_tokens: int = 0
     grad_norm: float = 0.0
     learning_rate: float = 0.0
@@ -46,8 +47,9 @@ class StepResult:
 def reduce_reports(reports: list[dict[str, Any]], groups: ParallelGroups, extremes: tuple[str, ...]) -> StepResult:
     """Reduce the micro-batches' reports in two small collectives, of the last stage and of all ranks.
 
-    `sums` (name -> (sum, count)) become means over the global batch, whatever the layout; `extremes` (names of maxima
-    and, with a minus sign, of minima) are of the whole batch. Stages without the output layer have no reports and
+    `sums` (name -> (sum, count)) become means over the global batch, whatever the layout; `counts` (name -> [bins])
+    become what token_statistics.summarise reads off them; `extremes` (names of maxima and, with a minus sign, of
+    minima) are of the whole batch. Stages without the output layer have no reports and
     learn of the loss and of tokens that are not finite alone.
     """
     count = len(STAGES)
@@ -55,9 +57,12 @@ def reduce_reports(reports: list[dict[str, Any]], groups: ParallelGroups, extrem
     if groups.is_last_stage:
         sums = _stack(reports, "sums", lambda values: torch.stack([torch.stack(v) for v in values]).sum(0))
         flags = count_flags([report["flags"] for report in reports])
-        packed = torch.cat([torch.stack(list(sums.values())).flatten(), flags])  # [2 x metrics + stages]
+        counts = _stack(reports, "counts", lambda values: torch.stack(values).sum(0))
+        parts = [torch.stack(list(sums.values())).flatten(), flags, *counts.values()]
+        packed = torch.cat(parts)  # [2 x metrics + stages + bins]
         torch.distributed.all_reduce(packed, group=groups.dp_cp)
-        means, flags = packed[:-count].view(-1, 2), packed[-count:]
+        means, flags, *bins = packed.split([len(part) for part in parts])
+        means = means.view(-1, 2)
         highest = _stack(reports, "extremes", lambda values: torch.stack(values).amax(0))
         loss, tokens = means[list(sums).index("loss")]
         shared = torch.stack([*(highest[name] for name in extremes), *flags, (loss / tokens.clamp(min=1)).abs()])
@@ -66,6 +71,7 @@ def reduce_reports(reports: list[dict[str, Any]], groups: ParallelGroups, extrem
     *values, loss = shared.tolist()
     result = StepResult(loss=loss, bad_tokens=[int(value) for value in values[len(extremes) :]])
     if groups.is_last_stage:
+        result.metrics |= summarise({name: part.tolist() for name, part in zip(counts, bins, strict=True)})
         _fill(result, list(sums), means.tolist(), dict(zip(extremes, values, strict=False)))
     return result
 

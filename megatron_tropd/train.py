@@ -12,6 +12,7 @@ import logging
 import time
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -28,16 +29,17 @@ from megatron_tropd.number_guard import NumberGuard
 from megatron_tropd.parallel import on_rank_zero
 from megatron_tropd.partition import Partition, split_processes
 from megatron_tropd.process_groups import process_groups
+from megatron_tropd.provenance import record_start
 from megatron_tropd.remote_teacher import serve
 from megatron_tropd.resume import checkpoint_folder
 from megatron_tropd.run import Run, set_up
 from megatron_tropd.run_lock import RunLock
 from megatron_tropd.run_teacher import build_served_teacher
-from megatron_tropd.samples import sample_records
+from megatron_tropd.samples import answer_records, sample_records
 from megatron_tropd.teacher import TeacherHook
 from megatron_tropd.termination import TerminationFlag
 from megatron_tropd.train_step import StepResult, train_step
-from megatron_tropd.types import Rollouts
+from megatron_tropd.types import Rollouts, TeacherScores
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +111,8 @@ def _loop(run: Run, termination: TerminationFlag) -> dict[str, Any]:
         total=last_step,
         enabled=run.reports,
     )
+    if run.reports and run.state.step < last_step:
+        record_start(run.folder, run.recipe, run.state.step)
     if run.state.step == 0:
         _evaluate(run, writer)
     for step in range(run.state.step, last_step):
@@ -131,7 +135,7 @@ def _loop(run: Run, termination: TerminationFlag) -> dict[str, Any]:
         clock.lap("seconds_update")
         run.state.step, run.state.cursor = step + 1, run.source.state_dict()
         result.metrics |= guard.observe(step, result, rollouts, _models(run))
-        _log(run, writer, step, result, rollouts, clock)
+        _log(run, writer, step, result, rollouts, scores, clock)
         guard.enforce()
         stop = termination.agreed()
         if _is_due(run.state.step, run.recipe.evaluation.interval) or step + 1 == training.steps:
@@ -154,7 +158,7 @@ def _models(run: Run) -> dict[str, list[torch.nn.Module]]:
 
 
 class _Clock:
-    """Seconds since the last lap, and on CUDA the most memory that tensors took in it.
+    """Seconds since the last lap, and the most memory that tensors took in it; on the CPU, what the process has then.
 
     Waits for the device, so that a stage pays for its own work.
     """
@@ -162,26 +166,24 @@ class _Clock:
     def __init__(self, device: torch.device):
         self.laps: dict[str, float] = {}
         self.peaks: dict[str, float] = {}  # GB (1e9 bytes) of this rank
-        self._counts_memory = device.type == "cuda"  # the CPU's allocator keeps no account
+        self._on_cuda = device.type == "cuda"  # the CPU's allocator keeps no account
         self._start()
 
     def lap(self, name: str) -> None:
         torch.cuda.synchronize()
         self.laps[name] = time.perf_counter() - self._last
-        if self._counts_memory:
-            self.peaks[name.replace("seconds_", "memory_") + "_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        taken = torch.cuda.max_memory_allocated() if self._on_cuda else psutil.Process().memory_info().rss
+        self.peaks[name.replace("seconds_", "memory_") + "_gb"] = taken / 1e9
         self._start()
 
     def _start(self) -> None:
-        if self._counts_memory:
+        if self._on_cuda:
             torch.cuda.reset_peak_memory_stats()
         self._last = time.perf_counter()
 
 
 def _largest_peaks(peaks: dict[str, float], device: torch.device) -> dict[str, float]:
     """Return the peaks of the fullest rank, in one small collective; a teacher's own ranks are not among them."""
-    if not peaks:
-        return {}
     largest = torch.tensor(list(peaks.values()), dtype=torch.float64, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return dict(zip(peaks, largest.tolist(), strict=True))
@@ -191,7 +193,15 @@ def _is_due(steps_done: int, interval: int) -> bool:
     return interval > 0 and steps_done % interval == 0
 
 
-def _log(run: Run, writer: MetricsWriter, step: int, result: StepResult, rollouts: Rollouts, clock: _Clock) -> None:
+def _log(
+    run: Run,
+    writer: MetricsWriter,
+    step: int,
+    result: StepResult,
+    rollouts: Rollouts,
+    scores: TeacherScores | None,
+    clock: _Clock,
+) -> None:
     metrics = _rollout_metrics(run, rollouts)
     num_tokens = metrics.pop("num_sequence_tokens")
     seconds, peaks = sum(clock.laps.values()), _largest_peaks(clock.peaks, run.groups.device)
@@ -202,7 +212,8 @@ def _log(run: Run, writer: MetricsWriter, step: int, result: StepResult, rollout
     metrics |= {"num_loss_tokens": result.num_loss_tokens, "tokens_per_second": num_tokens / seconds}
     metrics["prefix_fraction"] = run.guidance.fraction(step)
     writer.write(step, metrics)
-    writer.write_samples(step, sample_records(rollouts, result.details, run.tokenizer, run.recipe.logging.samples))
+    count = run.recipe.logging.samples
+    writer.write_samples(step, sample_records(rollouts, result.details, run.tokenizer, count, scores))
 
 
 def _rollout_metrics(run: Run, rollouts: Rollouts) -> dict[str, float]:
@@ -218,6 +229,7 @@ def _rollout_metrics(run: Run, rollouts: Rollouts) -> dict[str, float]:
     samples, sequence_tokens, response_tokens, prefix_tokens, *counts = total.tolist()
     return {
         "num_sequence_tokens": sequence_tokens,
+        "generated_tokens": response_tokens,
         "response_length": response_tokens / samples,
         "prefix_length": prefix_tokens / samples,
         **{f"finish_{reason}": count / samples for reason, count in zip(reasons, counts, strict=True)},
@@ -227,6 +239,7 @@ def _rollout_metrics(run: Run, rollouts: Rollouts) -> dict[str, float]:
 def _evaluate(run: Run, writer: MetricsWriter) -> None:
     """Measure accuracy on the recipe's problems and divergence on its held-out prompts, as far as it names them."""
     record: dict[str, Any] = {"step": run.state.step}
+    graded: list[dict[str, Any]] = []
     if run.problems:
         config = run.recipe.evaluation
         result = evaluate(
@@ -239,12 +252,14 @@ def _evaluate(run: Run, writer: MetricsWriter) -> None:
             on_nan=run.recipe.training.on_nan,
         )
         record |= training_record(result)
+        graded = result["samples"]
     if run.held_out:
         record |= run.held_out.measure(run.recipe.training.on_nan)
     if len(record) > 1:
         run.state.evaluations.append(record)
         if run.reports:
             writer.write_evaluation(record)
+            writer.write_answers(answer_records(record["step"], graded, run.problems, run.recipe.logging.answers))
 
 
 def _save(run: Run) -> None:

@@ -301,5 +301,5 @@ def loss_func(
     sums = {"loss": (loss_sum.detach(), num_tokens), **result.metrics}
     lowest = {f"-{name}": -value for name, value in result.minima.items()}
     extremes = {**result.maxima, **lowest}
-    report = {"sums": sums, "extremes": extremes, "details": result.details, "flags": flags}
+    report = {"sums": sums, "counts": result.counts, "extremes": extremes, "details": result.details, "flags": flags}
     return loss_sum, num_tokens, report

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from helpers import run_distributed
 from test_train_step import layout, load
 from tiny_models import VOCAB_SIZE, write_model
 
-from megatron_tropd.held_out import load_held_out
+from megatron_tropd.held_out import interval, load_held_out
 from megatron_tropd.types import UserError
 
 RESPONSES = ["it is four", "no", "the answer: 17, I think", "forty-two", "!"]
@@ -66,17 +68,29 @@ def test_the_divergence_is_that_of_the_float64_models(models, student, teacher):
 
     from megatron_tropd.tokenizer import load_tokenizer
 
-    tokenizer, kl, tokens = load_tokenizer(models / "student"), 0.0, 0
+    tokenizer, sums, lengths = load_tokenizer(models / "student"), [], []
     pair = [AutoModelForCausalLM.from_pretrained(models / role, dtype=torch.float64) for role in ("teacher", "student")]
     for prompt in prompts_of(tokenizer):
         response = tokenizer.encode_response(prompt.teacher_response)[:12]
         sequence = torch.tensor([[*prompt.tokens, *response]])
         with torch.no_grad():
             t, s = (model(sequence).logits[0, -len(response) - 1 : -1, :VOCAB_SIZE].log_softmax(-1) for model in pair)
-        kl, tokens = kl + (t.exp() * (t - s)).sum().item(), tokens + len(response)
+        sums.append((t.exp() * (t - s)).sum().item())
+        lengths.append(len(response))
+    tokens, mean = sum(lengths), sum(sums) / sum(lengths)
+    errors = [total - mean * length for total, length in zip(sums, lengths, strict=True)]
+    half = 1.96 * statistics.stdev(errors) * len(errors) ** 0.5 / tokens  # the errors' mean is zero
     for found in run_distributed(measure_rank, student[0] * student[1], models, student, teacher):
         assert found["held_out_tokens"] == tokens
-        assert found["held_out_kl"] == pytest.approx(kl / tokens, rel=1e-5)
+        assert found["held_out_kl"] == pytest.approx(mean, rel=1e-5)
+        assert found["held_out_kl_low"] == pytest.approx(mean - half, rel=1e-4)
+        assert found["held_out_kl_high"] == pytest.approx(mean + half, rel=1e-4)
+
+
+def test_one_response_or_a_number_that_is_none_has_no_interval():
+    assert interval(0.5, [2.0], [4.0]) == {}
+    assert interval(math.nan, [2.0, math.nan], [4.0, 4.0]) == {}  # of training.on_nan=skip
+    assert interval(0.5, [1.0, 1.0], [2.0, 2.0]) == {"held_out_kl_low": 0.5, "held_out_kl_high": 0.5}
 
 
 class _Words:

@@ -11,6 +11,7 @@ from megatron_tropd.counter_rng import STREAM_GATE, counter_uniform
 from megatron_tropd.divergence import Divergence
 from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.objectives import METHODS, build_objective, topk_forward_kl
+from megatron_tropd.token_statistics import summarise
 from megatron_tropd.trust_region import GATES, trust_gate
 from megatron_tropd.types import LOSS_GUIDANCE, LOSS_STUDENT, TeacherScores, TrainingBatch
 
@@ -151,6 +152,36 @@ def test_field_cases_a22_metrics_say_how_many_tokens_are_ruled_out_and_average_t
     mean = sum(t[2] - t[1] for t in both) / len(both)
     assert (metrics["advantage"][0] / metrics["advantage"][1]).item() == pytest.approx(mean)
     assert metrics["logprob_mismatch"][1].item() == sum(t[1] > NONE and t[3] > NONE for t in students)
+
+
+def test_histograms_leave_out_tokens_whose_numbers_would_be_infinite():
+    logprobs, scores, batch = batch_of_all()
+    objective = build_objective(ObjectiveConfig(name="tropd_mask"), GuidanceConfig(), SEED)
+    counts = objective.loss(logprobs[..., :1], scores, batch, STEP).counts
+    students = [t for t in TOKENS.values() if t[0] == LOSS_STUDENT]
+    assert counts["rho"].sum() == len(students)  # 0 is a probability
+    assert counts["advantage"].sum() == sum(t[1] > NONE and t[2] > NONE for t in students)
+    assert counts["mismatch"].sum() == sum(t[1] > NONE and t[3] > NONE for t in students)
+    found = summarise({name: histogram.tolist() for name, histogram in counts.items()})
+    assert all(math.isfinite(value) for key, value in found.items() if key != "rho_histogram")
+    scores.logprobs.fill_(NONE)
+    counts = objective.loss(logprobs[..., :1], scores, batch, STEP).counts
+    found = summarise({name: histogram.tolist() for name, histogram in counts.items()})
+    assert sum(found["rho_histogram"]) == len(students)
+    assert not [key for key in found if key.startswith("advantage")]
+
+
+@pytest.mark.parametrize("config", CASES, ids=lambda c: "-".join(map(str, (c.name, c.gate, c.outlier, c.tail))))
+def test_the_shares_of_the_gradient_are_those_of_the_gradient_at_infinite_logprobs(config):
+    logprobs, scores, batch = batch_of_all()
+    objective = build_objective(config, GuidanceConfig(beta=BETA), SEED)
+    leaf = logprobs[..., : 1 + objective.topk].requires_grad_()
+    result = objective.loss(leaf, scores, batch, STEP)
+    result.loss.sum().backward()
+    trained = leaf.grad[0].abs().sum(-1) > 0
+    for kind, weights in result.gradients.items():
+        assert torch.isfinite(weights).all(), kind
+        assert not weights[0][~trained].any(), kind
 
 
 @pytest.mark.parametrize("gate", GATES)

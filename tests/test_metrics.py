@@ -32,6 +32,7 @@ def test_resume_drops_what_runs_again_and_a_broken_line(tmp_path):
         for step in range(5):
             writer.write(step, {"loss": float(step)})
             writer.write_samples(step, [{"sample_id": step, "tokens": [{"rho": math.nan}]}])
+            writer.write_answers([{"step": step, "id": "a"}, {"step": step, "id": "b"}])
         writer.write_evaluation({"step": 3, "accuracy": 0.2})
         writer.write_evaluation({"step": 5, "accuracy": 0.3})
     with open(tmp_path / "metrics.jsonl", "a") as file:
@@ -42,6 +43,7 @@ def test_resume_drops_what_runs_again_and_a_broken_line(tmp_path):
     assert steps == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 30.0)]
     assert [r["step"] for r in read_records(tmp_path / "samples.jsonl")] == [0, 1, 2]
     assert [r["step"] for r in read_records(tmp_path / "evaluations.jsonl")] == [0, 3]
+    assert [r["step"] for r in read_records(tmp_path / "answers.jsonl")] == [0, 0, 1, 1, 2, 2, 3, 3]
     with MetricsWriter(tmp_path, tensorboard=False):
         assert read_records(tmp_path / "evaluations.jsonl") == []
 
@@ -51,6 +53,7 @@ def test_only_the_writer_rank_writes(tmp_path):
         writer.write(0, {"loss": 1.0})
         writer.write_samples(0, [{}])
         writer.write_evaluation({"step": 0})
+        writer.write_answers([{"step": 0}])
     assert not (tmp_path / "run").exists()
 
 

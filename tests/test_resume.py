@@ -241,6 +241,8 @@ FOREIGN = {
     "metrics.jsonl": "my metrics\n",
     "samples.jsonl": '{"text": "mine"}\n',
     "evaluations.jsonl": "[1, 2]\n",
+    "answers.jsonl": '{"answer": "mine"}\n',
+    "run.json": '{"run": "mine"}\n',
     "checkpoints/step_000100/pytorch_model.bin": "weights",
 }
 

@@ -1,4 +1,4 @@
-"""End of the quickstart: load the export with transformers, write summary.json, draw the plot, print the table."""
+"""End of the quickstart: load the export with transformers, write summary.json, print the table."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import argparse
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,23 +25,6 @@ def answer_with_transformers(folder: Path, problem: dict) -> str:
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def draw(metrics: list[dict], summary: dict, path: Path) -> None:
-    """Trust region over the steps, beside the three accuracies."""
-    steps = [m["step"] + 1 for m in metrics]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    left.plot(steps, [m["trust_fraction"] for m in metrics], label="trust fraction (mean M)")
-    left.plot(steps, [m["mean_rho"] for m in metrics], label="mean ρ")
-    left.plot(steps, [m["prefix_fraction"] for m in metrics], ":", label="teacher prefix share α")
-    left.set(xlabel="step", ylim=(0, 1.02), title="Trust region")
-    left.legend()
-    names = {"teacher": "teacher", "student_before": "student\nbefore", "student_after": "student\nafter"}
-    values = [100 * summary[name]["accuracy"] for name in names]
-    bars = right.bar(list(names.values()), values, color=["tab:gray", "tab:orange", "tab:green"])
-    right.bar_label(bars, fmt="%.1f %%")
-    right.set(ylabel="unseen problems solved, %", ylim=(0, 109), title="Accuracy")
-    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -68,7 +47,6 @@ def main() -> None:
         "seconds": args.seconds,
     }
     (args.run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    draw(metrics, summary, args.run / "quickstart.png")
 
     problem = json.loads(Path("examples/tiny/problems.jsonl").read_text().splitlines()[0])
     answer = answer_with_transformers(args.run / "student_hf", problem)
@@ -78,7 +56,7 @@ def main() -> None:
         print(f"{name.replace('_', ' '):<24}{100 * summary[name]['accuracy']:>9.1f}%")
     gain = 100 * (summary["student_after"]["accuracy"] - summary["student_before"]["accuracy"])
     print(f"{'gain':<24}{gain:>+9.1f}%   ({summary['steps']} steps, {summary['seconds']} s in all)")
-    print(f"\n{args.run}/summary.json  {args.run}/quickstart.png  {args.run}/train/report.html")
+    print(f"\n{args.run}/summary.json  {args.run}/train/report.html")
 
 
 if __name__ == "__main__":

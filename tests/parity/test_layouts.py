@@ -102,7 +102,8 @@ def largest_difference(ours, theirs):
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.keys() == other.keys()
         for key in mine.keys() - set(TIMES):
-            worst = max(worst, abs(mine[key] - other[key]) / max(1.0, abs(other[key])))
+            pairs = zip(*(x if isinstance(x, list) else [x] for x in (mine[key], other[key])), strict=True)
+            worst = max(worst, *(abs(a - b) / max(1.0, abs(b)) for a, b in pairs))
     return worst
 
 
