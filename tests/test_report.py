@@ -286,11 +286,9 @@ def test_without_plotly_it_says_what_to_install(recorded_run, tmp_path, monkeypa
     report._plotly.cache_clear()
 
 
-def test_a_thousand_steps_stay_small_and_quick(recorded_run, tmp_path):
+def test_a_thousand_steps_stay_small(recorded_run, tmp_path):
     run = repeat_run(recorded_run, tmp_path / "long", 1000)
-    started = time.monotonic()
     page = write_report(run)
-    assert time.monotonic() - started < 20
     assert page.stat().st_size < 8e6
     data, texts = contents(page)
     assert len(data["runs"][0]["metrics"]["loss"]) == 1000
