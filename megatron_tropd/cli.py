@@ -1,8 +1,8 @@
 """The command line `megatron-tropd`: doctor | train | generate | evaluate | data | convert | plan | report.
 
 Under torchrun every rank runs it (`torchrun --nproc-per-node 2 -m megatron_tropd train tiny`); without torchrun it is
-one process. A UserError is printed once and ends every rank with status 2; what a rank alone runs into ends that rank
-at once, so that its launcher ends the others. What the commands do is in commands.py.
+one process. A UserError is printed once and ends every rank with status 2. An error on a single rank ends that rank at
+once, so that the launcher ends the others. commands.py implements the commands.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(subcommands)
     _add_generate(subcommands)
     _add_evaluate(subcommands)
-    add_data_arguments(_command(subcommands, "data", commands.data, "show what is understood of data files"))
+    add_data_arguments(_command(subcommands, "data", commands.data, "show how data files are read, and their problems"))
     _add_convert(subcommands)
     _add_plan(subcommands)
     _add_report(subcommands)
@@ -143,20 +143,20 @@ def _add_doctor(subcommands: Any) -> None:
         subcommands,
         "doctor",
         commands.doctor,
-        "check the installation, and that everything a recipe needs works on these devices",
+        "check the installation, and everything a recipe needs on these devices",
         "examples:\n"
         "  megatron-tropd doctor\n"
         "  megatron-tropd doctor tiny\n"
         "  torchrun --nproc-per-node 8 -m megatron_tropd doctor llama_70b_to_8b --json doctor.json\n\n"
-        "Run it first on a new machine or cluster, started as you will start the training. It reads no model: it uses\n"
-        "small random models with the recipe's dtype, objective and layout, the layout reduced to the processes at\n"
-        "hand. Each check prints one line: ok, slow, missing (not installed) or wrong, and what to do about it. The\n"
-        "exit status is 1 if something that the recipe needs is missing or wrong, 2 if the recipe itself is wrong.",
+        "Run it first on a new machine or cluster, launched as the training will be. It reads no model, but uses\n"
+        "small random models with the recipe's dtype, objective and layout; the layout is reduced to the available\n"
+        "processes. Each check prints one line: ok, slow, missing (not installed) or wrong, with a remedy. The exit\n"
+        "status is 1 if something that the recipe needs is missing or wrong, 2 if the recipe itself is wrong.",
     )
     _add_recipe_arguments(parser)
-    parser.add_argument("--json", metavar="FILE", help="write all checks and their measurements to this file")
+    parser.add_argument("--json", metavar="FILE", help="write all checks and measurements to this file")
     parser.add_argument(
-        "--calibrate", metavar="FILE", help="measure the devices and write the file for `plan --calibration FILE`"
+        "--calibrate", metavar="FILE", help="measure the devices for `plan --calibration`, and write this file"
     )
 
 
@@ -165,16 +165,16 @@ def _add_train(subcommands: Any) -> None:
         subcommands,
         "train",
         commands.train,
-        "distil the teacher into the student as a recipe says",
+        "distil the teacher into the student of a recipe",
         "examples:\n"
         "  megatron-tropd train tiny --dry-run\n"
         "  torchrun --nproc-per-node 2 -m megatron_tropd train tiny training.steps=10 logging.dir=runs/short\n\n"
-        "A run that was killed continues when the same command is given again. The run's folder (logging.dir) holds\n"
-        "run.json, recipe.yaml, metrics.jsonl, evaluations.jsonl, answers.jsonl, samples.jsonl, summary.json,\n"
-        "tensorboard/ and checkpoints/; `megatron-tropd report` makes a page of it.",
+        "A killed run continues when the same command is given again. The run's folder (logging.dir) holds\n"
+        "run.json, recipe.yaml, recipes.jsonl, metrics.jsonl, evaluations.jsonl, answers.jsonl, samples.jsonl,\n"
+        "summary.json, tensorboard/ and checkpoints/; `megatron-tropd report` turns it into a page.",
     )
     _add_recipe_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe, checked, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check and print the resolved recipe, and stop")
     parser.add_argument(
         "--help-keys", action=_HelpKeys, nargs=0, help="list every recipe key with its default and stop"
     )
@@ -191,16 +191,16 @@ class _HelpKeys(argparse.Action):
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     _add_recipe_arguments(parser)
     parser.add_argument(
-        "--model", choices=("student", "teacher"), default="student", help="which of the recipe's models (%(default)s)"
+        "--model", choices=("student", "teacher"), default="student", help="which model of the recipe (%(default)s)"
     )
-    parser.add_argument("--hf-path", help="Hugging Face folder of the model, in place of the recipe's")
-    parser.add_argument("--checkpoint", help="Megatron checkpoint of the weights, in place of the recipe's")
-    parser.add_argument("--max-new-tokens", type=_positive, help="longest response")
+    parser.add_argument("--hf-path", help="Hugging Face folder of the model, instead of the recipe's")
+    parser.add_argument("--checkpoint", help="Megatron checkpoint of the weights, instead of the recipe's")
+    parser.add_argument("--max-new-tokens", type=_positive, help="longest response, in tokens")
     parser.add_argument("--temperature", type=_not_negative, help="sampling temperature; 0 is greedy")
     parser.add_argument(
-        "--samples", type=_positive, help="responses a prompt (generate: 1; evaluate: evaluation.samples)"
+        "--samples", type=_positive, help="responses per prompt (generate: 1; evaluate: evaluation.samples)"
     )
-    parser.add_argument("--limit", type=_positive, help="only the first so many prompts")
+    parser.add_argument("--limit", type=_positive, help="use only the first LIMIT prompts")
 
 
 def _positive(text: str) -> int:
@@ -232,12 +232,12 @@ def _add_generate(subcommands: Any) -> None:
         "example:\n"
         "  megatron-tropd generate --hf-path examples/tiny/teacher --prompts examples/tiny/prompts.jsonl \\\n"
         "    --output runs/responses.jsonl --max-new-tokens 64 student.dtype=float32\n\n"
-        "Prompts that the output answers already are passed over: the same command completes a killed run.",
+        "Prompts whose responses are already in the output are skipped, so the same command completes a killed run.",
     )
     _add_model_arguments(parser)
-    parser.add_argument("--prompts", help="JSONL of prompts (default: the recipe's data.prompts)")
-    parser.add_argument("--output", required=True, help="JSONL to write or to complete")
-    parser.add_argument("--field", default="response", help="name of the response's field (%(default)s)")
+    parser.add_argument("--prompts", help="file of prompts (default: the recipe's data.prompts)")
+    parser.add_argument("--output", required=True, help="JSONL file to write or to complete")
+    parser.add_argument("--field", default="response", help="name of the response field (%(default)s)")
 
 
 def _add_evaluate(subcommands: Any) -> None:
@@ -245,49 +245,49 @@ def _add_evaluate(subcommands: Any) -> None:
         subcommands,
         "evaluate",
         commands.evaluate,
-        "measure the share of problems with verifiable answers that a model gets right",
+        "measure a model's accuracy on problems with verifiable answers",
         "examples:\n"
         "  megatron-tropd evaluate tiny --model teacher --output runs/teacher.json\n"
         "  megatron-tropd evaluate --hf-path MODEL --problems problems.jsonl --samples 32 --temperature 1.0\n\n"
-        'A problem is a line {"text" or "messages", "answer", perhaps "id"}. The answer of a response is its last\n'
-        "\\boxed{...}, else what follows ####, or 'answer is', else its last number (evaluation.answer_pattern: your\n"
-        "own regex); evaluation.grader compares it: math, multiple_choice or exact.",
+        'A problem is a row {"text" or "messages", "answer", optionally "id"}. The answer of a response is its last\n'
+        "\\boxed{...}, else the text after ####, else after 'answer is', else its last number, or what your own regex\n"
+        "finds (evaluation.answer_pattern); evaluation.grader compares it: math, multiple_choice or exact.",
     )
     _add_model_arguments(parser)
-    parser.add_argument("--problems", help="JSONL of problems (default: the recipe's evaluation.problems)")
-    parser.add_argument("--output", help="JSON file for the result with every response")
+    parser.add_argument("--problems", help="file of problems (default: the recipe's evaluation.problems)")
+    parser.add_argument("--output", help="JSON file for the result and all responses")
 
 
 def _add_convert(subcommands: Any) -> None:
     parser = _command(subcommands, "convert", None, "convert weights between Hugging Face and Megatron")
     directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
     there = _command(
-        directions, "hf-to-mcore", commands.hf_to_mcore, "write a Megatron distributed checkpoint of a HF folder"
+        directions, "hf-to-mcore", commands.hf_to_mcore, "convert a Hugging Face folder to a Megatron checkpoint"
     )
     there.add_argument("--hf-path", required=True, help="Hugging Face folder: config.json, safetensors, tokenizer")
-    there.add_argument("--output", required=True, help="checkpoint folder to write; loads under every TP and PP")
+    there.add_argument("--output", required=True, help="checkpoint folder to write; it loads under every TP and PP")
     there.add_argument(
         "--verify",
         nargs="?",
         const="bits",
         choices=("auto", "bits", "all"),
-        help="fail if the model is not transformers', in fp32. auto: compare the first and last layer, one of each "
-        "kind, embedding and output; bits, or nothing: also all tensors' bits with the files; all: also every layer "
-        "of the written checkpoint, which takes four bytes of memory per weight",
+        help="compare with transformers in fp32; fail on a difference. auto: the first and last layers, one of each "
+        "kind, embedding and output; bits (or no value): also all tensors with the files, bit for bit; all: also "
+        "every layer of the written checkpoint, which needs four bytes of memory per weight",
     )
     there.add_argument(
         "--bound",
         type=_not_negative,
         default=1e-5,
-        help="largest difference, relative to what a layer adds or to the logits, that --verify passes (%(default)s)",
+        help="largest difference that --verify accepts, relative to a layer's update or to the logits (%(default)s)",
     )
     back = _command(
-        directions, "mcore-to-hf", commands.mcore_to_hf, "write a Hugging Face folder of a Megatron checkpoint"
+        directions, "mcore-to-hf", commands.mcore_to_hf, "convert a Megatron checkpoint to a Hugging Face folder"
     )
     back.add_argument("--checkpoint", required=True, help="weights checkpoint, or a training checkpoint's model folder")
     back.add_argument("--output", required=True, help="Hugging Face folder to write")
     back.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the files (default: as stored, bit for bit)"
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the files (default: as stored)"
     )
     for parser in (there, back):
         for name in ("tensor", "pipeline", "expert"):
@@ -295,7 +295,7 @@ def _add_convert(subcommands: Any) -> None:
                 f"--{name}-model-parallel-size",
                 type=_positive,
                 default=1,
-                help="under torchrun: spread a model too large for one process (%(default)s)",
+                help="under torchrun: shard a model that is too large for one process (%(default)s)",
             )
 
 
@@ -304,20 +304,20 @@ def _add_plan(subcommands: Any) -> None:
         subcommands,
         "plan",
         commands.plan,
-        "estimate a GPU's memory by part and a step's seconds, and propose layouts that fit",
+        "estimate memory per GPU by part and seconds per step, and propose layouts that fit",
         "examples:\n"
         "  megatron-tropd plan llama_70b_to_8b teacher.hf_path=70B student.hf_path=8B --gpus 8 --gpu-memory 80\n\n"
-        "Of the models, it reads only config.json. The exit status is 0 if the recipe's layout fits, 1 if it does\n"
+        "It reads only the config.json of each model. The exit status is 0 if the recipe's layout fits, 1 if it does\n"
         "not, 2 if the input is wrong. Every response is assumed to reach rollout.max_new_tokens. Times are\n"
         "calculated for H100s unless --calibration gives measurements of your GPUs.",
     )
     _add_recipe_arguments(parser)
     parser.add_argument("--gpus", type=_positive, default=8, help="number of GPUs (%(default)s)")
     parser.add_argument(
-        "--gpu-memory", type=_above_zero, metavar="GB", help="memory of each (default: the calibration file's, or 80)"
+        "--gpu-memory", type=_above_zero, metavar="GB", help="memory per GPU (default: the calibration file's, or 80)"
     )
     parser.add_argument(
-        "--calibration", metavar="FILE", help="what `megatron-tropd doctor --calibrate FILE` measured on your GPUs"
+        "--calibration", metavar="FILE", help="file that `megatron-tropd doctor --calibrate FILE` wrote on your GPUs"
     )
     parser.add_argument(
         "--prompt-tokens", type=_positive, help="longest prompt (default: the recipe's data.max_prompt_tokens, or 512)"
@@ -329,20 +329,20 @@ def _add_report(subcommands: Any) -> None:
         subcommands,
         "report",
         commands.report,
-        "write one interactive HTML page about a run, or about several runs compared",
+        "write one interactive HTML page about a run, or a comparison of several runs",
         "examples:\n"
         "  megatron-tropd report runs/tiny\n"
         "  megatron-tropd report runs/tropd runs/opd --output runs/comparison\n"
         "  megatron-tropd report runs/tiny --watch\n\n"
-        "The page (report.html) holds all that it shows and needs no network: curves, the trust region over time,\n"
-        "responses with every token coloured, answers before and after, the recipe. It reads what training wrote.",
+        "The page (report.html) is self-contained and needs no network. It shows curves, the trust region over time,\n"
+        "responses with every token coloured, answers before and after training, and the recipe.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder (the recipe's logging.dir)")
     parser.add_argument(
-        "--output", help="folder to write to (default: the run's own; several: `comparison` beside them)"
+        "--output", help="folder to write to (default: the run's folder; for several runs, `comparison` beside them)"
     )
     parser.add_argument(
-        "--watch", action="store_true", help="write the page again as training goes on, until the runs have finished"
+        "--watch", action="store_true", help="update the page during training, until all runs have finished"
     )
 
 

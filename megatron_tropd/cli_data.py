@@ -1,4 +1,4 @@
-"""The parser of `megatron-tropd data`."""
+"""Adds the arguments of `megatron-tropd data` to its parser."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "  megatron-tropd data examples/tiny/prompts.jsonl --tokenizer examples/tiny/student\n"
         "  megatron-tropd data train.parquet data.columns.prompt=question data.max_prompt_tokens=512 \\\n"
         "    student.hf_path=examples/tiny/student\n\n"
-        "It reads JSONL, JSON, CSV, TSV (also .gz), Parquet, Arrow and folders of save_to_disk, and shows format,\n"
-        "rows, columns by role, three prompts as the model will get them, token lengths, duplicates and the first ten\n"
+        "It reads JSONL, JSON, CSV, TSV (also .gz), Parquet, Arrow and save_to_disk folders, and shows format, rows,\n"
+        "columns by role, three prompts as the model receives them, token lengths, duplicates and the first ten\n"
         "problems by row. The exit status is 0 if every row can be used, 1 if some cannot, 2 if a file cannot be read."
     )
     parser.add_argument(
@@ -22,6 +22,6 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE | key=value",
         help="data files or patterns (default: the recipe's data.prompts); recipe keys (data.columns.prompt=text)",
     )
-    parser.add_argument("--recipe", dest="base", help="recipe whose data.*, tokenizer.* and student.* are taken")
+    parser.add_argument("--recipe", dest="base", help="recipe from which data.*, tokenizer.* and student.* are read")
     parser.add_argument("--tokenizer", help="folder or .model file (default: tokenizer.path, else student.hf_path)")
     parser.set_defaults(recipe=None)
