@@ -1,7 +1,7 @@
 """Accuracy over problems and samples: its 95 % interval, and pass@k.
 
-The interval is a percentile bootstrap over problems, 10,000 resamples of a fixed seed: the problems are what was drawn,
-a problem's samples depend on each other.
+The interval is a percentile bootstrap with 10,000 resamples and a fixed seed. It resamples problems, because the
+samples of one problem depend on each other.
 
     measure([2, 0, 4], 4)  # accuracy 0.5, its interval, pass@1, @2 and @4 of three problems with four samples each
 """

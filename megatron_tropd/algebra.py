@@ -1,4 +1,4 @@
-r"""Decides whether two expressions or relations are the same: exactly where they are rational, else by many digits.
+r"""Decides whether two expressions or relations are equal: exactly if they are rational, else to many digits.
 
 Values are compared at fixed points, some of them negative. No CUDA, torch or Megatron is imported: grading_worker.py
 runs this under limits of time and memory.

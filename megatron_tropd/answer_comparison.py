@@ -1,7 +1,7 @@
-r"""Whether two answers are the same, by their forms; algebra that forms do not settle is asked of `ask`.
+r"""Decides whether two answers are equal, by their forms; `ask` answers algebra that the forms do not settle.
 
-Careful rather than generous: sets and lists have no order, tuples, intervals and matrices have; units that both bear
-must agree; a percent sign counts as a unit (`50\%` is 50, not 0.5); a rounded decimal is not the exact value.
+Careful rather than generous: sets and lists have no order, but tuples, intervals and matrices do; if both have units,
+these must agree; a percent sign counts as a unit (`50\%` is 50, not 0.5); a rounded decimal is not the exact value.
 
     same_answer("x=5", "5")  # True
 """

@@ -1,7 +1,7 @@
-r"""What form an answer has (number, list, set, tuple or interval, relation, matrix, words, expression), part by part.
+r"""Reads the form of an answer: number, list, set, tuple or interval, relation, matrix, words or expression, by part.
 
-Forms are read, not computed with, but for rational numbers; comparing is answer_comparison.py. Units, currencies and
-scales ("3 million") are taken off numbers and expressions.
+Only rational numbers are computed; answer_comparison.py compares forms. Units, currencies and scales ("3 million") are
+separated from numbers and expressions.
 
     read_answer(r"12\text{ cm}")  # Form(kind="number", value=Fraction(12), unit="cm")
 """

@@ -1,4 +1,4 @@
-r"""One spelling of an answer: Unicode, LaTeX and Markdown dressing become one small alphabet, linear in the text.
+r"""Normalises the spelling of an answer: Unicode, LaTeX and Markdown become one small alphabet, in linear time.
 
 Signs that LaTeX, Unicode and keyboards write differently become one character each (`\leq`, `<=` and `≤` are `≤`), the
 braces of sets become `⦃ ⦄`, every font or text command becomes `\text{...}`. Nothing is computed here.

@@ -1,6 +1,6 @@
-r"""Units, currencies, percent signs and scales ("3 million") behind or before a quantity.
+r"""Units, currencies, percent signs and scales ("3 million") before or after a quantity.
 
-A unit is left out only where it cannot be part of the quantity: inside of a text command, or a word that is no name,
+A unit is separated only if it cannot be part of the quantity: inside a text command, or as a word that is no name,
 number or function. "5x" and "2 thirds" have none.
 
     split_unit(r"12\text{ cm}^2")  # ("12", "cm^2", 1)

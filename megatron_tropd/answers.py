@@ -1,10 +1,10 @@
 r"""Finds the final answer in a response, in time linear in the response.
 
-It is the last `\boxed{...}` whose braces balance (several that are joined by "and", "or" or a comma are one list), else
-what follows the last `####`, else what follows the last "answer is", else the last number with all that belongs to it:
+It is the last `\boxed{...}` whose braces balance (several joined by "and", "or" or a comma are one list), else the text
+after the last `####`, else the text after the last "answer is", else the last number with all its parts:
 `2 3/4`, `6.02 \times 10^{23}`, `2\sqrt{3}`, `5 or 6`.
 
-It is looked for behind `</think>` and in `<answer>` first, then in the whole response.
+The search starts after `</think>` and in `<answer>`, then covers the whole response.
 
     find_answer(r"So \boxed{5}.")  # "5"
 """

@@ -1,4 +1,4 @@
-"""What a training checkpoint's recipe says of prompts and endings, for commands that are given the checkpoint alone.
+"""Takes stop strings, template variables and date from a training checkpoint's recipe, for `generate` and `evaluate`.
 
 take_settings(recipe, "student")    # before sampling and tokenizer are made of the recipe
 """

@@ -1,4 +1,4 @@
-"""Multiple-choice rows: the options written under the question, and the answer as the letter of one of them.
+"""Multiple-choice rows: appends the options to the question, and turns the answer into the letter of an option.
 
     choices = read_choices({"choices": ["3", "4"]})        # {"A": "3", "B": "4"}
     with_choices("2 + 2?", choices), letter(1, choices)    # "2 + 2?\\n\\nA. 3\\nB. 4", "B"

@@ -1,4 +1,4 @@
-"""Names of the columns that data sets have, and which of them each value of a Prompt may come from."""
+"""Column names of common data sets, and the columns from which each value of a Prompt may come."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Columns that repeat one another: data sets hold a conversation beside its question, or beside its rendered text.
+"""Columns that repeat each other: many data sets store a conversation and also its question or its rendered text.
 
 repeated({"messages": [{"role": "user", "content": "2 + 2?"}], "prompt": "2 + 2?"})     # {"prompt"}
 """

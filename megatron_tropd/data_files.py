@@ -1,7 +1,7 @@
-"""Data files of any format, opened as rows that know their origin: local files only, nothing is downloaded or run.
+"""Opens data files of any format as rows that know their origin; local files only, nothing is downloaded or run.
 
 Parquet, Arrow and `save_to_disk` folders are opened through Hugging Face's `datasets`, which maps them into memory;
-JSONL, JSON, CSV and TSV by data_text.py. The format is told by a file's first bytes, then by its name.
+JSONL, JSON, CSV and TSV by data_text.py. The format follows from a file's first bytes, then from its name.
 
     for entry in open_data(["math/*.parquet", "chat.jsonl"], key="data.prompts"):
         for rows in entry: ...

@@ -1,4 +1,4 @@
-"""One row of a data file as a Prompt: columns named by the recipe, else those of the layouts that people's files have.
+"""Turns a row of a data file into a Prompt, by the columns that the recipe names, else by common layouts:
 
     layout         prompt                     answer                          teacher response
     ours           messages | text | prompt   answer                          teacher_response, last assistant turn
@@ -10,8 +10,8 @@
     MMLU, ARC      question + choices         letter of answer | answerKey
     others         question | query | prompt  final_answer | ground_truth     response | completion
 
-Our own names take precedence, in any letter case (AIME's Problem); a column that repeats another is passed over. Where
-two others could be meant, the row is refused and the deciding key named.
+Our own names take precedence, in any letter case (AIME's Problem); a column that repeats another is skipped. If
+two other columns are possible, the row is refused, and the error names the key that decides.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Conversations as people's files hold them, brought into the form that chat templates read; problems are ValueErrors.
+"""Converts conversations of common formats to the form that chat templates read; problems are ValueErrors.
 
 messages = clean_messages([{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}])
 messages, response = split_response(messages, "response")   # [{"role": "user", "content": "2 + 2?"}], "4"

@@ -1,4 +1,4 @@
-"""What is wrong with the rows of data files: collected, so that one message names the first ten and counts all."""
+"""Collects problems in rows of data files, so that one message names the first ten and counts all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was understood of data files, in the lines that a run logs: formats, layouts, columns, what is left out."""
+"""The lines in which a run logs how data files were read: formats, layouts, columns and skipped rows."""
 
 from __future__ import annotations
 

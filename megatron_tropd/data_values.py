@@ -1,4 +1,4 @@
-"""Single values of a row as the text that they stand for: ids, answers, finish reasons; problems are ValueErrors."""
+"""Converts single values of a row to text: ids, answers, finish reasons; problems are ValueErrors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of `megatron-tropd data`: what was understood of files, three prompts as the model gets them, problems.
+"""The report of `megatron-tropd data`: how files were read, three prompts as the model receives them, and problems.
 
 print(describe(prompts, tokenizer, limit="128 tokens (data.max_prompt_tokens)", colours=sys.stdout.isatty()))
 """

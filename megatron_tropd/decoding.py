@@ -1,8 +1,8 @@
-"""How responses are drawn and where they stop: one Sampling for rollouts, `generate` and evaluation, and stop strings.
+"""Sampling settings and stop strings, shared by rollouts, `generate` and evaluation.
 
-A stop string that is a special token of the tokenizer ends a response as an end-of-text id does. Any other is looked
-for in the decoded text, even where one token writes it: other tokens hold it as well (".\\n" holds a line break).
-Special tokens are left out of that text but for those that occur in a stop string.
+A stop string that is a special token of the tokenizer ends a response as an EOS id does. Any other is searched in the
+decoded text, even if it is a single token, because other tokens contain it as well (".\\n" holds a line break).
+That text contains only the special tokens that occur in a stop string.
 
     sampling = make_sampling(recipe.rollout, recipe.training.seed, step=7)
     stops = Stops.of(tokenizer, sampling.stop)

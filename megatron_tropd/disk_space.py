@@ -1,4 +1,4 @@
-"""Room on the disk: foreseen before something is written, and named where a write fails for want of it."""
+"""Disk space: checked before something is written, and named in the error if a write fails for lack of it."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""The ids that end a response, from every file that names one: rollouts, evaluation, `generate` and checkpoints agree.
+"""The ids that end a response: the same for rollouts, evaluation, `generate` and checkpoints.
 
 A response ends at the end-of-text ids of both models of a pair (generation_config.json, else config.json, the
 tokenizer's eos_token, and the special token that its chat template writes after an assistant's turn), wherever both
 vocabularies have the same piece at an id; and at special tokens named in `rollout.stop`. Checkpoints and exports carry
 all of them in generation_config.json.
 
-In the loss only end-of-text ids of the models are one event (end_of_text.py): another special token in `rollout.stop`
-ends a response, but the teacher knows it as a token like others, and it is scored as one.
+In the loss, only the models' end-of-text ids are treated as one EOS token (end_of_text.py). Another special token in
+`rollout.stop` ends a response, but is scored like any other token.
 
     endings = find_endings(recipe, "student", tokenizer)
     engine = RolloutEngine(modules, tokenizer, groups, recipe.rollout, context, endings)

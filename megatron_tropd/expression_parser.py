@@ -1,7 +1,7 @@
-r"""Reads one mathematical expression, LaTeX or plain, into a tree (expressions.py). Nothing is guessed.
+r"""Parses a mathematical expression, LaTeX or plain, into a tree (expressions.py). Nothing is guessed.
 
-What can be read in two ways (`1/2x`, `\frac123`) raises UnsureError, what is not known UnreadError. The text is in the
-spelling of answer_text.py.
+Ambiguous input (`1/2x`, `\frac123`) raises UnsureError, unknown input UnreadError. The text is in the spelling of
+answer_text.py.
 
     rational(r"1\frac{1}{2}")  # Fraction(3, 2)
 """

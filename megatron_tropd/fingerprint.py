@@ -1,7 +1,7 @@
-"""Short digests of models, tokenizers and data files: whether what lies at a path is what lay there before.
+"""Short digests of models, tokenizers and data files, to detect whether the contents of a path have changed.
 
-Text files are read whole. Of large weight files the size, the header and 64 blocks of 4 KiB are read, so that a 70B
-model takes a second; training changes them everywhere, but a change of a few single numbers can pass unnoticed.
+Text files are read completely. Of large weight files, the size, the header and 64 blocks of 4 KiB are read, so a 70B
+model takes a second. Training changes all of them, but a change of a few single numbers can pass unnoticed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Parameters, or gradients, that hold NaN or infinity: found in one pass over them, and named.
+"""Finds and names parameters or gradients that contain NaN or infinity, in one pass.
 
 check_finite(modules, "student", f"as loaded from {path}")  # raises UserError on every rank
 """

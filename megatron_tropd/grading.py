@@ -1,8 +1,8 @@
-r"""Grades responses: finds the answer, compares it with the known one as `evaluation.grader` says.
+r"""Grades responses: finds the answer and compares it with the known one, according to `evaluation.grader`.
 
 - math (and auto): answers.py finds it, answer_comparison.py compares it; algebra runs in a worker process.
-- multiple_choice: the letter in a box, after "answer is", or the last that stands alone.
-- exact: the same text but for LaTeX's text commands, case, spaces, quotation marks and a full stop at its end.
+- multiple_choice: the letter in a box, after "answer is", or the last single letter.
+- exact: the same text, ignoring LaTeX's text commands, case, spaces, quotation marks and a final full stop.
 
     with Grader("math", "auto", seconds=5.0) as grader:
         grader.grade(r"So \boxed{x+1}.", "1+x")  # ("x+1", True)

@@ -1,4 +1,4 @@
-"""Asks the grading worker (grading_worker.py): starts it, bounds every question, and restarts it when it had to end.
+"""Client of the grading worker (grading_worker.py): starts it, limits every request, and restarts it if it was ended.
 
 with GradingWorker(seconds=5.0) as worker:
     worker.ask("value", "x+1", "1+x")  # True

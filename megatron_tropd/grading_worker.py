@@ -1,6 +1,6 @@
-r"""The process that does the algebra of grading: one JSON request per line in, one JSON reply per line out.
+r"""The worker process for the algebra of grading: reads a JSON request per line, writes a JSON reply per line.
 
-Algebra, foreign libraries and users' regular expressions can take for ever or all memory, so they run here, under
+Algebra, foreign libraries and users' regular expressions can run without end or use all memory, so they run here, under
 limits that the system enforces: a request that exceeds its CPU seconds ends the process, and grading_client.py starts
 another. Neither torch nor Megatron is imported. It ends with its parent.
 

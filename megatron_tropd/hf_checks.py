@@ -1,6 +1,6 @@
 """Compares a Hugging Face folder's tensors with its config.json: names, whole shapes, kinds of numbers, tied weights.
 
-Only headers are read, but for a tied output layer that the files hold a second time.
+Only headers are read, except for a tied output layer that the files store a second time.
 
     check_files("models/Llama-3.1-8B", load_hf_config("models/Llama-3.1-8B"))     # raises UserError
 """

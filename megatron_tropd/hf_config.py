@@ -1,6 +1,6 @@
-"""config.json of a Hugging Face folder: read under every transformers, refused where Megatron would not do as it says.
+"""Reads config.json of a Hugging Face folder under every transformers; refuses what Megatron would not reproduce.
 
-What cannot be read, is quantised, has impossible sizes or a part that this package does not know is one UserError.
+A config that is unreadable, is quantised, or has impossible sizes or unknown parts raises one UserError.
 
     hf_config = load_hf_config("models/Llama-3.1-8B")
 """

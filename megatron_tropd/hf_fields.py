@@ -1,4 +1,4 @@
-"""Fields of a config.json: those that the models here understand, that change nothing, and that others alone have."""
+"""Fields of config.json: those that our models support, those without effect, and those of other models only."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Which files of a Hugging Face folder hold the model's weights, and their tensors, read slice by slice.
 
-Adapters, optimizer states, `consolidated.safetensors` and subfolders are passed over, as transformers passes over them.
-Experts that transformers 5 has fused into one tensor a layer are read under the names of the single experts.
+Adapters, optimizer states, `consolidated.safetensors` and subfolders are skipped, as in transformers. Experts that
+transformers 5 has fused into one tensor per layer are read under the names of the single experts.
 
     with SafetensorsFolder("models/Llama-3.1-8B", "llama") as folder:
         folder.read("model.embed_tokens.weight", slice(0, 100))

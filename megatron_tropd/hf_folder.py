@@ -1,4 +1,4 @@
-"""A Hugging Face folder's files beside its weights: the end-of-text ids that they name, and the tokenizer's.
+"""Files of a Hugging Face folder other than weights: its EOS ids, and the files of the tokenizer.
 
 read_eos_ids("models/Llama-3.1-8B-Instruct")   # {128001: "generation_config.json", 128008: ..., 128009: ...}
 replace_tokenizer(folder, source, template)    # the folder then tokenizes as the run did

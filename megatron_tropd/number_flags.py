@@ -1,4 +1,4 @@
-"""Which tokens' numbers are no numbers, and at which stage first: one int8 a token, made on the device without a wait.
+"""Flags tokens with NaN or infinity, and the first stage with one: one int8 per token, on the device, without a sync.
 
 flags = flag_tokens(batch, scores, outputs.logprobs, loss)  # [b, s], 0 where all is well
 watch_gradient(output, flags, batch)                        # the backward pass adds what it finds

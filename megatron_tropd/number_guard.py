@@ -1,4 +1,4 @@
-"""What follows where a step's numbers are not finite, or spike: one message over all ranks, a skip or a stop, a count.
+"""Handles steps whose numbers are not finite, or spike: one message for all ranks, a skip or a stop, and a count.
 
 guard = NumberGuard(recipe.training, state.guard)           # the dictionary is kept in checkpoints
 result = train_step(..., limits=guard.limits())             # makes no update beyond them

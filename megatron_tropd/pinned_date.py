@@ -1,4 +1,4 @@
-"""The day that a chat template takes for today: one for all ranks of a job and for all restarts of a run.
+"""The current date for chat templates: the same on all ranks of a job and in all restarts of a run.
 
 pin_date(recipe.tokenizer, tokenizer, lambda: checkpoint.newest(folder))
 """

@@ -1,4 +1,4 @@
-"""Digests of prompts: of what the model is asked, and of everything that a row gives; a resumed run compares them."""
+"""Digests of prompts, of the text for the model and of the whole row; a resumed run compares them."""
 
 from __future__ import annotations
 

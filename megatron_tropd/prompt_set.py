@@ -1,8 +1,8 @@
-"""The prompts of one or more data files: every row checked once up front, read and tokenized when it is drawn.
+"""The prompts of one or more data files: each row is checked once at the start, and read and tokenized when drawn.
 
-What is held in memory per row is an id and a few numbers, so that a million rows neither fill it nor delay the first
-step. Tokenized up front is what could be refused: all rows of a small set; of a large one those that may be too long (a
-token covers at least one byte), and one row per sequence of roles, as templates refuse some.
+Memory holds an id and a few numbers per row, so a million rows neither fill it nor delay the first step. Rows that
+could be refused are tokenized at the start: all rows of a small set; of a large set, rows that may be too long (a token
+covers at least one byte), and one row per sequence of roles, because templates refuse some.
 
     prompts = PromptSet("prompts.parquet", tokenizer, max_tokens=1024)
     prompts[0].tokens, prompts.longest

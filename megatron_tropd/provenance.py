@@ -1,7 +1,7 @@
-"""What a run was started with, for its report: models, hardware, versions, commit and time.
+"""Records each start of a run for its report: models, hardware, versions, commit and time.
 
-The run folder's run.json holds it. A run that is resumed has several starts; each appends one, and a run that begins at
-step 0 drops the others.
+The records are in run.json of the run's folder. Each start of a resumed run appends one; a run that begins at step 0
+removes the earlier ones.
 
     record_start(folder, recipe, first_step=0)
 """

@@ -1,6 +1,6 @@
 """Recognises folders of quantised weights, by config.json or by the names and dtypes of their tensors.
 
-Nothing here computes with them: a quantised model is refused with its method's name and the way to plain weights.
+A quantised model is refused; the error names its method and how to get plain weights.
 """
 
 from __future__ import annotations

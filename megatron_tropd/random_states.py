@@ -1,4 +1,4 @@
-"""The states of all random generators of a rank as a file of tensors, numbers and texts alone."""
+"""Stores the states of all random generators of a rank in a file of tensors, numbers and strings only."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The one comparison of a checkpoint's recipe with the recipe that continues from it: what each key's change means.
+"""Compares a checkpoint's recipe with the recipe that continues from it: the effect of each changed key.
 
-Every key of the recipe belongs to exactly one of three tables (a test holds it to that). To add a key, add its name
-or a pattern to the table that says what a user may expect who restarts a run with another value of it.
+Every key of the recipe belongs to exactly one of three tables (a test checks this). To add a key, add its name or a
+pattern to the table that describes the effect of restarting a run with another value.
 
     changes = compare(read_settings(checkpoint / "recipe.yaml"), settings_of(recipe), old_contents, new_contents)
     refuse(changes, checkpoint)

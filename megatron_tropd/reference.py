@@ -1,8 +1,8 @@
-"""What transformers' own layers make of given inputs, in fp32: one layer in memory at a time, weights from the files.
+"""Runs transformers' own layers on given inputs in fp32, with weights from the files and one layer in memory at a time.
 
-The layers come from transformers' classes and run in transformers' own forward pass; each is fed with the hidden states
-that Megatron's layer got, so that each comparison stands alone and rounding does not add up. Every layer runs twice, in
-eager attention and in torch's (sdpa): their distance is transformers' own rounding.
+The layers come from transformers' classes and run in transformers' own forward pass; each gets the hidden states
+that Megatron's layer got, so each comparison is independent and rounding does not accumulate. Every layer runs twice,
+with eager attention and with torch's (sdpa): the difference is transformers' own rounding.
 """
 
 from __future__ import annotations

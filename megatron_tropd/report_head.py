@@ -1,6 +1,6 @@
-"""What stands at the top of a report: the result in one sentence with its interval, and the facts of each run.
+"""The head of a report: the result in one sentence with its interval, and the facts of each run.
 
-Everything comes from the run's records (report_run.py); what they lack is left out.
+Everything comes from the run's records (report_run.py); missing values are omitted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The report's catalogue of plots: which recorded numbers are drawn together, under which names and units.
+"""The catalogue of the report's plots: which recorded numbers are drawn together, with names and units.
 
-Pure data, drawn by report_plots.js. A test holds every key against those that a real run records, so a renamed metric
-cannot make a plot vanish; a key that only some recipes or machines record says so in `only`.
+Pure data, drawn by report_plots.js. A test compares every key with those that a real run records, so a renamed metric
+cannot remove a plot; `only` marks keys that only some recipes or machines record.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Recipes in a report: which keys differ from the defaults, and in which of them several runs differ.
+"""Recipes in a report: the keys that differ from the defaults, and those that differ between runs.
 
-A key that this version does not know (of an older run) is shown as one that differs.
+An unknown key of an older run is shown as different.
 """
 
 from __future__ import annotations

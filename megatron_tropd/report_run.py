@@ -1,4 +1,4 @@
-"""A run's folder as a report reads it: records as columns, and notes on whatever is missing or damaged.
+"""Reads a run's folder for a report: records as columns, and notes on missing or damaged files.
 
 run = read_run("runs/tropd")
 run.column("metrics", "loss")       # [0.9, 0.7, None, ...], one per record

@@ -1,7 +1,7 @@
-"""Teacher responses as servers and engines write them, brought into {"id", "teacher_response", "finish_reason"}.
+"""Converts teacher responses of servers and engines to {"id", "teacher_response", "finish_reason"}.
 
-Known are the results of OpenAI's batches (vLLM's run-batch writes them, too) and of Anthropic's, and rows with an id of
-their own beside vLLM's `outputs`, a server's `choices`, TGI's `generated_text` or SGLang's `meta_info`.
+It reads results of OpenAI batches (also written by vLLM's run-batch) and Anthropic batches, and rows with an id and
+vLLM's `outputs`, a server's `choices`, TGI's `generated_text` or SGLang's `meta_info`.
 """
 
 from __future__ import annotations

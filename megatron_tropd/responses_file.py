@@ -1,7 +1,7 @@
-"""The JSONL file of a model's responses: this program's own records alone, each with digests of what made it.
+"""The JSONL file of a model's responses: only records of this program, each with digests of model, prompt and sampling.
 
-A later run completes the file. It keeps every line, but for what a killed run left incomplete: half of a last line,
-and the responses of a prompt that has not all of them. Whatever else the file holds ends in a refusal, not in a loss.
+A later run completes the file. It keeps every line except what a killed run left incomplete: a truncated last line, and
+the responses of a prompt with too few of them. Any other content is refused, never lost.
 """
 
 from __future__ import annotations

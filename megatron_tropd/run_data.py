@@ -1,4 +1,4 @@
-"""The data of a training run: prompts, problems, held-out text and guidance, read and checked before any model is.
+"""The data of a training run: prompts, problems, held-out text and guidance, read and checked before any model.
 
 data = load_run_data(recipe, tokenizer, endings, objective, context=hf_config.max_position_embeddings)
 data.source.next(128)

@@ -1,4 +1,4 @@
-"""One command at a time writes to a run's folders or to an output: the system takes the lock back from who dies.
+"""Lets one command at a time write to a run's folders or to an output; the system releases the lock of a dead process.
 
 with RunLock() as lock:
     lock.probe([folder])  # refuse early; writes nothing

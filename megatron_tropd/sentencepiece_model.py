@@ -1,4 +1,4 @@
-"""A sentencepiece model that also parses its control pieces and tokens added to it, and continues texts.
+"""A sentencepiece model that also parses control pieces and added tokens, and continues texts.
 
 model = PieceModel("tokenizer.model")
 model.encode("[INST] Hi[/INST]")             # control pieces are single ids

@@ -1,6 +1,6 @@
-"""Compares a Megatron checkpoint's tensors with those that a model asks for: names, whole shapes, dtypes.
+"""Compares a Megatron checkpoint's tensors with those that a model needs: names, full shapes, dtypes.
 
-Megatron itself would leave tensors aside that no parameter asks for, and cut or fill embeddings of another vocabulary.
+Megatron itself would ignore tensors that no parameter needs, and truncate or pad embeddings of another vocabulary.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the micro-batches of a step report, reduced over the job, and whether a number was out of order."""
+"""Reduces the reports of a step's micro-batches over the job, and tells whether a number was not finite."""
 
 from __future__ import annotations
 

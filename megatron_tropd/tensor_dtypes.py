@@ -1,8 +1,8 @@
-"""Dtypes of weights at rest: files that mix them (norms or routers in fp32 beside bf16 matrices) lose nothing.
+"""Dtypes of stored weights: files that mix dtypes (norms or routers in fp32, matrices in bf16) lose nothing.
 
-A checkpoint stores each parameter in the widest dtype that its tensors have in any layer, and `tensor_dtypes.json` says
-what each tensor's was, so that the way there and back is bit-identical. A model that runs holds all parameters in its
-own dtype, as under transformers, and says what it rounds.
+A checkpoint stores each parameter in the widest dtype that its tensors have in any layer, and `tensor_dtypes.json`
+records the dtype of each tensor, so the round trip is bit-identical. A running model holds all parameters in its own
+dtype, as in transformers, and logs what it rounds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a step's tokens say beyond means: histograms, their quantiles, and each kind of token's share of the gradient.
+"""Statistics of a step's tokens beyond means: histograms, their quantiles, and the gradient share per kind of token.
 
-Everything is a sum over tokens, so that micro-batches and ranks add up (step_report.reduce_reports) and the result is
-the same under every parallel layout. Quantiles are read off the summed histograms: their error is below a bin's width.
+Everything is a sum over tokens, so micro-batches and ranks add up (step_report.reduce_reports), and the result is the
+same under every parallel layout. Quantiles come from the summed histograms, with an error below the width of a bin.
 
     counts = token_histograms({"rho": (gate.rho, kept), ...})    # per micro-batch, on the device
     summarise(summed)       # {"rho_histogram": [...], "advantage_p50": 0.1, "logprob_mismatch_p99": 0.02, ...}

@@ -1,4 +1,4 @@
-"""What the stages need of a tokenizer; tokenizer.py holds the classes that say where the pieces come from."""
+"""The tokenizer interface that the stages use; tokenizer.py has the classes that read the pieces."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A Hugging Face folder's tokenizer as its files say, whatever class transformers builds for it.
+"""Loads a Hugging Face folder's tokenizer according to its files, whatever class transformers builds for it.
 
 transformers rebuilds many tokenizers from parts of their files by rules of the named class, which differ between its
-releases. Here its ids of probe texts are compared with those of tokenizer.json or tokenizer.model itself. Where they
-differ the file is right: the tokenizer is then loaded from it, with a warning that names the text.
+releases. Here its ids of probe texts are compared with those of tokenizer.json or tokenizer.model itself. If they
+differ, the tokenizer is loaded from the file, with a warning that names the text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a tokenizer at hand is the one of a tokenizer.json, told by its own text: reading the file again is slow.
+"""Compares a loaded tokenizer with a tokenizer.json by their JSON text, because loading the file again is slow.
 
 is_same(tokenizer.backend_tokenizer, folder / "tokenizer.json", flags)
 """

@@ -1,4 +1,4 @@
-"""Probe texts, on whose ids two tokenizers are compared: same pieces do not mean same ids.
+"""Probe texts to compare two tokenizers by their ids, because the same pieces do not imply the same ids.
 
 difference = first_difference(ours.encode, theirs.encode, PROBES)
 check_same_ids(student, teacher, ("student", "teacher"))

@@ -1,4 +1,4 @@
-"""What a comparison with transformers comes to: rounding, which passes, or a missing part, and what it looks like.
+"""The verdict of a comparison with transformers: rounding, which passes, or a missing part, with its likely cause.
 
 judge(Verdict(parts, layers, num_layers), bound)     # None, or what differs
 """
