@@ -201,7 +201,8 @@ def test_a_config_with_an_unknown_part_is_refused(folders, tmp_path, change, mes
 
 def test_sliding_windows_are_refused(folders, tmp_path):
     config = AutoConfig.from_pretrained(folders["qwen2"]).to_dict()
-    (tmp_path / "config.json").write_text(json.dumps({**config, "use_sliding_window": True, "sliding_window": 16}))
+    windowed = {**config, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in windowed.items() if k != "layer_types"}))
     with pytest.raises(UserError, match="use_sliding_window=True"):
         load_hf_config(tmp_path)
 

@@ -5,8 +5,10 @@ import importlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -75,7 +77,14 @@ def assert_same(ours: list[dict], theirs: list[dict], tolerance: float) -> None:
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.keys() == other.keys()
         for key in mine.keys() - set(TIMES):
-            assert mine[key] == pytest.approx(other[key], rel=tolerance, abs=tolerance), (mine["step"], key)
+            # Rounding may move a token over the edge of a bin, which is 21 % wide where quantiles are read off.
+            if key.endswith("_histogram"):
+                assert sum(mine[key]) == sum(other[key])
+                moved = max(map(abs, accumulate(a - b for a, b in zip(mine[key], other[key], strict=True))))
+                assert moved <= max(1, 0.02 * sum(other[key])), (mine["step"], key)
+                continue
+            relative = 0.25 if re.search(r"_p\d\d$", key) else tolerance
+            assert mine[key] == pytest.approx(other[key], rel=relative, abs=tolerance), (mine["step"], key)
 
 
 def test_a_single_process_reports_every_promised_number(single):
