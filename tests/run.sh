@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint and the tests, on a fresh machine or a ready one; arguments after the tier go to pytest.
 #
-#   bash tests/run.sh            the normal tier: every feature, at most 8 minutes on two quiet cores, 25 on slow ones
+#   bash tests/run.sh            the normal tier: every feature, at most 12 minutes on two quiet cores, 25 on slow ones
 #   bash tests/run.sh --pairs    and every pair of features that the parallel layouts of tests/parity contain
 #   bash tests/run.sh --full     and all layouts, all ways to resume, kills: at most 25 minutes on two quiet cores
 #   bash tests/run.sh --full tests/test_config.py -k unknown    of a file, too, only the tests of the tier run
