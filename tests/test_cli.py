@@ -29,7 +29,7 @@ def _last_line(capsys):
 def test_help_is_quick_and_teaches():
     shown = _call("-m", "megatron_tropd", "train", "--help")
     assert "torchrun --nproc-per-node 2 -m megatron_tropd train tiny" in shown.stdout
-    heavy = "import megatron_tropd.cli as c, sys; c._parser(); print({'torch', 'plotly'} & set(sys.modules))"
+    heavy = "import megatron_tropd.cli as c, sys; c.build_parser(); print({'torch', 'plotly'} & set(sys.modules))"
     assert _call("-c", heavy).stdout.strip() == "set()"
 
 

@@ -1,0 +1,50 @@
+"""Arguments of `megatron-tropd convert` and of its two directions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_tropd import commands
+from megatron_tropd.cli_arguments import add_command, not_negative, positive
+
+
+def add_convert(subcommands: Any) -> None:
+    """Add `convert`."""
+    parser = add_command(subcommands, "convert", None, "convert weights between Hugging Face and Megatron")
+    directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
+    there = add_command(
+        directions, "hf-to-mcore", commands.hf_to_mcore, "convert a Hugging Face folder to a Megatron checkpoint"
+    )
+    there.add_argument("--hf-path", required=True, help="Hugging Face folder: config.json, safetensors, tokenizer")
+    there.add_argument("--output", required=True, help="checkpoint folder to write; it loads under every TP and PP")
+    there.add_argument(
+        "--verify",
+        nargs="?",
+        const="bits",
+        choices=("auto", "bits", "all"),
+        help="compare with transformers in fp32; fail on a difference. auto: the first and last layers, one of each "
+        "kind, embedding and output; bits (or no value): also all tensors with the files, bit for bit; all: also "
+        "every layer of the written checkpoint, which needs four bytes of memory per weight",
+    )
+    there.add_argument(
+        "--bound",
+        type=not_negative,
+        default=1e-5,
+        help="largest difference that --verify accepts, relative to a layer's update or to the logits (%(default)s)",
+    )
+    back = add_command(
+        directions, "mcore-to-hf", commands.mcore_to_hf, "convert a Megatron checkpoint to a Hugging Face folder"
+    )
+    back.add_argument("--checkpoint", required=True, help="weights checkpoint, or a training checkpoint's model folder")
+    back.add_argument("--output", required=True, help="Hugging Face folder to write")
+    back.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the files (default: as stored)"
+    )
+    for parser in (there, back):
+        for name in ("tensor", "pipeline", "expert"):
+            parser.add_argument(
+                f"--{name}-model-parallel-size",
+                type=positive,
+                default=1,
+                help="under torchrun: shard a model that is too large for one process (%(default)s)",
+            )
