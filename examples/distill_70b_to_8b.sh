@@ -160,10 +160,10 @@ main() {
     python tools/convert_hf_to_mcore.py --hf-path "$STUDENT" --output "$RUN/student" "${student_layout[@]}" \
     "${verify[@]}"
   stage responses "Writing the teacher's responses, whose beginnings will guide the student" \
-    python tools/generate_teacher_responses.py "${settings[@]}" --output "$RUN/responses.jsonl"
+    python -m megatron_tropd generate "${settings[@]}" --model teacher --temperature 0 --output "$RUN/responses.jsonl"
   stage train "Distilling: the student writes, the teacher scores, the trust region decides" "${train[@]}"
   stage evaluate "Evaluating the student" \
-    python tools/evaluate.py "${settings[@]}" --checkpoint "$checkpoint/model" --problems "$PROBLEMS" \
+    python -m megatron_tropd evaluate "${settings[@]}" --checkpoint "$checkpoint/model" --problems "$PROBLEMS" \
     --output "$evaluation"
   stage export "Exporting the student to Hugging Face format" \
     python tools/convert_mcore_to_hf.py --checkpoint "$checkpoint" --output "$export" "${student_layout[@]}"

@@ -1,4 +1,4 @@
-"""The command line `megatron-tropd`: doctor | train | generate | evaluate | data | convert | plan | report.
+"""The command line `megatron-tropd`: init, doctor, plan, data, train, report, convert, generate, evaluate.
 
 Under torchrun every rank runs it (`torchrun --nproc-per-node 2 -m megatron_tropd train tiny`); without torchrun it is
 one process. A UserError is printed once and ends every rank with status 2. An error on a single rank ends that rank at
@@ -16,10 +16,10 @@ import time
 import traceback
 import warnings
 
-from megatron_tropd import commands
-from megatron_tropd.cli_arguments import add_command
+from megatron_tropd.cli_arguments import STATUSES, Parser
 from megatron_tropd.cli_convert import add_convert
-from megatron_tropd.cli_data import add_data_arguments
+from megatron_tropd.cli_data import add_data
+from megatron_tropd.cli_init import add_init
 from megatron_tropd.cli_plan import add_plan
 from megatron_tropd.cli_report import add_report
 from megatron_tropd.cli_run import add_doctor, add_evaluate, add_generate, add_train
@@ -37,22 +37,41 @@ _GRACE_SECONDS = 5.0  # rank 0 prints first; see _fail
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0 done, 1 failure or a plan that does not fit, 2 bad input."""
-    arguments = _parse(argv)
+    """Run the command line; return the exit status (cli_arguments.STATUSES)."""
     _configure_logging()
     try:
-        return arguments.run(arguments) or 0
+        arguments = _parse(argv)
+        status = arguments.run(arguments) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         return _fail(f"megatron-tropd: error: {error}", 2)
     except KeyboardInterrupt:
         return _fail("megatron-tropd: interrupted", 130)
+    except BrokenPipeError:  # whoever read the output has seen enough, as in `megatron-tropd plan ... | head`
+        return _leave_quietly()
     except SystemExit as error:
         if not error.code:
-            return 0
+            return _leave()
         message, status = (error.code, 1) if isinstance(error.code, str) else ("megatron-tropd: ended", error.code)
         return _fail(message, status)
     except BaseException:  # torch's CheckpointException and others are no Exception
         return _fail(traceback.format_exc().rstrip(), 1)
+
+
+def _leave() -> int:
+    """End after --help and the like, whose text may still be on its way into a pipe."""
+    try:
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        return _leave_quietly()
+
+
+def _leave_quietly() -> int:
+    """End as a program that SIGPIPE ends; what is still buffered goes nowhere, and Python says nothing of it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def _fail(message: str, status: int) -> int:
@@ -83,11 +102,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse; overrides may stand before, between and after options."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
+    command = parser.commands[arguments.command]
     unknown = [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]
     if unknown:
-        parser.error(
-            f"unknown argument {unknown[0]!r}; `megatron-tropd {arguments.command} --help` lists what there is"
-        )
+        near = command.option_near(unknown[0])
+        command.error(f"unknown argument {unknown[0]!r}{f': did you mean {near}?' if near else ''}")
     if rest:
         arguments.overrides += rest
     if hasattr(arguments, "overrides") and arguments.overrides and "=" not in arguments.overrides[0]:
@@ -95,25 +114,60 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def build_parser() -> argparse.ArgumentParser:
+class _TopParser(Parser):
+    """Shows the commands by what one wants to do."""
+
+    commands: dict[str, Parser]
+
+    def format_help(self) -> str:
+        """Return the text of `megatron-tropd --help`."""
+        width = max(map(len, self.commands))
+        lines = ["usage: megatron-tropd COMMAND ...", "", self.description, ""]
+        for title, names in _GROUPS.items():
+            summaries = [self.commands[name].description.rstrip(".") for name in names]
+            pairs = zip(names, summaries, strict=True)
+            lines += [f"{title}:", *(f"  {name:{width}}  {text[0].lower()}{text[1:]}" for name, text in pairs), ""]
+        return "\n".join([*lines, self.epilog, "", STATUSES, ""])
+
+
+_GROUPS = {
+    "start": ("init", "doctor", "plan", "data"),
+    "run": ("train", "report"),
+    "models": ("convert", "generate", "evaluate"),
+}
+_TOP_EPILOG = """options:
+  -h, --help  show this; `megatron-tropd COMMAND --help` teaches a command by example
+  --version   show the version
+
+first steps:
+  megatron-tropd init --teacher TEACHER --student STUDENT --prompts prompts.jsonl --gpus 8
+  torchrun --nproc-per-node 8 -m megatron_tropd doctor recipe.yaml
+  torchrun --nproc-per-node 8 -m megatron_tropd train recipe.yaml
+  megatron-tropd train --help-keys objective         the objectives, and when to use which"""
+
+
+def build_parser() -> Parser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _TopParser(
         prog="megatron-tropd",
         description="Trust Region On-Policy Distillation (TrOPD) on Megatron-Core.",
-        epilog="Each command has its own --help. On several devices: torchrun --nproc-per-node N -m megatron_tropd ...",
+        epilog=_TOP_EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
-    subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_doctor(subcommands)
-    add_train(subcommands)
-    add_generate(subcommands)
-    add_evaluate(subcommands)
-    add_data_arguments(
-        add_command(subcommands, "data", commands.data, "show how data files are read, and their problems")
-    )
-    add_convert(subcommands)
-    add_plan(subcommands)
-    add_report(subcommands)
+    subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for add in (
+        add_init,
+        add_doctor,
+        add_plan,
+        add_data,
+        add_train,
+        add_report,
+        add_convert,
+        add_generate,
+        add_evaluate,
+    ):
+        add(subcommands)
+    parser.commands = subcommands.choices
     return parser
 
 

@@ -10,10 +10,26 @@ from megatron_tropd.cli_arguments import add_command, not_negative, positive
 
 def add_convert(subcommands: Any) -> None:
     """Add `convert`."""
-    parser = add_command(subcommands, "convert", None, "convert weights between Hugging Face and Megatron")
+    parser = add_command(
+        subcommands,
+        "convert",
+        None,
+        "convert weights between Hugging Face and Megatron",
+        "examples:\n"
+        "  megatron-tropd convert hf-to-mcore --hf-path MODEL --output CHECKPOINT --verify\n"
+        "  megatron-tropd convert mcore-to-hf --checkpoint runs/tiny/checkpoints/step_000200 --output EXPORT\n\n"
+        "A checkpoint loads under every TP and PP. Each direction has its own --help.",
+    )
     directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
     there = add_command(
-        directions, "hf-to-mcore", commands.hf_to_mcore, "convert a Hugging Face folder to a Megatron checkpoint"
+        directions,
+        "hf-to-mcore",
+        commands.hf_to_mcore,
+        "convert a Hugging Face folder to a Megatron checkpoint",
+        "examples:\n"
+        "  megatron-tropd convert hf-to-mcore --hf-path examples/tiny/teacher --output runs/teacher --verify\n"
+        "  torchrun --nproc-per-node 8 -m megatron_tropd convert hf-to-mcore --tensor-model-parallel-size 8 \\\n"
+        "    --hf-path MODEL --output CHECKPOINT --verify auto",
     )
     there.add_argument("--hf-path", required=True, help="Hugging Face folder: config.json, safetensors, tokenizer")
     there.add_argument("--output", required=True, help="checkpoint folder to write; it loads under every TP and PP")
@@ -33,7 +49,14 @@ def add_convert(subcommands: Any) -> None:
         help="largest difference that --verify accepts, relative to a layer's update or to the logits (%(default)s)",
     )
     back = add_command(
-        directions, "mcore-to-hf", commands.mcore_to_hf, "convert a Megatron checkpoint to a Hugging Face folder"
+        directions,
+        "mcore-to-hf",
+        commands.mcore_to_hf,
+        "convert a Megatron checkpoint to a Hugging Face folder",
+        "examples:\n"
+        "  megatron-tropd convert mcore-to-hf --checkpoint runs/tiny/checkpoints/step_000200 --output EXPORT\n"
+        "  megatron-tropd convert mcore-to-hf --checkpoint CHECKPOINT --output EXPORT --dtype bfloat16\n\n"
+        "The folder loads in transformers and vLLM, and ends responses where training ended them.",
     )
     back.add_argument("--checkpoint", required=True, help="weights checkpoint, or a training checkpoint's model folder")
     back.add_argument("--output", required=True, help="Hugging Face folder to write")

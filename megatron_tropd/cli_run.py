@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from megatron_tropd import commands
-from megatron_tropd.cli_arguments import add_command, add_recipe_arguments, not_negative, positive
+from megatron_tropd.cli_arguments import Parser, add_command, add_recipe_arguments, not_negative, positive
 
 
 def add_doctor(subcommands: Any) -> None:
@@ -40,28 +39,25 @@ def add_train(subcommands: Any) -> None:
         commands.train,
         "distil the teacher into the student of a recipe",
         "examples:\n"
-        "  megatron-tropd train tiny --dry-run\n"
-        "  torchrun --nproc-per-node 2 -m megatron_tropd train tiny training.steps=10 logging.dir=runs/short\n\n"
-        "A killed run continues when the same command is given again. The run's folder (logging.dir) holds\n"
+        "  megatron-tropd train tiny --dry-run                       check; show what differs from the defaults\n"
+        "  torchrun --nproc-per-node 2 -m megatron_tropd train tiny training.steps=10 logging.dir=runs/short\n"
+        "  torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\\n"
+        "    -m megatron_tropd train recipe.yaml\n"
+        "  megatron-tropd train --help-keys objective                the objectives, and when to use which\n\n"
+        "A killed run continues when the same command is given again. Ctrl-C and SIGTERM save a checkpoint after the\n"
+        "current step and end with status 0; a second Ctrl-C ends at once with 130. The folder logging.dir holds\n"
         "run.json, recipe.yaml, recipes.jsonl, metrics.jsonl, evaluations.jsonl, answers.jsonl, samples.jsonl,\n"
         "summary.json, tensorboard/ and checkpoints/; `megatron-tropd report` turns it into a page.",
     )
     add_recipe_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="check and print the resolved recipe, and stop")
     parser.add_argument(
-        "--help-keys", action=_HelpKeys, nargs=0, help="list every recipe key with its default and stop"
+        "--dry-run",
+        action="store_true",
+        help="check and print the resolved recipe, what differs from the defaults, and the plan, and stop",
     )
 
 
-class _HelpKeys(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from megatron_tropd.recipe import describe
-
-        print(describe())
-        parser.exit()
-
-
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_model_arguments(parser: Parser) -> None:
     add_recipe_arguments(parser)
     parser.add_argument(
         "--model", choices=("student", "teacher"), default="student", help="which model of the recipe (%(default)s)"
@@ -83,15 +79,19 @@ def add_generate(subcommands: Any) -> None:
         "generate",
         commands.generate,
         "write a model's responses to prompts as JSONL",
-        "example:\n"
+        "examples:\n"
         "  megatron-tropd generate --hf-path examples/tiny/teacher --prompts examples/tiny/prompts.jsonl \\\n"
-        "    --output runs/responses.jsonl --max-new-tokens 64 student.dtype=float32\n\n"
+        "    --output runs/responses.jsonl --max-new-tokens 64 student.dtype=float32\n"
+        "  torchrun --nproc-per-node 2 -m megatron_tropd generate tiny --model teacher --temperature 0 \\\n"
+        "    --output runs/teacher.jsonl                             for guidance.responses and seqkd\n\n"
         "Prompts whose responses are already in the output are skipped, so the same command completes a killed run.",
     )
     _add_model_arguments(parser)
     parser.add_argument("--prompts", help="file of prompts (default: the recipe's data.prompts)")
     parser.add_argument("--output", required=True, help="JSONL file to write or to complete")
-    parser.add_argument("--field", default="response", help="name of the response field (%(default)s)")
+    parser.add_argument(
+        "--field", help="name of the response field (default: response; of the teacher: teacher_response)"
+    )
 
 
 def add_evaluate(subcommands: Any) -> None:

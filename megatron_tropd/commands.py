@@ -15,8 +15,23 @@ import sys
 from megatron_tropd.config import Recipe
 from megatron_tropd.errors import UserError
 from megatron_tropd.json_files import has_keys, refuse_foreign, refuse_unwritable, write_json
-from megatron_tropd.recipe import load_recipe, shipped_recipes, to_yaml
+from megatron_tropd.recipe import load_recipe, shipped_recipes
 from megatron_tropd.validation import check_layout, require, validate
+
+
+def init(arguments: argparse.Namespace) -> None:
+    """Write a recipe for two models, a prompt file and a number of GPUs."""
+    from megatron_tropd.init_questions import complete
+    from megatron_tropd.recipe_file import check_new
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("init is one process: start it without torchrun.")
+    complete(arguments)
+    check_new(arguments.output, "--output")
+    from megatron_tropd.init_recipe import Wishes, make_recipe
+
+    names = [field.name for field in dataclasses.fields(Wishes)]
+    _print(make_recipe(Wishes(**{name: getattr(arguments, name) for name in names})))
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -26,19 +41,9 @@ def train(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     validate(recipe)
     if arguments.dry_run:
-        from megatron_tropd.objectives import build_objective
+        from megatron_tropd.dry_run import show
 
-        build_objective(recipe.objective, recipe.guidance, recipe.training.seed)
-        from megatron_tropd.resume import decide
-
-        start = decide(recipe)
-        start.pin(recipe)
-        _print(to_yaml(recipe).rstrip())
-        if start.is_finished:
-            _print(f"# finished: {start.step} steps are done in {recipe.logging.dir}")
-        elif start.checkpoint:
-            _print(f"# would continue from {start.checkpoint} after step {start.step}")
-        return
+        return _print(show(recipe))
     from megatron_tropd.train import train as distil
 
     summary = distil(recipe)
@@ -51,9 +56,9 @@ def train(arguments: argparse.Namespace) -> None:
         f"{summary['steps']} steps{without} in {summary['seconds']:.0f} s; records and checkpoints are in "
         f"{recipe.logging.dir}"
     )
-    for record in summary["evaluations"]:
-        numbers = ", ".join(f"{key} {value:.4g}" for key, value in record.items() if key != "step")
-        _print(f"  after {record['step']} steps: {numbers}")
+    from megatron_tropd.run_text import end_text
+
+    _print(end_text(recipe, summary, sys.argv))
 
 
 def _model_recipe(arguments: argparse.Namespace) -> Recipe:
@@ -94,7 +99,8 @@ def generate(arguments: argparse.Namespace) -> None:
         remedy = "lower --max-new-tokens (default: rollout.max_new_tokens), or set data.skip_long_prompts=true"
         options = {"data": recipe.data, "length_remedy": remedy}
         prompts = load_prompts(recipe.data.prompts, model.tokenizer, room, **options)[: arguments.limit]
-        output, field, digest = arguments.output, arguments.field, model.digest()
+        field = arguments.field or ("teacher_response" if model.role == "teacher" else "response")
+        output, digest = arguments.output, model.digest()
         written = 0
         if unanswered(prompts, sampling, output, field, digest):  # else, or where it refuses, no weights are read
             batch = rollout.max_batch_size
@@ -184,15 +190,25 @@ def plan(arguments: argparse.Namespace) -> int:
     from megatron_tropd.plan_job import Job
     from megatron_tropd.plan_text import describe
 
+    if arguments.write:
+        from megatron_tropd.recipe_file import check_new
+
+        check_new(arguments.write, "--write")
     gpu = load_accelerator(arguments.calibration) if arguments.calibration else Accelerator()
     if arguments.gpu_memory:
         gpu = dataclasses.replace(gpu, memory_gb=arguments.gpu_memory)
 
     configs = [load_hf_config(resolve_hf_path(getattr(recipe, role), role)) for role in ("student", "teacher")]
     prompt = arguments.prompt_tokens or recipe.data.max_prompt_tokens or 512
-    text, fits = describe(Job(*configs, recipe, arguments.gpus, prompt, gpu=gpu))
+    job = Job(*configs, recipe, arguments.gpus, prompt, gpu=gpu)
+    text, fits = describe(job)
     _print(text)
-    return 0 if fits else 1
+    if not arguments.write:
+        return 0 if fits else 1
+    from megatron_tropd.plan_choice import write_choice
+
+    _print("\n" + write_choice(job, arguments.write, arguments.recipe, arguments.overrides))
+    return 0
 
 
 def doctor(arguments: argparse.Namespace) -> int:

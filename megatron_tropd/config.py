@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_tropd.methods import METHODS
+
 
 def _key(
     default: Any,
@@ -35,7 +37,7 @@ def _key(
 
 @dataclass
 class ModelConfig:
-    """`student.*` and `teacher.*`."""
+    """`student.*`, and the keys of `teacher.*` that are the same."""
 
     hf_path: str | None = _key(None, "Hugging Face folder: config.json, tokenizer and (if no checkpoint) weights")
     checkpoint: str | None = _key(None, "Megatron distributed checkpoint of the weights; default: convert hf_path's")
@@ -71,18 +73,24 @@ class ModelConfig:
         "of attention, which otherwise stores its probabilities); full: of whole layers",
         ("selective", "full"),
     )
-    offload: bool = _key(False, "teacher only: keep the weights in host memory between passes")
-    ranks: str = _key(
-        "shared",
-        "teacher only; shared: both models take turns on the same ranks; dedicated: use the last ranks of the job",
-        ("shared", "dedicated"),
-    )
     verify: str = _key(
         "auto",
         "before training from hf_path: compare a few layers, embedding and output layer with transformers (fp32)",
         ("auto", "off"),
     )
-    replicas: int = _key(1, "teacher only, with ranks=dedicated: replicas that split each batch", low=1)
+
+
+@dataclass
+class TeacherConfig(ModelConfig):
+    """`teacher.*`: what only a frozen model can do, beside the keys of every model."""
+
+    offload: bool = _key(False, "keep the weights in host memory between passes")
+    ranks: str = _key(
+        "shared",
+        "shared: both models take turns on the same ranks; dedicated: the teacher has the last ranks of the job",
+        ("shared", "dedicated"),
+    )
+    replicas: int = _key(1, "with ranks=dedicated: replicas of the teacher that split each batch", low=1)
 
 
 @dataclass
@@ -196,8 +204,8 @@ class ObjectiveConfig:
 
     name: str = _key(
         "tropd",
-        "loss: tropd, tropd_mask, tropd_clip, fkl_outlier, mask_outlier, clip_outlier, opd, rkl_full, fkl_full, jsd, "
-        "sft or seqkd (README, Objectives)",
+        "the loss; `megatron-tropd train --help-keys objective` says what each is and when to use it",
+        tuple(METHODS),
     )
     gate: str | None = _key(None, "trust gate; default: the objective's own", ("bernoulli", "threshold", "soft"))
     gate_threshold: float = _key(0.5, "tau of the `threshold` gate: tokens with rho >= tau are trusted", low=0, high=1)
@@ -306,11 +314,38 @@ class EvaluationConfig:
 
 
 @dataclass
+class WandbConfig:
+    """`logging.wandb.*`: Weights & Biases, an extra."""
+
+    project: str | None = _key(None, "project of Weights & Biases; null: it is not used")
+    entity: str | None = _key(None, "user or team; default: that of the login")
+    name: str | None = _key(None, "name of the run; default: the last part of logging.dir")
+    mode: str = _key("online", "offline: keep the run in logging.dir/wandb, for `wandb sync`", ("online", "offline"))
+
+
+@dataclass
+class MlflowConfig:
+    """`logging.mlflow.*`: MLflow, an extra."""
+
+    tracking_uri: str | None = _key(None, "folder (file:runs/mlflow) or server of MLflow; null: it is not used")
+    experiment: str = _key("megatron_tropd", "experiment, which is made if it does not exist")
+    name: str | None = _key(None, "name of the run; default: the last part of logging.dir")
+
+
+@dataclass
 class LoggingConfig:
     """`logging.*`."""
 
     dir: str = _key("runs/default", "the run's folder: recipe.yaml, metrics.jsonl, summary.json, checkpoints/")
+    progress: str = _key(
+        "auto",
+        "what is shown of progress; panel: live; lines: a line per interval; auto: a panel on a terminal, else lines",
+        ("auto", "panel", "lines", "none"),
+    )
+    progress_interval: float = _key(10.0, "seconds between the lines of progress in a log", low=0)
     tensorboard: bool = _key(True, "write TensorBoard events to dir/tensorboard")
+    wandb: WandbConfig = field(default_factory=WandbConfig, metadata={"help": "Weights & Biases"})
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig, metadata={"help": "MLflow"})
     samples: int = _key(2, "rollouts per step in samples.jsonl, with the gate of each token; 0: none", low=0)
     answers: int = _key(32, "problems per evaluation whose graded responses go to answers.jsonl; 0: none", low=0)
 
@@ -320,7 +355,7 @@ class Recipe:
     """A whole recipe."""
 
     student: ModelConfig = field(default_factory=ModelConfig)
-    teacher: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -330,11 +365,3 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-
-
-# Names of objectives that the checks of a recipe need (objectives.py defines the objectives).
-DATA_OBJECTIVES = ("sft", "seqkd")  # train on given responses: no teacher model, no rollouts
-UNGUIDED_OBJECTIVES = (
-    *("opd", "mask_outlier", "clip_outlier", "fkl_outlier", "fkl_topk", "rkl_full", "fkl_full", "jsd"),
-    *("entropy_opd", "eopd", "reopold", "topd", *DATA_OBJECTIVES),
-)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_tropd.config import ModelConfig
+from megatron_tropd.config import ModelConfig, TeacherConfig
 from megatron_tropd.layout import divisors
 from megatron_tropd.model import build_model
 from megatron_tropd.parallel import ParallelGroups
@@ -59,8 +59,7 @@ def clip_layout(model: ModelConfig, world_size: int) -> ModelConfig:
         expert_model_parallel_size=1,
         expert_tensor_parallel_size=None,
         sequence_parallel=model.sequence_parallel and sizes["tensor_model_parallel_size"] > 1,
-        ranks="shared",
-        replicas=1,
+        **({"ranks": "shared", "replicas": 1} if isinstance(model, TeacherConfig) else {}),
     )
 
 

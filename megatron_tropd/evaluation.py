@@ -7,6 +7,7 @@ result["accuracy"], result["accuracy_low"], result["accuracy_high"], result["pas
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ def evaluate(
     *,
     rollout: RolloutConfig,
     seed: int = 0,
-    progress: bool = True,
+    tell: Callable[[str], None] | None = None,
     role: str = "student",
     on_nan: str = "stop",
 ) -> dict[str, Any]:
@@ -57,7 +58,8 @@ def evaluate(
     Problems are dealt to the data-parallel ranks, one rank of each replica grades, and the results are shared, so every
     rank returns the same, whatever the layout. Responses are drawn and end as `rollout` says where `config` says
     nothing itself, the temperature apart; the engine is asked for rollout.max_batch_size of them at a time. Those drawn
-    from logits that are not finite are refused (`role` is the model's), or warned of with on_nan=skip.
+    from logits that are not finite are refused (`role` is the model's), or warned of with on_nan=skip. `tell` gets the
+    progress of this replica as text; without it, rank 0 shows a bar on a terminal.
 
     Returns:
         what `summarise` returns.
@@ -72,10 +74,11 @@ def evaluate(
     mine = problems[groups.dp_rank :: groups.dp_size]
     chunk = max(1, rollout.max_batch_size // config.samples)
     share, arbitrary = _Share(config, problems), 0
+    hides = tell is not None or dist.get_rank() > 0  # else the bar is there on a terminal
     grades = all(group.rank() == 0 for group in (groups.mp, groups.cp))
     with (
         share,
-        tqdm(total=len(mine), desc="evaluate", unit="problem", disable=not progress or dist.get_rank() > 0) as bar,
+        tqdm(total=len(mine), desc="evaluate", unit="problem", disable=True if hides else None) as bar,
     ):
         for start in range(0, -(-len(problems) // groups.dp_size), chunk):  # as often on every rank
             batch = mine[start : start + chunk]
@@ -85,6 +88,8 @@ def evaluate(
                 share.grade(rollouts)
             bar.update(len(batch))
             bar.set_postfix(accuracy=f"{share.accuracy:.3f}", refresh=False)
+            if tell is not None:
+                tell(f"evaluation {start + len(batch):,}/{len(mine):,}")
     samples, exceeded = _gather(share, groups)
     result = summarise(samples, config.samples, exceeded)
     return {**result, "problems_not_finite": arbitrary} if arbitrary else result

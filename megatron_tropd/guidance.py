@@ -99,8 +99,8 @@ class Guidance:
         if missing:
             raise UserError(
                 f"{len(missing)} of {total} prompts have no teacher_response, the first is id {missing[0]!r}; "
-                "write responses with tools/generate_teacher_responses.py and name the file in guidance.responses, "
-                "or set guidance.schedule=none."
+                "write them with `megatron-tropd generate --model teacher` and name the file in guidance.responses, or "
+                "set guidance.schedule=none."
             )
 
     def prefixes(self, prompts: list[Prompt], step: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""One record a step: metrics.jsonl, TensorBoard, and a progress bar; written by one rank.
+"""One record per step: metrics.jsonl and trackers; written by one rank.
 
 Lines are flushed as they are written, so a killed run keeps what it measured; on resume the steps that will run again
 are dropped first. Beside it lie `evaluations.jsonl`, `answers.jsonl` and `samples.jsonl`: an object per
@@ -10,21 +10,17 @@ from __future__ import annotations
 import json
 import logging
 import math
-import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_tropd.errors import UserError
 from megatron_tropd.json_files import refuse_foreign, write_bytes
+from megatron_tropd.trackers import Tracker
 
 logger = logging.getLogger(__name__)
 
 JSONL_FILES = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "answers.jsonl")
-_BAR_KEYS = {"loss": "loss", "trust_fraction": "trust", "mean_rho": "rho", "response_length": "length"}
-_LOG_SECONDS = 10.0  # at most one line in so many seconds where the bar would fill a log file
 
 
 class MetricsWriter:
@@ -32,18 +28,16 @@ class MetricsWriter:
 
     Args:
         folder: the run's folder; made if missing.
-        tensorboard: whether to write TensorBoard events to folder/tensorboard, too.
         start: the first step that will be written; records of it and of later steps, left by a killed run, are dropped.
-        total: planned number of steps, for the progress bar; None: no bar.
+        trackers: what gets the numbers, too.
         enabled: whether this is the rank that writes.
     """
 
     def __init__(
         self,
         folder: str | Path,
-        tensorboard: bool = True,
         start: int = 0,
-        total: int | None = None,
+        trackers: Sequence[Tracker] = (),
         enabled: bool = True,
     ):
         self.enabled = enabled
@@ -55,24 +49,18 @@ class MetricsWriter:
         evaluated = start if start else -1
         last_steps = {"metrics": start - 1, "samples": start - 1, "evaluations": evaluated, "answers": evaluated}
         self._files = {name: _open(self._folder / f"{name}.jsonl", last) for name, last in last_steps.items()}
-        self._tensorboard = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        self._trackers = trackers
 
-            self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start)
-        self._total, self._last_line = total, 0.0
-        self._bar = None
-        if total is not None and sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=start, desc="train", unit="step", dynamic_ncols=True)
+    def write(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Write one step's numbers (Python or zero-dimensional tensors), and return them as they are in the file.
 
-    def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Write one step's numbers (Python or zero-dimensional tensors); not-a-number and infinity become null."""
-        if not self.enabled:
-            return
+        Not-a-number and infinity become null.
+        """
         record = {"step": step, **{key: _number(value) for key, value in metrics.items()}}
-        self._append("metrics", record)
-        self._scalars(step, record)
-        self._show(step, record)
+        if self.enabled:
+            self._append("metrics", record)
+            self._track(step, record)
+        return record
 
     def write_evaluation(self, record: dict[str, Any]) -> None:
         """Write one evaluation; `record["step"]` is the number of steps done before it."""
@@ -80,9 +68,7 @@ class MetricsWriter:
             return
         record = {key: _number(value) for key, value in record.items()}
         self._append("evaluations", record)
-        self._scalars(record["step"], {f"evaluation/{key}": value for key, value in record.items()})
-        shown = ", ".join(f"{key} {value:.4g}" for key, value in record.items() if isinstance(value, float))
-        tqdm.write(f"evaluation after {record['step']} steps: {shown}", file=sys.stderr)
+        self._track(record["step"], {f"evaluation/{key}": value for key, value in record.items()})
 
     def write_answers(self, records: list[dict[str, Any]]) -> None:
         """Write an evaluation's graded responses; each `step` is the number of steps done before it."""
@@ -94,16 +80,14 @@ class MetricsWriter:
         for record in records if self.enabled else ():
             self._append("samples", _finite({"step": step, **record}))
 
-    def close(self) -> None:
-        """Close files, events and bar."""
+    def close(self, finished: bool = True) -> None:
+        """Close files and trackers; `finished`: whether all planned steps are done."""
         if not self.enabled:
             return
         for file in self._files.values():
             file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
-        if self._bar:
-            self._bar.close()
+        for tracker in self._trackers:
+            tracker.close(finished)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -122,22 +106,11 @@ class MetricsWriter:
                 "again to continue from the newest checkpoint."
             ) from error
 
-    def _scalars(self, step: int, record: dict[str, Any]) -> None:
-        for key, value in record.items() if self._tensorboard else ():
-            if key not in ("step", "evaluation/step") and isinstance(value, int | float):
-                self._tensorboard.add_scalar(key, value, step)
-
-    def _show(self, step: int, record: dict[str, Any]) -> None:
-        shown = {short: f"{record[key]:.4g}" for key, short in _BAR_KEYS.items() if record.get(key) is not None}
-        if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(1)
-        elif self._total is not None:
-            now = time.monotonic()
-            if now - self._last_line >= _LOG_SECONDS or step + 1 == self._total:
-                self._last_line = now
-                line = ", ".join(f"{key} {value}" for key, value in shown.items())
-                print(f"step {step + 1}/{self._total}: {line}", file=sys.stderr, flush=True)
+    def _track(self, step: int, record: dict[str, Any]) -> None:
+        names = ("step", "evaluation/step")
+        numbers = {k: v for k, v in record.items() if k not in names and isinstance(v, int | float)}
+        for tracker in self._trackers:
+            tracker.write(step, numbers)
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import is_te_min_version
 
-from megatron_tropd.config import ModelConfig
+from megatron_tropd.config import ModelConfig, TeacherConfig
 from megatron_tropd.experts import experts_of
 from megatron_tropd.hf_config import has_qk_norm, has_qkv_bias, head_dim, inverse_frequencies, rope_parameters
 from megatron_tropd.hf_config import load_hf_config as load_hf_config  # users know it from here
@@ -191,7 +191,8 @@ def _fp8_fields(model: ModelConfig, role: str) -> dict[str, Any]:
     if model.fp8 is None:
         return {}
     # Copies of weights in 8 bits are kept from micro-batch to micro-batch, on the device: not of offloaded ones.
-    return {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe, "disable_parameter_transpose_cache": model.offload}
+    offloaded = isinstance(model, TeacherConfig) and model.offload
+    return {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe, "disable_parameter_transpose_cache": offloaded}
 
 
 def _expert_fields(hf_config: Any, model: ModelConfig) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Objectives by name: student log-probs at {sampled token} + the teacher's top-k, and the teacher's scores -> loss.
 
-Plain PyTorch over [..., 1 + k], differentiated by autograd on top of one kernel (kernels/logprobs); a new method is a
-line in METHODS or a few in this file, never a kernel. Formulas: arXiv 2606.01249, sections A (gate), B (outliers), C
-(guidance). Everything off the loss tokens is exactly zero, whatever garbage stands there.
+Plain PyTorch over [..., 1 + k], differentiated by autograd on top of one kernel (kernels/logprobs); a new method is an
+entry in methods.py and a few lines in this file, never a kernel. Formulas: arXiv 2606.01249, sections A (gate), B
+(outliers), C (guidance). Everything off the loss tokens is exactly zero, whatever garbage stands there.
 
 A log-prob of -inf is no mistake: a teacher may rule a token out, or an API list but its most probable ones. Such a
 token lies outside the trust region, and no part of the loss that would be infinite there is taken.
@@ -18,36 +18,10 @@ import torch
 from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
 from megatron_tropd.end_of_text import ABSENT
 from megatron_tropd.errors import UserError
+from megatron_tropd.methods import METHODS, Method
 from megatron_tropd.token_statistics import gradient_shares, logit_gradient, loss_gradient, token_histograms
 from megatron_tropd.trust_region import TrustGate, trust_gate
 from megatron_tropd.types import LOSS_GUIDANCE, LOSS_STUDENT, TeacherScores, TrainingBatch
-
-
-@dataclass(frozen=True)
-class Method:
-    """What a name stands for; None where the recipe's key decides or where the part does not apply."""
-
-    gated: bool = True  # part A; without it every student token is in the trust region
-    outlier: str | None = None  # part B, fixed by the name; None: objective.outlier, default fkl
-    guided: bool = False  # part C
-    data: bool = False  # cross-entropy on given responses; no rollouts, no teacher
-    divergence: str | None = None  # exact, over the whole vocabulary, in place of K1: of kernels.full_divergence
-
-
-METHODS: dict[str, Method] = {
-    "opd": Method(gated=False),
-    "mask_outlier": Method(outlier="mask"),
-    "clip_outlier": Method(outlier="clip"),
-    "fkl_outlier": Method(outlier="fkl"),
-    "tropd_mask": Method(outlier="mask", guided=True),
-    "tropd_clip": Method(outlier="clip", guided=True),
-    "tropd": Method(guided=True),
-    "rkl_full": Method(gated=False, divergence="reverse_kl"),
-    "fkl_full": Method(gated=False, divergence="forward_kl"),
-    "jsd": Method(gated=False, divergence="jsd"),
-    "sft": Method(gated=False, data=True),
-    "seqkd": Method(gated=False, data=True),
-}
 
 
 @dataclass
@@ -79,7 +53,7 @@ def build_objective(config: ObjectiveConfig, guidance: GuidanceConfig, seed: int
         UserError: an unknown name, or keys that contradict it.
     """
     method = METHODS.get(config.name)
-    if method is None:
+    if method is None:  # of a recipe made in Python; those that are read are checked there
         raise UserError(f"objective.name={config.name!r} is unknown; choose one of {', '.join(METHODS)}.")
     if not method.gated and (config.gate or config.outlier):
         key = "gate" if config.gate else "outlier"

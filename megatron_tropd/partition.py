@@ -21,9 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_tropd.config import DATA_OBJECTIVES, ModelConfig, Recipe
+from megatron_tropd.config import Recipe, TeacherConfig
 from megatron_tropd.errors import UserError
 from megatron_tropd.layout import model_ranks
+from megatron_tropd.methods import trains_on_data
 
 # The other part may take hours to load its weights, to score a batch or to write responses. Where it failed it says so,
 # and where a process died the launcher ends the wait, with all others.
@@ -45,10 +46,10 @@ def split_processes(recipe: Recipe) -> Partition | None:
 
 def has_dedicated_teacher(recipe: Recipe) -> bool:
     """Whether the recipe has a teacher at all, on ranks of its own."""
-    return recipe.teacher.ranks == "dedicated" and recipe.objective.name not in DATA_OBJECTIVES
+    return recipe.teacher.ranks == "dedicated" and not trains_on_data(recipe.objective.name)
 
 
-def teacher_size(teacher: ModelConfig) -> int:
+def teacher_size(teacher: TeacherConfig) -> int:
     """Return how many ranks a dedicated teacher has."""
     return model_ranks(teacher) * teacher.replicas
 

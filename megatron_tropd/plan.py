@@ -9,9 +9,9 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
-from megatron_tropd.config import ModelConfig, Recipe
+from megatron_tropd.config import ModelConfig, Recipe, TeacherConfig
 from megatron_tropd.errors import UserError
 from megatron_tropd.experts import experts_of
 from megatron_tropd.layout import check_ranks, model_ranks
@@ -21,8 +21,10 @@ from megatron_tropd.plan_job import Job
 from megatron_tropd.plan_memory import Memory, memory
 from megatron_tropd.plan_time import step_seconds
 
+Model = TypeVar("Model", bound=ModelConfig)
 
-def layouts(hf: Any, model: ModelConfig, gpus: int, node: int = 8, cp: int = 1) -> Iterator[ModelConfig]:
+
+def layouts(hf: Any, model: Model, gpus: int, node: int = 8, cp: int = 1) -> Iterator[Model]:
     """Yield the layouts of a model that its sizes and the number of GPUs allow: TP within a node, then PP.
 
     Experts stay whole, and are either on every rank or dealt out over as many ranks of a node as divide them.
@@ -55,7 +57,7 @@ def _holds(model: ModelConfig, gpus: int) -> bool:
     return True
 
 
-def _layout_pairs(job: Job, cp: int) -> Iterator[tuple[ModelConfig, ModelConfig]]:
+def _layout_pairs(job: Job, cp: int) -> Iterator[tuple[ModelConfig, TeacherConfig]]:
     """Yield layouts of both models: on all GPUs, or, apart, on two parts of which one has 2^i GPUs."""
     node = job.gpu.node_gpus
     powers = [2**i for i in range(job.gpus.bit_length()) if 2**i < job.gpus]

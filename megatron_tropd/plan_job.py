@@ -12,7 +12,7 @@ from megatron_tropd.config import Recipe
 from megatron_tropd.experts import experts_of
 from megatron_tropd.kv_cache import decode_sizes, layout_obstacle
 from megatron_tropd.layout import model_ranks
-from megatron_tropd.objectives import METHODS, Method
+from megatron_tropd.methods import METHODS, Method
 from megatron_tropd.packing import micro_batch_budget
 from megatron_tropd.partition import has_dedicated_teacher, student_size, teacher_size
 from megatron_tropd.plan_accelerator import Accelerator

@@ -5,7 +5,7 @@ text, fits = describe(job)
 
 from __future__ import annotations
 
-from megatron_tropd.config import ModelConfig
+from megatron_tropd.config import ModelConfig, TeacherConfig
 from megatron_tropd.errors import UserError
 from megatron_tropd.layout import check_ranks
 from megatron_tropd.model_checks import check_sizes
@@ -32,6 +32,20 @@ def describe(job: Job) -> tuple[str, bool]:
         lines[-1] += ": fits" if fits else ": DOES NOT FIT"
         lines += [*_beside_lines(job), "", *_time_lines(job)]
     return "\n".join([*lines, "", *_proposal_lines(job)]), fits
+
+
+def summary(job: Job) -> list[str]:
+    """Return the plan in short: memory of the fullest GPU by phase, whether it fits, seconds per step by stage."""
+    if problem := _problem(job):
+        return [f"impossible: {problem}"]
+    needed = max(memories(job), key=lambda memory: memory.peak)
+    phases = ", ".join(f"{phase} {size / 1e9:.1f}" for phase, size in needed.phases.items())
+    fits = "fits" if needed.peak <= job.gpu.room_gb * 1e9 else "DOES NOT FIT"
+    return [
+        f"GB per GPU: {phases}",
+        f"peak {needed.peak / 1e9:.1f} GB of {job.gpu.room_gb:.0f}: {fits}",
+        _time_lines(job)[0],
+    ]
 
 
 def _problem(job: Job) -> str | None:
@@ -98,7 +112,8 @@ def _layout(model: ModelConfig) -> str:
     text = f"TP={model.tensor_model_parallel_size} PP={model.pipeline_model_parallel_size}"
     if model.virtual_pipeline_model_parallel_size:
         text += f" VPP={model.virtual_pipeline_model_parallel_size}"
-    sizes = {"CP": model.context_parallel_size, "EP": model.expert_model_parallel_size, "DP": model.replicas}
+    replicas = model.replicas if isinstance(model, TeacherConfig) else 1
+    sizes = {"CP": model.context_parallel_size, "EP": model.expert_model_parallel_size, "DP": replicas}
     for name, size in sizes.items():
         text += f" {name}={size}" if size > 1 else ""
     return text

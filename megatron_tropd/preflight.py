@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_tropd.config import DATA_OBJECTIVES, ModelConfig, Recipe
+from megatron_tropd.config import ModelConfig, Recipe
 from megatron_tropd.environment import (
     FLASH_ATTN_CAPABILITY,
     FLASH_ATTN_LEAST,
@@ -20,6 +20,8 @@ from megatron_tropd.environment import (
     remedy,
 )
 from megatron_tropd.errors import UserError
+from megatron_tropd.methods import trains_on_data
+from megatron_tropd.trackers import missing_packages
 
 _TENSOR_CORES = {"bfloat16": (8, 0)}  # least compute capability of a dtype
 _FP8_CAPABILITY = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
@@ -47,10 +49,10 @@ def problems(
     """
     trains = roles is None
     if roles is None:
-        roles = ("student",) if recipe.objective.name in DATA_OBJECTIVES else ("student", "teacher")
+        roles = ("student",) if trains_on_data(recipe.objective.name) else ("student", "teacher")
     found = [*_packages(environment), *_attention(recipe, environment, roles[0])]
     if trains:
-        found += _kernel(recipe, environment)
+        found += [*_kernel(recipe, environment), *missing_packages(recipe)]
     found += _processes(environment)
     for role in roles:
         found += _model(role, getattr(recipe, role), environment, clips)

@@ -26,8 +26,8 @@ _PACKAGES = ("megatron-tropd", "megatron-core", "torch", "transformers", "transf
 _GIT_SECONDS = 10.0  # a slow file system must not hold a run up
 
 
-def record_start(folder: str | Path, recipe: Recipe, first_step: int) -> None:
-    """Add this start to the folder's run.json; to be called by one rank.
+def record_start(folder: str | Path, recipe: Recipe, first_step: int) -> dict[str, Any]:
+    """Add this start to the folder's run.json, and return what it says; to be called by one rank.
 
     Args:
         folder: the run's.
@@ -36,7 +36,9 @@ def record_start(folder: str | Path, recipe: Recipe, first_step: int) -> None:
     """
     path = Path(folder) / FILE
     starts = _earlier_starts(path) if first_step else []
-    write_json(path, {"starts": [*starts, describe_start(recipe, first_step)]})
+    start = describe_start(recipe, first_step)
+    write_json(path, {"starts": [*starts, start]})
+    return start
 
 
 def _earlier_starts(path: Path) -> list[dict[str, Any]]:

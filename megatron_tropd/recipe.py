@@ -18,8 +18,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from megatron_tropd.config import UNGUIDED_OBJECTIVES, Recipe
+from megatron_tropd.config import Recipe
 from megatron_tropd.errors import UserError
+from megatron_tropd.methods import is_guided, method_table
 
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field | None]]:
@@ -35,6 +36,8 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fi
 
 _FIELDS: dict[str, dataclasses.Field] = {name: field for name, field in _leaves(Recipe()) if field is not None}
 _SECTIONS = [name for name, field in _leaves(Recipe()) if field is None]
+# Keys of earlier versions -> their default: recipes of runs name them. Any other value had been refused there.
+_RETIRED = {"student.offload": False, "student.ranks": "shared", "student.replicas": 1}
 _LARGEST = 3.4e38  # beyond it a number is infinite in float32, in which all of them are used
 _EXAMPLES = Path("examples/recipes")  # a checkout's own, relative to the current directory
 
@@ -55,7 +58,7 @@ def load_recipe(name_or_path: str | Path | None = None, overrides: list[str] | t
     recipe = _to_recipe(tree)
     _check_values(recipe, {key: source for key, _, source in settings})
     scheduled = any(key == "guidance.schedule" for key, _, _ in settings)
-    if recipe.objective.name in UNGUIDED_OBJECTIVES and not scheduled:
+    if not is_guided(recipe.objective.name) and not scheduled:
         recipe.guidance.schedule = "none"  # the default schedule belongs to the guided objectives
     return recipe
 
@@ -73,22 +76,55 @@ def to_yaml(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
 
 
+def help_of(key: str) -> str:
+    """Return a key's documentation."""
+    return _FIELDS[key].metadata["help"]
+
+
 def recipe_sections() -> list[str]:
     """Return the names of all sections, those within others in full: `data`, `data.columns`."""
     return list(_SECTIONS)
 
 
-def describe() -> str:
-    """Return one line a key: name, type or choices, default, documentation."""
+def describe(about: str | None = None) -> str:
+    """Return a paragraph per key: name, default, type or choices, documentation.
+
+    Args:
+        about: a section (`training`, `data.columns`), a key or a word of names and texts; None: every key.
+
+    Raises:
+        UserError: no key is about it.
+    """
+    found = {key: field for key, field in _FIELDS.items() if _is_about(key, field, about)}
+    if not found:
+        names = [*_SECTIONS, *_FIELDS, *(key.split(".")[-1] for key in _FIELDS)]
+        near = _nearest(about, names)
+        hint = f"did you mean {near}? " if near else ""
+        raise UserError(
+            f"no key is about {about!r}: {hint}Give a section ({', '.join(_SECTIONS)}), a key, or a word of its help."
+        )
     lines, section = [], ""
-    for key, field in _FIELDS.items():
+    for key, field in found.items():
         if key.split(".")[0] != section:
             section = key.split(".")[0]
             lines += ["", f"{section}:"]
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        default = "null" if default is None else default
-        lines.append(f"  {key} = {default}  ({_kind(field)})\n      {field.metadata['help']}")
+        default = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+        lines += [f"  {key} = {default}  ({_kind(field)})", f"      {field.metadata['help']}"]
+        if key == "objective.name" and about:
+            lines += ["", *(f"    {line}" for line in method_table().splitlines()), ""]
     return "\n".join(lines[1:])
+
+
+def _is_about(key: str, field: dataclasses.Field, about: str | None) -> bool:
+    if about is None or key == about:
+        return True
+    if about in _SECTIONS:
+        return key.startswith(f"{about}.")
+    if about in _FIELDS:
+        return False
+    word = about.lower()
+    return word in key or word in field.metadata["help"].lower() or word in (field.metadata["choices"] or ())
 
 
 def _kind(field: dataclasses.Field) -> str:
@@ -192,6 +228,8 @@ def _set(tree: Any, key: str, value: Any, source: str) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    if key in _RETIRED and value == _RETIRED[key]:
+        return
     name = key if key in _FIELDS else _mapping_of(key)
     if name is None:
         _refuse_unknown(key, source)
@@ -245,6 +283,12 @@ def _refuse_unknown(key: str, source: str) -> None:
     if key in _SECTIONS:
         raise UserError(
             f"{key} ({source}) is a section, not a key: it takes no value. Set its keys, as in {key}.KEY=VALUE."
+        )
+    if key in _RETIRED:
+        raise UserError(
+            f"{key} ({source}): only the teacher, whose weights are frozen, has this key; the student's come and go "
+            f"with training.offload_optimizer, and its ranks are all that are not the teacher's. Remove it, or set "
+            f"{key.replace('student', 'teacher')}."
         )
     leaves = {name.split(".")[-1]: name for name in reversed(_FIELDS)}
     leaf = key.split(".")[-1]  # perhaps the right key in the wrong section, or without one

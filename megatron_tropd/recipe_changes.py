@@ -66,7 +66,7 @@ MAY_NOT_CHANGE = {
 # Does not matter to what is trained: where, how fast and in how much memory the same numbers come about.
 DOES_NOT_MATTER = (
     *("student.*_parallel_size", "student.num_layers_in_*", "student.account_for_*", "student.sequence_parallel"),
-    *("student.recompute", "student.offload", "student.ranks", "student.replicas", "student.verify"),
+    *("student.recompute", "student.verify"),
     *("teacher.*_parallel_size", "teacher.num_layers_in_*", "teacher.account_for_*", "teacher.sequence_parallel"),
     *("teacher.recompute", "teacher.offload", "teacher.ranks", "teacher.replicas", "teacher.verify"),
     *("rollout.engine", "rollout.attention", "rollout.cuda_graphs", "rollout.max_batch_size", "rollout.kv_cache_gb"),

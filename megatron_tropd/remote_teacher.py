@@ -74,7 +74,7 @@ class RemoteTeacher:
 def serve(hook: TeacherHook, partition: Partition) -> dict[str, Any]:
     """Follow the student's orders until it is done; on the teacher's ranks.
 
-    SIGTERM is left to the student, which saves a checkpoint first and needs scores until then.
+    SIGTERM and Ctrl-C are left to the student, which saves a checkpoint first and needs scores until then.
 
     Returns:
         The summary of the run.

@@ -64,7 +64,7 @@ def load_run_data(
         )
     for line in understood(prompts):
         logger.info("%s", line)
-    problems = _load_problems(recipe, tokenizer, context)
+    problems = load_problems_of(recipe, tokenizer, context)
     held_out = _load_held_out(recipe, tokenizer, limit)
     guidance = Guidance(
         recipe.guidance,
@@ -153,7 +153,8 @@ def _check_budget(recipe: Recipe, longest: int) -> None:
         )
 
 
-def _load_problems(recipe: Recipe, tokenizer: Tokenizer, context: int) -> list[Prompt]:
+def load_problems_of(recipe: Recipe, tokenizer: Tokenizer, context: int) -> list[Prompt]:
+    """Read the problems that a recipe names, none if it names none; UserError naming file and row."""
     config = recipe.evaluation
     if not config.problems:
         return []

@@ -3,7 +3,7 @@
     prompts -> rollout -> batch -> teacher scores -> student update -> checkpoint
 
 Run it with `megatron-tropd train RECIPE` under torchrun, or call `train(load_recipe("tiny"))` in every process. A run
-killed at any moment continues from its newest whole checkpoint; SIGTERM saves one first.
+killed at any moment continues from its newest whole checkpoint; SIGTERM and Ctrl-C save one first.
 """
 
 from __future__ import annotations
@@ -29,15 +29,18 @@ from megatron_tropd.number_guard import NumberGuard
 from megatron_tropd.parallel import on_rank_zero
 from megatron_tropd.partition import Partition, split_processes
 from megatron_tropd.process_groups import process_groups
+from megatron_tropd.progress import Progress, open_progress
 from megatron_tropd.provenance import record_start
 from megatron_tropd.remote_teacher import serve
 from megatron_tropd.resume import checkpoint_folder
 from megatron_tropd.run import Run, set_up
 from megatron_tropd.run_lock import RunLock
 from megatron_tropd.run_teacher import build_served_teacher
+from megatron_tropd.run_text import start_block
 from megatron_tropd.samples import answer_records, sample_records
 from megatron_tropd.teacher import TeacherHook
 from megatron_tropd.termination import TerminationFlag
+from megatron_tropd.trackers import open_trackers
 from megatron_tropd.train_step import StepResult, train_step
 from megatron_tropd.types import Rollouts, TeacherScores
 
@@ -96,30 +99,34 @@ def _train_in_parts(recipe: Recipe, partition: Partition) -> dict[str, Any]:
 
 
 def _train(run: Run) -> dict[str, Any]:
-    with TerminationFlag() as termination:
-        return _loop(run, termination)
+    training, logging_config = run.recipe.training, run.recipe.logging
+    last_step = min(training.steps, training.exit_step or training.steps)
+    if run.reports and run.state.step < last_step:
+        start = record_start(run.folder, run.recipe, run.state.step)
+        for name, text in start_block(run, start, last_step):
+            logger.info("%-9s %s", name, text)
+    trackers = open_trackers(run.recipe, run.folder, run.state.step) if run.reports else []
+    writer = MetricsWriter(run.folder, start=run.state.step, trackers=trackers, enabled=run.reports)
+    options = {"interval": logging_config.progress_interval, "steps_done": run.state.step, "enabled": run.reports}
+    progress = open_progress(logging_config.progress, total=last_step, **options)
+    with TerminationFlag(tells=run.reports) as termination, progress:
+        return _loop(run, termination, writer, progress, last_step)
 
 
-def _loop(run: Run, termination: TerminationFlag) -> dict[str, Any]:
+def _loop(
+    run: Run, termination: TerminationFlag, writer: MetricsWriter, progress: Progress, last_step: int
+) -> dict[str, Any]:
     training, started = run.recipe.training, time.perf_counter()
     guard = NumberGuard(training, run.state.guard)
-    last_step = min(training.steps, training.exit_step or training.steps)
-    writer = MetricsWriter(
-        run.folder,
-        tensorboard=run.recipe.logging.tensorboard,
-        start=run.state.step,
-        total=last_step,
-        enabled=run.reports,
-    )
-    if run.reports and run.state.step < last_step:
-        record_start(run.folder, run.recipe, run.state.step)
     if run.state.step == 0:
-        _evaluate(run, writer)
+        _evaluate(run, writer, progress)
     for step in range(run.state.step, last_step):
         clock = _Clock(run.groups.device)
+        progress.stage("rollout")
         prompts = run.draw(training.prompts_per_step)
         rollouts = run.engine.generate(prompts, run.guidance.prefixes(prompts, step), run.sampling(step))
         clock.lap("seconds_rollout")
+        progress.stage("scores")
         batch = pack(
             rollouts,
             pad_multiple=run.pad_multiple,
@@ -130,22 +137,25 @@ def _loop(run: Run, termination: TerminationFlag) -> dict[str, Any]:
         sizes = (training.micro_batch_size, run.max_tokens)
         scores = run.teacher.score(batch, *sizes) if run.teacher else None
         clock.lap("seconds_teacher")
+        progress.stage("update")
         objective = (run.objective, run.recipe.objective)
         result = train_step(run.student, batch, scores, *objective, step, *sizes, limits=guard.limits())
         clock.lap("seconds_update")
         run.state.step, run.state.cursor = step + 1, run.source.state_dict()
         result.metrics |= guard.observe(step, result, rollouts, _models(run))
-        _log(run, writer, step, result, rollouts, scores, clock)
+        _log(run, writer, progress, step, result, rollouts, scores, clock)
         guard.enforce()
         stop = termination.agreed()
         if _is_due(run.state.step, run.recipe.evaluation.interval) or step + 1 == training.steps:
-            _evaluate(run, writer)
+            _evaluate(run, writer, progress)
         if stop or step + 1 == last_step or _is_due(run.state.step, run.recipe.checkpoint.save_interval):
+            progress.stage("saving")
             _save(run)
         if stop:
-            logger.warning("SIGTERM: saved after step %d; run the same command to continue", run.state.step)
+            saved = "%s: saved after step %d; run the same command to continue"
+            logger.warning(saved, termination.reason, run.state.step)
             break
-    writer.close()
+    writer.close(finished=run.state.step >= training.steps)
     return _summarise(run, time.perf_counter() - started)
 
 
@@ -196,6 +206,7 @@ def _is_due(steps_done: int, interval: int) -> bool:
 def _log(
     run: Run,
     writer: MetricsWriter,
+    progress: Progress,
     step: int,
     result: StepResult,
     rollouts: Rollouts,
@@ -211,9 +222,9 @@ def _log(
     metrics |= {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
     metrics |= {"num_loss_tokens": result.num_loss_tokens, "tokens_per_second": num_tokens / seconds}
     metrics["prefix_fraction"] = run.guidance.fraction(step)
-    writer.write(step, metrics)
-    count = run.recipe.logging.samples
-    writer.write_samples(step, sample_records(rollouts, result.details, run.tokenizer, count, scores))
+    samples = sample_records(rollouts, result.details, run.tokenizer, run.recipe.logging.samples, scores)
+    progress.step(step, writer.write(step, metrics), samples)
+    writer.write_samples(step, samples)
 
 
 def _rollout_metrics(run: Run, rollouts: Rollouts) -> dict[str, float]:
@@ -236,8 +247,9 @@ def _rollout_metrics(run: Run, rollouts: Rollouts) -> dict[str, float]:
     }
 
 
-def _evaluate(run: Run, writer: MetricsWriter) -> None:
+def _evaluate(run: Run, writer: MetricsWriter, progress: Progress) -> None:
     """Measure accuracy on the recipe's problems and divergence on its held-out prompts, as far as it names them."""
+    progress.stage("evaluation")
     record: dict[str, Any] = {"step": run.state.step}
     graded: list[dict[str, Any]] = []
     if run.problems:
@@ -249,6 +261,7 @@ def _evaluate(run: Run, writer: MetricsWriter) -> None:
             run.groups,
             rollout=run.recipe.rollout,
             seed=run.recipe.training.seed,
+            tell=progress.stage,
             on_nan=run.recipe.training.on_nan,
         )
         record |= training_record(result)
@@ -259,6 +272,7 @@ def _evaluate(run: Run, writer: MetricsWriter) -> None:
         run.state.evaluations.append(record)
         if run.reports:
             writer.write_evaluation(record)
+            progress.evaluation(record)
             writer.write_answers(answer_records(record["step"], graded, run.problems, run.recipe.logging.answers))
 
 

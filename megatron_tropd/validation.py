@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_tropd.config import DATA_OBJECTIVES, UNGUIDED_OBJECTIVES, ModelConfig, Recipe
+from megatron_tropd.config import ModelConfig, Recipe, TeacherConfig
 from megatron_tropd.errors import UserError
+from megatron_tropd.methods import METHODS, is_guided, trains_on_data
 
 
 def validate(recipe: Recipe) -> None:
     """Raise UserError at the first missing key or contradiction of a training recipe."""
     _check_required(recipe)
     check_layout("student", recipe.student)
-    if recipe.objective.name not in DATA_OBJECTIVES:
+    if not trains_on_data(recipe.objective.name):
         check_layout("teacher", recipe.teacher)
         _check_two_models(recipe)
         _check_sampling(recipe)
@@ -44,7 +45,7 @@ def _split(alternatives: str) -> list[tuple[str, str]]:
 
 def _check_required(recipe: Recipe) -> None:
     require(recipe, "student.hf_path|student.checkpoint")
-    if recipe.objective.name not in DATA_OBJECTIVES:
+    if not trains_on_data(recipe.objective.name):
         require(recipe, "teacher.hf_path|teacher.checkpoint")
     require(recipe, "data.prompts", "logging.dir")
     if recipe.evaluation.interval:
@@ -53,7 +54,8 @@ def _check_required(recipe: Recipe) -> None:
 
 def check_layout(role: str, model: ModelConfig) -> None:
     """Check one model's parallel layout in itself; `role` is its section's name."""
-    _check_ranks(role, model)
+    if isinstance(model, TeacherConfig):
+        _check_ranks(model)
     if model.fp8 and model.dtype != "bfloat16":
         raise UserError(
             f"{role}.fp8={model.fp8} contradicts {role}.dtype={model.dtype}: 8-bit matrix products are scaled "
@@ -72,18 +74,7 @@ def check_layout(role: str, model: ModelConfig) -> None:
         )
 
 
-def _check_ranks(role: str, model: ModelConfig) -> None:
-    if role != "teacher":
-        if model.offload:
-            raise UserError(
-                f"{role}.offload=true: only the frozen teacher's weights can leave the device. Remove the key."
-            )
-        if model.ranks != "shared" or model.replicas > 1:
-            raise UserError(
-                f"{role}.ranks and {role}.replicas: only the teacher's ranks are set, the others are the student's. "
-                "Remove the keys."
-            )
-        return
+def _check_ranks(model: TeacherConfig) -> None:
     if model.ranks == "shared" and model.replicas > 1:
         raise UserError(
             f"teacher.replicas={model.replicas} needs teacher.ranks=dedicated: on shared ranks the number of processes "
@@ -125,10 +116,10 @@ def _check_sampling(recipe: Recipe) -> None:
 def _check_guidance(recipe: Recipe) -> None:
     guidance, name = recipe.guidance, recipe.objective.name
     guided = guidance.schedule != "none"
-    if guided and name in UNGUIDED_OBJECTIVES:
+    if guided and not is_guided(name):
         raise UserError(
             f"guidance.schedule={guidance.schedule} contradicts objective.name={name}, which uses no teacher prefixes. "
-            "Set guidance.schedule=none, or take an objective with guidance: tropd, tropd_mask or tropd_clip."
+            f"Set guidance.schedule=none, or take an objective with guidance: {', '.join(filter(is_guided, METHODS))}."
         )
     if not guided and guidance.responses and name != "seqkd":
         raise UserError(

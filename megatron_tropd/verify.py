@@ -194,7 +194,7 @@ def _run_megatron(
     """Return what Megatron's parts make of `tokens` [s], on the host; whole on the reporting rank."""
     plain = dict.fromkeys(UNEVEN_STAGES[:2]) | dict.fromkeys(UNEVEN_STAGES[2:], False)
     plain |= {"virtual_pipeline_model_parallel_size": None, "fp8": None, "recompute": None, "context_parallel_size": 1}
-    layout = replace(model, dtype="float32", sequence_parallel=False, offload=False, **plain)
+    layout = replace(model, dtype="float32", sequence_parallel=False, **plain)
     single = replace(_whole_sequences(groups), virtual_pipeline_size=None)
     # Transformer Engine would multiply fp32 matrices with the 10-bit mantissas of TF32.
     chunks = build_model(few, layout, single, training=False, use_transformer_engine=False)

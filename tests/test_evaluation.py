@@ -69,7 +69,7 @@ def _record_sampling(config, rollout):
 
     groups, engine = initialize(ModelConfig()), _Recorder()
     problem = Prompt(id="0", text="?", answer="1")
-    evaluate(engine, [problem], EvaluationConfig(**config), groups, rollout=RolloutConfig(**rollout), progress=False)
+    evaluate(engine, [problem], EvaluationConfig(**config), groups, rollout=RolloutConfig(**rollout))
     shutdown()
     return engine.sampling
 
@@ -108,7 +108,7 @@ def _evaluate(problems, config):
 
     groups = initialize(ModelConfig())
     try:
-        return evaluate(_Parrot(), problems, config, groups, rollout=RolloutConfig(max_batch_size=4), progress=False)
+        return evaluate(_Parrot(), problems, config, groups, rollout=RolloutConfig(max_batch_size=4))
     except UserError as error:
         return str(error)
     finally:

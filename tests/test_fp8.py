@@ -9,7 +9,7 @@ from test_train_step import load, make_objective
 from tiny_models import VOCAB_SIZE, write_model
 
 from megatron_tropd import model as model_module
-from megatron_tropd.config import ModelConfig
+from megatron_tropd.config import ModelConfig, TeacherConfig
 from megatron_tropd.errors import UserError
 from megatron_tropd.model import load_hf_config, transformer_config
 
@@ -43,7 +43,7 @@ def test_megatron_is_told_format_and_recipe(recipe, folder, monkeypatch):
     config = transformer_config(hf_config, ModelConfig(fp8="hybrid", fp8_recipe=recipe))
     assert (config.fp8, config.fp8_recipe, config.fp8_param) == ("hybrid", recipe, False)
     assert not config.disable_parameter_transpose_cache
-    assert transformer_config(hf_config, ModelConfig(fp8="e4m3", offload=True)).disable_parameter_transpose_cache
+    assert transformer_config(hf_config, TeacherConfig(fp8="e4m3", offload=True)).disable_parameter_transpose_cache
     assert transformer_config(hf_config, ModelConfig()).fp8 is None
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_model
 
 from megatron_tropd import convert
-from megatron_tropd.config import ModelConfig
+from megatron_tropd.config import ModelConfig, TeacherConfig
 from megatron_tropd.errors import UserError
 from megatron_tropd.parallel import initialize
 
@@ -140,7 +140,7 @@ def test_field_cases_a12_a_model_to_train_is_compared_before_anything_is_built(h
     from megatron_tropd.run_teacher import check_teacher, load_student_tokenizer
 
     wide = str(changed(hf / "llama", tmp_path / "model", MLP))
-    fine = Recipe(student=ModelConfig(hf_path=str(hf / "llama")), teacher=ModelConfig(hf_path=wide))
+    fine = Recipe(student=ModelConfig(hf_path=str(hf / "llama")), teacher=TeacherConfig(hf_path=wide))
     _, _, tokenizer = load_student_tokenizer(fine)
     for call in (
         lambda: check_teacher(fine, tokenizer),

@@ -12,7 +12,7 @@ from megatron_tropd.responses import Responses
 
 
 def test_records_tensors_and_not_a_number(tmp_path):
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         writer.write(0, {"loss": torch.tensor(1.5), "grad_norm": math.nan, "max": math.inf, "tokens": 7})
     text = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(text) == {"step": 0, "loss": 1.5, "grad_norm": None, "max": None, "tokens": 7}
@@ -20,14 +20,14 @@ def test_records_tensors_and_not_a_number(tmp_path):
 
 
 def test_lines_are_on_disk_before_close(tmp_path):
-    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer = MetricsWriter(tmp_path)
     writer.write(0, {"loss": 1.0})
     assert read_records(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": 1.0}]
     writer.close()
 
 
 def test_resume_drops_what_runs_again_and_a_broken_line(tmp_path):
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         writer.write_evaluation({"step": 0, "accuracy": 0.1})
         for step in range(5):
             writer.write(step, {"loss": float(step)})
@@ -37,14 +37,14 @@ def test_resume_drops_what_runs_again_and_a_broken_line(tmp_path):
         writer.write_evaluation({"step": 5, "accuracy": 0.3})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
-    with MetricsWriter(tmp_path, tensorboard=False, start=3) as writer:
+    with MetricsWriter(tmp_path, start=3) as writer:
         writer.write(3, {"loss": 30.0})
     steps = [(r["step"], r["loss"]) for r in read_records(tmp_path / "metrics.jsonl")]
     assert steps == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 30.0)]
     assert [r["step"] for r in read_records(tmp_path / "samples.jsonl")] == [0, 1, 2]
     assert [r["step"] for r in read_records(tmp_path / "evaluations.jsonl")] == [0, 3]
     assert [r["step"] for r in read_records(tmp_path / "answers.jsonl")] == [0, 0, 1, 1, 2, 2, 3, 3]
-    with MetricsWriter(tmp_path, tensorboard=False):
+    with MetricsWriter(tmp_path):
         assert read_records(tmp_path / "evaluations.jsonl") == []
 
 
@@ -55,23 +55,6 @@ def test_only_the_writer_rank_writes(tmp_path):
         writer.write_evaluation({"step": 0})
         writer.write_answers([{"step": 0}])
     assert not (tmp_path / "run").exists()
-
-
-def test_tensorboard_holds_the_same_numbers(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with MetricsWriter(tmp_path) as writer:
-        for step in range(3):
-            writer.write(step, {"loss": float(step) / 2})
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
-    assert [(e.step, e.value) for e in events] == [(0, 0.0), (1, 0.5), (2, 1.0)]
-
-
-def test_progress_goes_to_standard_error_without_a_terminal(tmp_path, capsys):
-    with MetricsWriter(tmp_path, tensorboard=False, total=2) as writer:
-        writer.write(0, {"loss": 0.5, "trust_fraction": 0.25})
-        writer.write(1, {"loss": 0.4, "trust_fraction": None})
-    assert capsys.readouterr().err.splitlines() == ["step 1/2: loss 0.5, trust 0.25", "step 2/2: loss 0.4"]
 
 
 def test_only_newlines_end_a_record(tmp_path):
@@ -92,7 +75,7 @@ def limit_and_write(folder):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    writer = MetricsWriter(folder, tensorboard=False)
+    writer = MetricsWriter(folder)
     try:
         for step in range(100):
             writer.write(step, {"loss": 1.0})
@@ -110,7 +93,7 @@ def test_field_cases_b16_a_disk_that_fills_up_under_the_records_is_named(tmp_pat
     steps = [record["step"] for record in read_records(tmp_path / "metrics.jsonl")]
     assert steps == list(range(len(steps)))
     assert len(steps) in (38, 39)  # 1000 bytes; the rest of the last line is written where there is room at the end
-    writer = MetricsWriter(tmp_path, tensorboard=False, start=30)
+    writer = MetricsWriter(tmp_path, start=30)
     writer.write(30, {"loss": 2.0})
     writer.close()
     assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == list(range(31))

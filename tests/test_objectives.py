@@ -11,7 +11,8 @@ from helpers import run_distributed
 from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
 from megatron_tropd.counter_rng import STREAM_GATE, counter_uniform
 from megatron_tropd.kernels import full_divergence, vocab_parallel_logprobs, vocab_parallel_topk
-from megatron_tropd.objectives import METHODS, build_objective, topk_forward_kl
+from megatron_tropd.methods import METHODS
+from megatron_tropd.objectives import build_objective, topk_forward_kl
 from megatron_tropd.types import LOSS_GUIDANCE, LOSS_NONE, LOSS_STUDENT, TeacherScores, TrainingBatch, UserError
 
 VOCAB, PADDED, B, S, K = 61, 64, 3, 7, 6
@@ -231,7 +232,7 @@ def test_a_batch_without_loss_tokens_gives_zero_and_a_finite_gradient(name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "trop"}, "unknown; choose one of opd"),
+        ({"name": "trop"}, "unknown; choose one of tropd"),
         ({"name": "opd", "gate": "soft"}, "has no trust region"),
         ({"name": "jsd", "beta": 1.0}, r"objective.beta=1.0 makes no mixture .*fkl_full and rkl_full"),
         ({"name": "tropd_mask", "outlier": "clip"}, "fixes objective.outlier=mask"),

@@ -168,7 +168,7 @@ def test_the_method_in_words(settings, words):
 
 
 def test_every_method_has_words():
-    from megatron_tropd.objectives import METHODS
+    from megatron_tropd.methods import METHODS
 
     for name, kind in METHODS.items():
         words = method({"objective.name": name, "objective.topk": 64, "objective.clip": -2.0})

@@ -13,7 +13,7 @@ TOOLS = Path(__file__).parents[1] / "tools"
 
 
 def _write_run(folder, scale=1.0, steps=4, **extra):
-    with MetricsWriter(folder, tensorboard=False) as writer:
+    with MetricsWriter(folder) as writer:
         writer.write_evaluation({"step": 0, "accuracy": 0.25})
         for step in range(steps):
             record = {"loss": scale / (step + 1), "trust_fraction": 0.5 + 0.1 * step, "tokens_per_second": 100.0 + step}
@@ -54,7 +54,7 @@ def test_inspect_rollouts(tmp_path):
         for kind, text in kinds
     ]
     record = {"sample_id": 3, "prompt": "3 + 4?", "finish_reason": "eos", "tokens": tokens}
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         writer.write_samples(0, [record | {"prompt": "first"}])
         writer.write_samples(1, [record])
     last = _tool("inspect_rollouts.py", tmp_path)

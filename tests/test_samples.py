@@ -45,7 +45,7 @@ def test_alternatives_that_the_teacher_rules_out_are_none(tokenizer, tmp_path):
     assert [token["kind"] for token in record["tokens"]] == ["guidance", *["outlier"] * (places - 2)]
     for token in record["tokens"][1:]:
         assert token["alternatives"] == [[own[0], -0.25], [own[0], -1.5]]
-    with MetricsWriter(tmp_path / "run", tensorboard=False) as writer:
+    with MetricsWriter(tmp_path / "run") as writer:
         writer.write_samples(0, [record])
     (written,) = read_records(tmp_path / "run" / "samples.jsonl")
     assert written["tokens"][1]["teacher_logprob"] is None

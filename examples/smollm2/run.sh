@@ -43,8 +43,8 @@ done
 for prompts in held_out prompts; do
   responses=$RUN/${prompts/prompts/prompt}_responses.jsonl
   echo "== The teacher answers examples/smollm2/$prompts.jsonl"
-  "${launch[@]}" tools/generate_teacher_responses.py "${recipe[@]}" --prompts "examples/smollm2/$prompts.jsonl" \
-    --output "$responses"
+  "${launch[@]}" -m megatron_tropd generate "${recipe[@]}" --model teacher --temperature 0 \
+    --prompts "examples/smollm2/$prompts.jsonl" --output "$responses"
 done
 
 samples() { # what the model at $2 says to the first held-out prompts, into $1
