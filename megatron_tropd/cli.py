@@ -143,7 +143,7 @@ first steps:
   megatron-tropd init --teacher TEACHER --student STUDENT --prompts prompts.jsonl --gpus 8
   torchrun --nproc-per-node 8 -m megatron_tropd doctor recipe.yaml
   torchrun --nproc-per-node 8 -m megatron_tropd train recipe.yaml
-  megatron-tropd train --help-keys objective         the objectives, and when to use which"""
+  megatron-tropd train --help-keys objective  # the objectives, and when to use which"""
 
 
 def build_parser() -> Parser:

@@ -17,7 +17,7 @@ def add_init(subcommands: Any) -> None:
         commands.init,
         "write a commented recipe for your models, prompts and GPUs",
         "examples:\n"
-        "  megatron-tropd init                                       asks for what is missing\n"
+        "  megatron-tropd init  # asks for what is missing\n"
         "  megatron-tropd init --teacher models/Qwen3-32B --student models/Qwen3-1.7B --prompts prompts.jsonl \\\n"
         "    --problems problems.jsonl --gpus 8\n"
         "  megatron-tropd init --teacher examples/tiny/teacher --student examples/tiny/student \\\n"

@@ -17,7 +17,7 @@ def add_plan(subcommands: Any) -> None:
         "estimate memory per GPU by part and seconds per step, and propose layouts that fit",
         "examples:\n"
         "  megatron-tropd plan llama_70b_to_8b teacher.hf_path=70B student.hf_path=8B --gpus 8 --gpu-memory 80\n"
-        "  megatron-tropd plan recipe.yaml --gpus 16 --write recipe_16.yaml     the fastest layout, as a recipe\n\n"
+        "  megatron-tropd plan recipe.yaml --gpus 16 --write recipe_16.yaml  # the fastest layout, as a recipe\n\n"
         "It reads only the config.json of each model. The exit status is 0 if the recipe's layout fits, 1 if it does\n"
         "not, 2 if the input is wrong. Every response is assumed to reach rollout.max_new_tokens. Times are\n"
         "calculated for H100s unless --calibration gives measurements of your GPUs.",

@@ -39,11 +39,11 @@ def add_train(subcommands: Any) -> None:
         commands.train,
         "distil the teacher into the student of a recipe",
         "examples:\n"
-        "  megatron-tropd train tiny --dry-run                       check; show what differs from the defaults\n"
+        "  megatron-tropd train tiny --dry-run  # check; show what differs from the defaults\n"
         "  torchrun --nproc-per-node 2 -m megatron_tropd train tiny training.steps=10 logging.dir=runs/short\n"
         "  torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\\n"
         "    -m megatron_tropd train recipe.yaml\n"
-        "  megatron-tropd train --help-keys objective                the objectives, and when to use which\n\n"
+        "  megatron-tropd train --help-keys objective  # the objectives, and when to use which\n\n"
         "A killed run continues when the same command is given again. Ctrl-C and SIGTERM save a checkpoint after the\n"
         "current step and end with status 0; a second Ctrl-C ends at once with 130. The folder logging.dir holds\n"
         "run.json, recipe.yaml, recipes.jsonl, metrics.jsonl, evaluations.jsonl, answers.jsonl, samples.jsonl,\n"
@@ -83,7 +83,7 @@ def add_generate(subcommands: Any) -> None:
         "  megatron-tropd generate --hf-path examples/tiny/teacher --prompts examples/tiny/prompts.jsonl \\\n"
         "    --output runs/responses.jsonl --max-new-tokens 64 student.dtype=float32\n"
         "  torchrun --nproc-per-node 2 -m megatron_tropd generate tiny --model teacher --temperature 0 \\\n"
-        "    --output runs/teacher.jsonl                             for guidance.responses and seqkd\n\n"
+        "    --output runs/teacher.jsonl  # for guidance.responses and seqkd\n\n"
         "Prompts whose responses are already in the output are skipped, so the same command completes a killed run.",
     )
     _add_model_arguments(parser)

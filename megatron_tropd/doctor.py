@@ -136,7 +136,7 @@ def _check_devices(
     made: list[ParallelGroups] = []
 
     def start() -> Check:
-        made.append(parallel.initialize(model, seed=recipe.training.seed))
+        made.append(parallel.initialize(model, seed=recipe.training.seed, role="student"))
         parallel.any_rank(False)
         return Check("process groups", "ok", _layout_detail(recipe, model, environment))
 

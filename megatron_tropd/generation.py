@@ -87,7 +87,8 @@ def open_model(recipe: Recipe, role: str) -> Iterator[OpenModel]:
     """Start the process groups of `recipe.student` or `recipe.teacher` and read its configuration and tokenizer."""
     config: ModelConfig = getattr(recipe, role)
     preflight.check(recipe, gather(), (role,))
-    with process_groups(config, recipe.training.seed, timeout_minutes=recipe.training.timeout_minutes) as groups:
+    options = {"timeout_minutes": recipe.training.timeout_minutes, "role": role}
+    with process_groups(config, recipe.training.seed, **options) as groups:
         hf_path = resolve_hf_path(config, role)
         hf_config = load_hf_config(hf_path)
         check_model_files(config)

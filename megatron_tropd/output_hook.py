@@ -35,11 +35,6 @@ class OutputHook:
         self._compute: Compute | None = None
         self._handle = None if self._layer is None else self._layer.register_forward_hook(self._on_forward)
 
-    @property
-    def is_attached(self) -> bool:
-        """Whether this rank's stage has an output layer and the hook is on it."""
-        return self._handle is not None
-
     def _on_forward(self, module: torch.nn.Module, args: tuple, output: tuple) -> tuple | None:
         if self._compute is None:
             return None

@@ -129,11 +129,6 @@ class ParallelGroups:
         return self.pp_rank == self.pp_size - 1
 
     @property
-    def last_stage_global_rank(self) -> int:
-        """Global rank, within this rank's pipeline, of the stage that holds the output layer."""
-        return dist.get_global_rank(self.pp, self.pp_size - 1)
-
-    @property
     def is_reporter(self) -> bool:
         """Whether this rank writes metrics: the only one with data-parallel rank 0 on the last stage, tp rank 0."""
         return self.is_last_stage and self.tp_rank == 0 and self.dp_rank == 0 and self.cp_rank == 0
@@ -146,6 +141,7 @@ def initialize(
     use_cpu_compat: bool = True,
     partition: Partition | None = None,
     timeout_minutes: int = 30,
+    role: str | None = None,
 ) -> ParallelGroups:
     """Start torch.distributed and Megatron's process groups for `layout`, and seed every generator.
 
@@ -156,6 +152,7 @@ def initialize(
         use_cpu_compat: apply `cpu_compat` where there is no CUDA.
         partition: this process's part of the job, which is then all that `layout` has.
         timeout_minutes: how long a rank waits in a collective for the others.
+        role: "student" or "teacher", for the names of keys in an error.
 
     Raises:
         UserError: the number of processes is no multiple of the layout's ranks.
@@ -167,7 +164,7 @@ def initialize(
         check_ranks(layout, partition.size, partition.role, partition.other_size)
     else:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        check_ranks(layout, dist.get_world_size() if dist.is_initialized() else world_size)
+        check_ranks(layout, dist.get_world_size() if dist.is_initialized() else world_size, role)
     if has_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     timeout = datetime.timedelta(minutes=timeout_minutes)

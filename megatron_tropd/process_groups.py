@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def process_groups(
-    layout: ModelConfig, seed: int = 1234, partition: Partition | None = None, timeout_minutes: int = 30
+    layout: ModelConfig,
+    seed: int = 1234,
+    partition: Partition | None = None,
+    timeout_minutes: int = 30,
+    role: str | None = None,
 ) -> Iterator[ParallelGroups]:
     """Start process groups as `initialize` does; at the end destroy them, unless an exception ends the context.
 
@@ -31,7 +35,7 @@ def process_groups(
     """
     is_first = not dist.is_initialized()
     try:
-        yield initialize(layout, seed, partition=partition, timeout_minutes=timeout_minutes)
+        yield initialize(layout, seed, partition=partition, timeout_minutes=timeout_minutes, role=role)
     except BaseException:
         is_alone = partition is None and dist.is_initialized() and dist.get_world_size() == 1
         if is_first and is_alone:

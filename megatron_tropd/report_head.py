@@ -17,6 +17,7 @@ _OUTLIERS = {
     "mask": "no loss on outliers",
     "clip": "advantage clipped at {clip} on outliers",
 }
+_NAMED = 8  # skipped steps that are named
 _UNGATED = {
     "opd": "on-policy distillation without a trust region",
     "rkl_full": "reverse KL over the whole vocabulary",
@@ -98,6 +99,8 @@ def facts(run: RunRecords) -> list[tuple[str, str]]:
             ("Hardware", _hardware(start)),
             ("Commit", _commit(start)),
             ("Started", _started(run)),
+            ("Also measured", _further(run)),
+            ("Skipped", _skipped(run)),
             ("Time", _time(run)),
             ("Tokens", _tokens(run)),
             ("Versions", _versions(start)),
@@ -213,6 +216,28 @@ def _when(start: dict[str, Any]) -> str:
 def _time(run: RunRecords) -> str:
     seconds = _seconds(run)
     return f"{_duration(seconds)} in steps, {seconds / run.steps:.3g} s per step" if seconds else ""
+
+
+def _further(run: RunRecords) -> str:
+    """Return pass@k and the accuracy by domain, before and after, as far as evaluations have them."""
+    last = run.evaluations[-1] if run.evaluations else {}
+    texts = []
+    for key in (key for key in last if key.startswith(("pass_at_", "accuracy/"))):
+        if found := _evaluated(run, key):
+            name = key.removeprefix("accuracy/").replace("pass_at_", "pass@")
+            before = "" if found[0] is found[1] else f"{found[0][key]:.1%} → "
+            texts.append(f"{name} {before}{found[1][key]:.1%}")
+    return ", ".join(texts)
+
+
+def _skipped(run: RunRecords) -> str:
+    """Return which steps made no update, and why."""
+    skipped = run.summary.get("skipped_steps")
+    if not isinstance(skipped, list) or not skipped:
+        return ""
+    named = [f"{entry.get('step')} ({entry.get('reason')})" for entry in skipped if isinstance(entry, dict)]
+    more = f", and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+    return f"{_several(len(named), 'step', 's')} without an update: {', '.join(named[:_NAMED])}{more}"
 
 
 def _seconds(run: RunRecords) -> float:

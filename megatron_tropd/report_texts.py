@@ -53,6 +53,8 @@ def pack_samples(path: Path, notes: list[str], max_bytes: int = MAX_BYTES) -> di
             cut += len(tokens) > MAX_TOKENS
     if cut:
         notes.append(f"samples.jsonl: long responses ({cut:,}) are shown up to their first {MAX_TOKENS:,} tokens.")
+    if samples and not any("a" in sample for sample in samples):
+        notes.append("No alternatives of the teacher: this objective reads none of its most probable tokens.")
     samples.sort(key=lambda sample: sample["step"])
     return {"texts": list(texts.places), "samples": samples}
 

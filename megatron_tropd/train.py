@@ -64,7 +64,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     partition = split_processes(recipe)
     if partition is not None:
         return _train_in_parts(recipe, partition)
-    with process_groups(recipe.student, **_start(recipe)) as groups, RunLock() as lock:
+    with process_groups(recipe.student, role="student", **_start(recipe)) as groups, RunLock() as lock:
         start = resume.prepare(recipe, groups, lock)
         if start.is_finished:
             return resume.finished_summary(recipe, start, groups)

@@ -36,11 +36,11 @@ COMMANDS = build_parser().commands
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_help_of_each_command_teaches_by_examples_that_parse(command, capsys):
+def test_the_help_of_each_command_teaches_by_examples_that_parse(command, capfd):
     assert main([command, "--help"]) == 0
-    text = capsys.readouterr().out
-    examples = text[text.index("examples:\n") :].replace("\\\n", "").splitlines()
-    calls = [line.split("   ")[0] for line in map(str.strip, examples)]
+    text = capfd.readouterr().out
+    examples = text[text.index("examples:\n") :].replace(" \\\n   ", "").splitlines()
+    calls = [line.split("  #")[0] for line in map(str.strip, examples)]
     calls = [call for call in calls if call.startswith(("megatron-tropd", "torchrun")) and f" {command}" in call]
     assert calls
     for call in calls:
@@ -50,18 +50,18 @@ def test_the_help_of_each_command_teaches_by_examples_that_parse(command, capsys
             build_parser().parse_args(arguments)
 
 
-def test_the_overview_names_every_command_and_the_statuses(capsys):
+def test_the_overview_names_every_command_and_the_statuses(capfd):
     assert main(["--help"]) == 0
-    text = capsys.readouterr().out
+    text = capfd.readouterr().out
     for name in COMMANDS:
         assert f"\n  {name} " in text
     assert STATUSES in text
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("init", "report", "convert")])
-def test_every_recipe_command_explains_the_keys(command, capsys):
+def test_every_recipe_command_explains_the_keys(command, capfd):
     assert main([command, "--help-keys", "guidance"]) == 0
-    text = capsys.readouterr().out
+    text = capfd.readouterr().out
     assert "guidance.beta = 0.001" in text
     assert "training." not in text
 
@@ -70,14 +70,14 @@ def test_every_recipe_command_explains_the_keys(command, capsys):
     ("about", "key"),
     [([], "objective.outlier = null"), (["data.columns"], "data.columns.id"), (["kv_cache"], "rollout.kv_cache_gb")],
 )
-def test_help_keys_takes_a_section_or_a_word(about, key, capsys):
+def test_help_keys_takes_a_section_or_a_word(about, key, capfd):
     assert main(["train", "--help-keys", *about]) == 0
-    assert key in capsys.readouterr().out
+    assert key in capfd.readouterr().out
 
 
-def test_help_keys_of_the_objective_says_when_to_use_which(capsys):
+def test_help_keys_of_the_objective_says_when_to_use_which(capfd):
     assert main(["train", "--help-keys", "objective"]) == 0
-    text = capsys.readouterr().out
+    text = capfd.readouterr().out
     for name, method in METHODS.items():
         assert f"{name} " in text
         assert method.what in text
@@ -90,19 +90,19 @@ def test_a_broken_pipe_is_silent():
     assert shown.returncode in (0, 141)  # 0: all was written before the reader left
 
 
-def test_dry_run_shows_what_differs_and_the_plan(capsys, monkeypatch):
+def test_dry_run_shows_what_differs_and_the_plan(capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert main(["train", "tiny", "--dry-run", "training.steps=7"]) == 0
-    text = capsys.readouterr().out
+    text = capfd.readouterr().out
     assert "#   training.steps" in text
     assert "7  (default 200)" in text
     assert "# plan for 2 GPU(s)" in text
     assert "GB of 79: fits" in text
 
 
-def test_dry_run_prints_the_resolved_recipe(tmp_path, capsys):
+def test_dry_run_prints_the_resolved_recipe(tmp_path, capfd):
     assert main(["train", "tropd_paper", "training.steps=7", "--dry-run", *PATHS, "training.lr=1e-4"]) == 0
-    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    (tmp_path / "printed.yaml").write_text(capfd.readouterr().out)
     expected = load_recipe("tropd_paper", [*PATHS, "training.steps=7", "training.lr=1e-4"])
     assert load_recipe(tmp_path / "printed.yaml") == expected
 
@@ -132,13 +132,26 @@ def test_dry_run_prints_the_resolved_recipe(tmp_path, capsys):
         (["plan", "tiny", "--write", "README.md"], "--write README.md exists and is not overwritten"),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(arguments, message, capsys, monkeypatch):
+def test_mistakes_are_one_line_and_status_2(arguments, message, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert main(arguments) == 2
-    lines = capsys.readouterr().err.splitlines()
+    lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("megatron-tropd: error: ")
     assert message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        (["train", "tiny"], "student.tensor_model_parallel_size=2"),
+        (["evaluate", "tiny", "--model", "teacher"], "teacher.tensor_model_parallel_size=2"),
+    ],
+)
+def test_a_layout_that_the_processes_cannot_hold_is_refused_with_its_key(command, key, capfd, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(command) == 2
+    assert f"1 process(es) cannot hold {key} x " in capfd.readouterr().err
 
 
 def test_ranks_refuse_together_and_print_once():
@@ -188,9 +201,9 @@ def _raise(kind):
         ("group", 1, "Odd: odd"),
     ],
 )
-def test_field_cases_b5_every_exception_is_printed_and_ends_with_its_status(kind, status, text, monkeypatch, capsys):
+def test_field_cases_b5_every_exception_is_printed_and_ends_with_its_status(kind, status, text, monkeypatch, capfd):
     from megatron_tropd import commands
 
     monkeypatch.setattr(commands, "plan", _raise(kind))
     assert main(["plan"]) == status
-    assert text in capsys.readouterr().err
+    assert text in capfd.readouterr().err

@@ -26,11 +26,11 @@ def _init(*options):
     return main(["init", *OPTIONS, *map(str, options)])
 
 
-def test_init_writes_a_recipe_that_train_accepts(tmp_path, capsys):
+def test_init_writes_a_recipe_that_train_accepts(tmp_path, capfd):
     output = tmp_path / "mine.yaml"
     options = ["--prompts", TINY / "prompts.jsonl", "--problems", TINY / "problems.jsonl", "--output", output]
     assert _init(*options) == 0
-    shown = capsys.readouterr().out
+    shown = capfd.readouterr().out
     assert "2,000 prompts of up to 32 tokens" in shown
     assert f"torchrun --nproc-per-node 2 -m megatron_tropd train {output}" in shown
     recipe = load_recipe(output)
@@ -39,48 +39,48 @@ def test_init_writes_a_recipe_that_train_accepts(tmp_path, capsys):
     assert recipe.evaluation.problems == str(TINY / "problems.jsonl")
     assert recipe.guidance.responses is None  # the prompts carry the teacher's
     assert main(["train", str(output), "--dry-run"]) == 0
-    assert "79: fits" in capsys.readouterr().out
+    assert "79: fits" in capfd.readouterr().out
 
 
-def test_init_has_the_teacher_write_responses_that_the_prompts_lack(tmp_path, capsys):
+def test_init_has_the_teacher_write_responses_that_the_prompts_lack(tmp_path, capfd):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(f'{{"text": "{i} + {i} = "}}\n' for i in range(40)))
     assert _init("--prompts", prompts, "--output", tmp_path / "mine.yaml") == 0
     recipe = load_recipe(tmp_path / "mine.yaml")
     assert recipe.guidance.responses == "runs/mine/responses.jsonl"
     assert recipe.training.prompts_per_step == 32  # no more than there are
-    shown = capsys.readouterr().out
+    shown = capfd.readouterr().out
     assert shown.index("generate") < shown.index(" train ")
     assert "--model teacher --temperature 0 --output runs/mine/responses.jsonl" in shown
     unguided = ["--prompts", prompts, "--method", "fkl_outlier", "--output", tmp_path / "other.yaml"]
     assert _init(*unguided) == 0
-    assert " generate " not in capsys.readouterr().out
+    assert " generate " not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        ("not json", [], "prompts.jsonl:1"),
+        ("not json", [], "line 1: not valid JSON"),
         ('{"text": "a"}', ["--gpu-memory", "2"], "no layout of these models fits 2 GPU(s) of 2 GB"),
         ('{"text": "a"}', ["--problems", "prompts.jsonl"], "prompts.jsonl"),
         (f'{{"text": "{"1 + " * 100}"}}', [], "leaves no room for a response"),
     ],
 )
-def test_init_refuses_what_train_would_refuse_and_writes_nothing(content, options, message, tmp_path, capsys):
+def test_init_refuses_what_train_would_refuse_and_writes_nothing(content, options, message, tmp_path, capfd):
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "mine.yaml"
     prompts.write_text(content + "\n")
     options = [str(prompts) if word == "prompts.jsonl" else word for word in options]
     assert _init("--prompts", prompts, "--output", output, *options) == 2
-    error = capsys.readouterr().err
+    error = capfd.readouterr().err
     assert message in error
     assert not output.exists()
 
 
-def test_init_never_writes_over_a_file(tmp_path, capsys):
+def test_init_never_writes_over_a_file(tmp_path, capfd):
     output = tmp_path / "mine.yaml"
     output.write_text("mine")
     assert _init("--prompts", TINY / "prompts.jsonl", "--output", output) == 2
-    assert "exists and is not overwritten" in capsys.readouterr().err
+    assert "exists and is not overwritten" in capfd.readouterr().err
     assert output.read_text() == "mine"
 
 
@@ -89,7 +89,7 @@ class _Terminal(io.StringIO):
         return True
 
 
-def test_questions_are_asked_again_until_the_answer_can_be_used(monkeypatch, capsys):
+def test_questions_are_asked_again_until_the_answer_can_be_used(monkeypatch, capfd):
     answers = ["nowhere", str(TINY), str(TINY / "teacher"), "", str(TINY / "prompts.jsonl"), "two", "2", ""]
     monkeypatch.setattr(sys, "stdin", _Terminal("\n".join(answers) + "\n"))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
@@ -99,7 +99,7 @@ def test_questions_are_asked_again_until_the_answer_can_be_used(monkeypatch, cap
     complete(arguments)
     assert arguments.teacher == str(TINY / "teacher")
     assert (arguments.gpus, arguments.problems, arguments.output) == (2, None, "recipe.yaml")
-    shown = capsys.readouterr().out
+    shown = capfd.readouterr().out
     for text in (
         "there is no such folder",
         "holds no config.json",
@@ -129,14 +129,14 @@ def test_a_recipe_written_for_people_reads_back_equal(tmp_path):
     assert max(map(len, (tmp_path / "r.yaml").read_text().splitlines())) <= 118
 
 
-def test_plan_writes_a_recipe_that_starts_from_the_given_one(tmp_path, capsys):
+def test_plan_writes_a_recipe_that_starts_from_the_given_one(tmp_path, capfd):
     own = tmp_path / "own.yaml"
     own.write_text("base: tiny\ntraining: {steps: 7}\n")
     (tmp_path / "new").mkdir()
     written = tmp_path / "new" / "planned.yaml"
     command = ["plan", str(own), "training.lr=2e-4", "--gpus", "4", "--write", str(written)]
     assert main(command) == 0
-    assert f"{written} written" in capsys.readouterr().out
+    assert f"{written} written" in capfd.readouterr().out
     recipe = load_recipe(written)
     assert (recipe.training.steps, recipe.training.lr) == (7, 2e-4)
     assert recipe.data.prompts == "examples/tiny/prompts.jsonl"

@@ -176,6 +176,34 @@ def test_every_method_has_words():
         assert not re.search(r"[{}]", words)
 
 
+def test_what_else_was_measured_and_which_steps_were_skipped(recorded_run, tmp_path):
+    run = writable(recorded_run, tmp_path / "run")
+    extra = [
+        {"step": 0, "pass_at_8": 0.25, "accuracy/algebra": 0.5},
+        {"step": 4, "pass_at_8": 0.75, "accuracy/algebra": 1},
+    ]
+    with open(run / "evaluations.jsonl", "a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in extra)
+    summary = json.loads((run / "summary.json").read_text())
+    summary["skipped_steps"] = [{"step": i, "reason": "loss spike"} for i in range(10)]
+    (run / "summary.json").write_text(json.dumps(summary))
+    found = dict(facts(read_run(run)))
+    assert found["Also measured"] == "pass@8 25.0% → 75.0%, algebra 50.0% → 100.0%"
+    assert found["Skipped"].startswith("10 steps without an update: 0 (loss spike), 1 (loss spike)")
+    assert found["Skipped"].endswith("7 (loss spike), and 2 more")
+
+
+def test_samples_without_alternatives_say_why(recorded_run, tmp_path):
+    run = writable(recorded_run, tmp_path / "run")
+    note = "No alternatives of the teacher: this objective reads none of its most probable tokens."
+    assert note not in contents(write_report(run))[0]["runs"][0]["notes"]
+    records = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    for token in (token for record in records for token in record["tokens"]):
+        token.pop("alternatives", None)
+    (run / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert note in contents(write_report(run))[0]["runs"][0]["notes"]
+
+
 def test_a_recipes_differences_from_the_defaults(recorded_run):
     rows = {row["key"]: row for row in settings(read_run(recorded_run))}
     assert rows["data.columns.prompt"]["value"] == "null"
@@ -310,7 +338,13 @@ def test_very_long_runs_and_large_samples_are_thinned_and_say_so(recorded_run, t
 
 def test_long_responses_are_cut_with_a_note(tmp_path):
     token = {"text": "x", "kind": "trust", "student_logprob": -1.0, "teacher_logprob": -2.0}
-    record = {"step": 0, "sample_id": 0, "prompt_id": "p", "prompt": "q" * 9000, "tokens": [token] * 2500}
+    record = {
+        "step": 0,
+        "sample_id": 0,
+        "prompt_id": "p",
+        "prompt": "q" * 9000,
+        "tokens": [{**token, "alternatives": [["x", -0.5]]}] * 2500,
+    }
     (tmp_path / "samples.jsonl").write_text(json.dumps(record) + "\n")
     notes = []
     packed = pack_samples(tmp_path / "samples.jsonl", notes)

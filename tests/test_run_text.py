@@ -51,7 +51,8 @@ def test_the_commands_parse_and_an_unfinished_run_is_continued_as_it_was_started
 def test_a_run_introduces_itself_and_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     material, run = write_material(tmp_path / "material"), tmp_path / "run"
     problems = [f"evaluation.problems={material / 'prompts.jsonl'}", "logging.progress_interval=0"]
-    overrides = [*overrides_of(material, run, *problems), "training.steps=500"]
+    layout = [f"{role}.tensor_model_parallel_size=1" for role in ("student", "teacher")]
+    overrides = [*overrides_of(material, run, *problems, *layout), "training.steps=500"]
     command = [sys.executable, "-m", "megatron_tropd", "train", "tiny", *overrides]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as training:
         shown = ""
