@@ -13,14 +13,14 @@
 #   bash examples/distill_70b_to_8b.sh training.steps=400 objective.gate=soft   # any recipe key
 #   REHEARSAL=1 bash examples/distill_70b_to_8b.sh  # both models shrunk and random, two CPU processes, one minute
 #
-# Paths are relative to the repository. Started again after a failure or a time limit it passes over what is whole, and
+# Paths are relative to the repository. Started again after a failure or a time limit it skips what is complete, and
 # training goes on from its newest checkpoint. More variables, with their defaults:
 #
 #   RUN=runs/llama_70b_to_8b   all output; on several nodes a folder that all of them see
 #   RECIPE=llama_70b_to_8b     where learning rate, lengths and memory are explained: examples/recipes
-#   TP=<processes a node>      tensor parallelism of both models, at most 8
+#   TP=<processes per node>      tensor parallelism of both models, at most 8
 #   PP=<nodes>                 their pipeline parallelism; with more processes than TP x PP the rest is data parallelism
-#   STUDENT_TP, STUDENT_PP     the student's own, such as 2 and 1: smaller, it needs fewer ranks a replica
+#   STUDENT_TP, STUDENT_PP     the student's own, such as 2 and 1: smaller, it needs fewer ranks per replica
 #   TEACHER_RANKS=shared       dedicated: the last TP x PP processes are the teacher's alone (PP=1, if nothing else is
 #                              said), the others the student's; with 2 nodes of 8, a node each
 #   VERIFY=auto                two layers and the output of each model are compared with transformers before it is
@@ -70,7 +70,7 @@ same way, each with \"answer\"."
   [[ -z $missing ]] || fail "nothing was started.$missing"
 }
 
-start_processes() { # bash started this file: let torchrun start it once a GPU
+start_processes() { # bash started this file: let torchrun start it once per GPU
   local nnodes=${NNODES:-${SLURM_NNODES:-1}} launcher
   if [[ $nnodes == 1 ]]; then
     launcher=(--standalone --local-addr 127.0.0.1) # on a free port
@@ -91,11 +91,11 @@ stage() { # NAME TITLE COMMAND...: run the command unless the stage was whole wh
   shift 2
   STAGE=$((STAGE + 1))
   if [[ $TODO != *" $name "* ]]; then
-    say "== $title: whole, passed over"
+    say "== $title: complete, skipped"
     return
   fi
   say "== $title"
-  # A port of its own, on which rank 0 opens a store: torchrun's still holds what the stage before wrote.
+  # A separate port, on which rank 0 opens a store: torchrun's still holds what the previous stage wrote.
   MASTER_PORT=$((FIRST_PORT + STAGE)) TORCHELASTIC_USE_AGENT_STORE=False "$@" || status=$?
   [[ $status == 0 ]] || exit $status
   say "== $title: done in $SECONDS s since the start"
@@ -143,7 +143,7 @@ main() {
   checkpoint=$RUN/train/checkpoints/step_$(printf %06d "$steps")
 
   # What is to be done is decided now, by every process alike: no stage finishes before all have come to it, so none
-  # can take for whole, and pass over, what the others are about to write.
+  # can mistake for complete, and skip, what the others are about to write.
   TODO=" " FIRST_PORT=$MASTER_PORT
   [[ -e $RUN/teacher/complete.json ]] || TODO+="teacher "
   [[ -e $RUN/student/complete.json ]] || TODO+="student "

@@ -3,13 +3,13 @@
 #
 #   bash examples/quickstart.sh                 # two gloo processes, tensor_model_parallel_size=2
 #   TP=1 PP=2 bash examples/quickstart.sh       # another layout; TEACHER_TP, TEACHER_PP for one of the teacher's own
-#   TEACHER_RANKS=dedicated TEACHER_TP=1 bash examples/quickstart.sh   # the teacher on processes of its own
+#   TEACHER_RANKS=dedicated TEACHER_TP=1 bash examples/quickstart.sh   # the teacher on dedicated processes
 #   DEVICE=cuda TP=1 bash examples/quickstart.sh  # on a GPU, in bfloat16; as many GPUs as the layout has processes
 #   SEED=7 bash examples/quickstart.sh          # another seed
 #   RUN=runs/other bash examples/quickstart.sh  # another folder
 #   bash examples/quickstart.sh training.steps=20 objective.gate=soft   # any recipe key
 #
-# Runs on the CPU unless DEVICE=cuda. Sets up its own .venv unless a virtual environment with the package is active. Starts anew in $RUN each time.
+# Runs on the CPU unless DEVICE=cuda. Sets up its own .venv unless a virtual environment with the package is active. Starts over in $RUN each time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source examples/setup_env.sh

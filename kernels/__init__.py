@@ -1,4 +1,4 @@
-"""Fused operations over vocabulary shards, without a `[tokens, vocabulary]` tensor of their own; see README.md."""
+"""Fused operations over vocabulary shards, without a `[tokens, vocabulary]` temporary; see README.md."""
 
 from megatron_tropd.kernels.full_divergence.op import full_divergence
 from megatron_tropd.kernels.fused_linear_full_divergence.op import fused_linear_full_divergence

@@ -140,7 +140,7 @@ def _balanced(text: str) -> bool:
 
 
 def _outside(text: str) -> str:
-    """Return the text with NUL characters for brackets and environments, and for what stands in them."""
+    """Return the text with NUL characters for brackets and environments, and for their content."""
     text = re.sub(r"\\begin\s*\{.*\\end\s*\{[a-z]*\*?\}", lambda match: "\0" * len(match[0]), text, flags=re.DOTALL)
     depth, out = 0, []
     for character in text:
@@ -151,7 +151,7 @@ def _outside(text: str) -> str:
 
 
 def _split(text: str, characters: str) -> tuple[list[str], tuple[str, ...]]:
-    """Return the pieces of a text between some characters that stand in no brackets, and those characters."""
+    """Return the pieces of a text between some characters outside of brackets, and those characters."""
     places = [at for at, character in enumerate(_outside(text)) if character in characters]
     edges = [-1, *places, len(text)]
     pieces = [text[left + 1 : right].strip() for left, right in zip(edges, edges[1:], strict=False)]
@@ -162,7 +162,7 @@ def _list(text: str, depth: int) -> Form | None:
     outside = _outside(text)
     if "," not in outside and ";" not in outside and not re.search(r"and|or", text):
         return None
-    # Words in \text are separators too, though they stand in braces.
+    # Words in \text are separators too, although they are inside braces.
     visible = list(outside)
     for match in re.finditer(r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}", text):
         visible[match.start() : match.end()] = match[0]

@@ -141,7 +141,7 @@ def _joined(text: str, boxes: list[tuple[int, int, int]]) -> str:
 
 
 def _marked(text: str) -> str | None:
-    """Return what follows the last `####` on its line; headings (words, with text after them) are passed over."""
+    """Return what follows the last `####` on its line; headings (words, with text after them) are skipped."""
     end = len(text)
     while True:
         start = text.rfind("####", 0, end)
@@ -155,7 +155,7 @@ def _marked(text: str) -> str | None:
 
 
 def stated_answer(text: str) -> str | None:
-    """Return what the last "answer is" or "Answer:" says."""
+    """Return the text after the last "answer is" or "Answer:"."""
     stated = None
     if "answer" not in text.lower():  # most responses end here, and the pattern is slow
         return None
@@ -211,7 +211,7 @@ def _last_quantity(text: str) -> str | None:
 
 
 def _span(before: str, number: str, after: str) -> str | None:
-    """Return the formula in dollars or LaTeX's parentheses that the number stands in, behind its last equality sign."""
+    """Return the formula in dollars or LaTeX's parentheses that contains the number, after its last equality sign."""
     line, rest = before.rpartition("\n")[2], after.partition("\n")[0]
     for opening, closing in (("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
         opened = line.rpartition(opening)[2] if opening in line else None

@@ -58,7 +58,7 @@ class TrainingState:
     cursor: dict[str, Any]  # PromptSource.state_dict()
     layout: dict[str, int]
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    contents: dict[str, str] = field(default_factory=dict)  # fingerprint.recipe_contents() of the recipe in force
+    contents: dict[str, str] = field(default_factory=dict)  # fingerprint.recipe_contents() of the current recipe
     guard: dict[str, Any] = field(default_factory=dict)  # NumberGuard's
 
 
@@ -136,11 +136,11 @@ def load(path: str | Path, student: Student, with_random_states: bool = True) ->
     student.scheduler.num_steps = 0
     student.scheduler.step(increment=loaded["scheduler"]["num_steps"])
     if not with_random_states:
-        logger.warning("training.seed has changed: random states start anew")
+        logger.warning("training.seed has changed: random states start over")
     elif state.layout == layout_of(student.groups):
         load_random_states(path / "rng" / f"rank_{dist.get_rank():05d}.pt")
     else:
-        logger.warning("layout changed from %s: dropout's random states start anew", state.layout)
+        logger.warning("layout changed from %s: dropout's random states start over", state.layout)
     return state
 
 
@@ -164,7 +164,7 @@ def step_folders(directory: str | Path) -> list[Path]:
 
 
 def is_ours(path: str | Path) -> bool:
-    """Whether a folder holds nothing but what checkpoints hold, whole or not."""
+    """Whether a folder holds only files of checkpoints, complete or not."""
     return Path(path).is_dir() and {entry.name for entry in Path(path).iterdir()} <= _CONTENT
 
 

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"megatron-tropd: error: {error}", 2)
     except KeyboardInterrupt:
         return _fail("megatron-tropd: interrupted", 130)
-    except BrokenPipeError:  # whoever read the output has seen enough, as in `megatron-tropd plan ... | head`
+    except BrokenPipeError:  # the reader closed the pipe, as in `megatron-tropd plan ... | head`
         return _leave_quietly()
     except SystemExit as error:
         if not error.code:
@@ -115,7 +115,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 class _TopParser(Parser):
-    """Shows the commands by what one wants to do."""
+    """Shows the commands grouped by task."""
 
     commands: dict[str, Parser]
 

@@ -17,7 +17,7 @@ STATUSES = """exit status:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong argument as a UserError: one line that says where help is, once over all ranks."""
+    """Reports a wrong argument as a UserError: one line that names the help command, printed once over all ranks."""
 
     def __init__(self, *arguments: Any, **options: Any):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)

@@ -62,7 +62,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def _model_recipe(arguments: argparse.Namespace) -> Recipe:
-    """Read the recipe of `generate` and `evaluate`, with the options' model in the place of its own."""
+    """Read the recipe of `generate` and `evaluate`, with the model given by the options."""
     role = arguments.model
     overrides = list(arguments.overrides)
     if arguments.hf_path or arguments.checkpoint:

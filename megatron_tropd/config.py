@@ -45,9 +45,11 @@ class ModelConfig:
     pipeline_model_parallel_size: int = _key(1, "pipeline stages", low=1)
     virtual_pipeline_model_parallel_size: int | None = _key(None, "model chunks per stage (interleaved)", low=2)
     num_layers_in_first_pipeline_stage: int | None = _key(
-        None, "layers in the first stage, if unlike the others", low=1
+        None, "layers in the first stage, if it differs from the others", low=1
     )
-    num_layers_in_last_pipeline_stage: int | None = _key(None, "layers in the last stage, if unlike the others", low=1)
+    num_layers_in_last_pipeline_stage: int | None = _key(
+        None, "layers in the last stage, if it differs from the others", low=1
+    )
     account_for_embedding_in_pipeline_split: bool = _key(False, "count the embedding as a layer of the first stage")
     account_for_loss_in_pipeline_split: bool = _key(False, "count output layer and loss as a layer of the last stage")
     context_parallel_size: int = _key(1, "ranks that share each sequence", low=1)
@@ -110,7 +112,7 @@ class TokenizerConfig:
     check_compatibility: bool = _key(True, "refuse a teacher whose vocabulary differs from the student's")
 
 
-_FILES = "str | list[str] | null"  # OmegaConf knows no union with a list: such keys are declared as Any
+_FILES = "str | list[str] | null"  # OmegaConf does not support a union with a list: such keys are declared as Any
 
 
 @dataclass
@@ -204,7 +206,7 @@ class ObjectiveConfig:
 
     name: str = _key(
         "tropd",
-        "the loss; `megatron-tropd train --help-keys objective` says what each is and when to use it",
+        "the loss; `megatron-tropd train --help-keys objective` explains each of them and when to use it",
         tuple(METHODS),
     )
     gate: str | None = _key(None, "trust gate; default: the objective's own", ("bernoulli", "threshold", "soft"))

@@ -50,7 +50,7 @@ def _reduce_scatter_uneven(output, input_list, op=dist.ReduceOp.SUM, group=None,
             output.copy_(total)
 
 
-# Collective -> the place of its list of tensors among the arguments, and what stands in where their sizes differ.
+# Collective -> the place of its list of tensors among the arguments, and the replacement where their sizes differ.
 _UNEVEN = {dist.all_gather: (0, _all_gather_uneven), dist.reduce_scatter: (1, _reduce_scatter_uneven)}
 
 
@@ -140,7 +140,7 @@ def _patch_random_states() -> None:
 
 
 def _patch_backward() -> None:
-    """Keep the mode in force in the backward pass, which runs inside of a handler of it: recomputation needs it."""
+    """Keep the mode active in the backward pass, which runs inside its handler: recomputation needs it."""
     run_backward = torch.autograd._engine_run_backward
 
     def run(*args, **kwargs):
@@ -167,7 +167,7 @@ def apply() -> bool:
     """Make Megatron-Core run on CPU in this process and thread; idempotent; does nothing where CUDA is available.
 
     Returns:
-        Whether the shims are in force.
+        Whether the shims are active.
     """
     global _applied
     if torch.cuda.is_available():

@@ -15,7 +15,7 @@ INPUTS = ("input", "context")  # what an Alpaca or Dolly instruction is about
 REASONS = ("teacher_finish_reason", "finish_reason", "stop_reason")
 OWN = ("id", "messages", "text", "prompt", "answer", "teacher_response", "domain", "tools", "chat_template_kwargs")
 _TOOLS = ("tools", "functions")
-# Of known layouts, not taken as a value of its own:
+# Columns of known layouts that are not used by themselves:
 _BESIDE = {"reward_model", "extra_info", "ability", "data_source", "solution", "label", "history"}
 KNOWN = {*OWN, *_PROMPTS, *ANSWERS, *RESPONSES, *_SYSTEMS, *INPUTS, *REASONS, *_BESIDE, *_TOOLS}
 KNOWN |= {*CHOICES, *CHOICE_ANSWERS}

@@ -43,7 +43,7 @@ class Rows(Protocol):
         """Return the row's line or number in the file, counted from 1."""
 
     def read(self, place: int) -> dict[str, Any]:
-        """Return a row; ValueError says what is wrong with it."""
+        """Return a row; ValueError names what is wrong with it."""
 
     def scan(self) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
         """Yield each place with its row, or with what is wrong with it."""
@@ -63,7 +63,7 @@ def open_data(spec: str | Path | list[str], key: str) -> list[list[Rows]]:
 
 
 def matches(entry: str | Path) -> list[Path]:
-    """Return the paths that a path, perhaps one with `~`, or a glob stands for; none where nothing matches a glob."""
+    """Expand `~` and globs; return the paths, none if nothing matches a glob."""
     path = Path(entry).expanduser()
     if path.exists() or not glob.has_magic(str(entry)):
         return [path]
@@ -259,7 +259,7 @@ class ColumnRows:
             self._data = _guarded(Path(self.path), self.format, lambda: self._table.take(chosen))
 
     def read(self, place: int) -> dict[str, Any]:
-        """Return a row; ValueError says what is wrong with it."""
+        """Return a row; ValueError names what is wrong with it."""
         try:
             return _rows_of(self._data(place, place + 1))[0] if self._data is not None else {}
         except Exception as error:  # what pyarrow raises for a string that is not UTF-8 is a ValueError, too

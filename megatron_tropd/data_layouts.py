@@ -93,7 +93,7 @@ class RowReader:
         return {c for c in columns if c in known or any(name.startswith(f"{c}.") for name in named)}
 
     def read(self, row: dict[str, Any], default_id: str) -> Prompt:
-        """Return the row's Prompt, without tokens; ValueError says what is wrong with the row."""
+        """Return the row's Prompt, without tokens; ValueError names what is wrong with the row."""
         self._plan = self._plans.get(tuple(row)) or self._plan_of(row)
         if self._plan.renamed:
             row = {**row, **{ours: row[theirs] for ours, theirs in self._plan.renamed.items()}}
@@ -138,7 +138,7 @@ class RowReader:
     def _named(self, row: dict[str, Any], source: str) -> Any:
         """Return the value that the first of a source's columns has, None where none has one.
 
-        Of several columns that are not ours, two with unlike values are refused.
+        Two columns of other formats with different values are refused.
         """
         names = self._plan.columns[source]
         if not names:  # of most sources and rows: this runs ten times per row

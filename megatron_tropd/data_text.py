@@ -57,7 +57,7 @@ class TextRows:
         return self._numbers[place] if self.unit == "line" else place + 1
 
     def read(self, place: int) -> dict[str, Any]:
-        """Return a row; ValueError says what is wrong with it."""
+        """Return a row; ValueError names what is wrong with it."""
         start = self._starts[place]
         raw = os.pread(self._file.fileno(), self._ends[place] - start, start)
         try:

@@ -89,7 +89,7 @@ def check_checkpoints(folder: Path, existing: list[Path], size: int, keep: int, 
 
 @contextlib.contextmanager
 def room_or_refusal(temporary: Path, final: Path, needed: int, remedy: str) -> Iterator[None]:
-    """Turn a write that fails for want of room into a UserError, and remove what was written by then.
+    """Turn a write that fails because the disk is full into a UserError, and remove what was written by then.
 
     Args:
         temporary: the folder that is being written.

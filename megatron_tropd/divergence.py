@@ -22,7 +22,7 @@ from megatron_tropd.objectives import kl_terms
 
 @dataclass
 class Divergence:
-    """Which divergence, and what of it is the same for every token."""
+    """A divergence with everything that is the same for all tokens."""
 
     kind: str  # reverse_kl, forward_kl or jsd, as in kernels.full_divergence
     teacher_weight: torch.Tensor | None  # [V/tp, h_teacher]; None but on the student's last stage

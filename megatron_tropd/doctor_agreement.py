@@ -2,7 +2,7 @@
 
 A rank that fails within a check leaves the others waiting in a collective, for half an hour. The ranks therefore agree
 without collectives: each rank writes its result to the store, and a thread on each rank watches the store. If one rank
-reports a failure and others report nothing, or a check takes far too long, rank 0 says so and every process ends.
+reports a failure and others report nothing, or a check takes far too long, rank 0 reports it and every process ends.
 """
 
 from __future__ import annotations

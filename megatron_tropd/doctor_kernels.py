@@ -87,7 +87,7 @@ def _fused_divergence(m: Material, implementation: str) -> list[torch.Tensor]:
 
 
 def _recut(m: Material, implementation: str) -> list[torch.Tensor]:
-    """Cut a vocabulary's shards anew; its reference cuts the whole, which every rank can draw."""
+    """Redistribute vocabulary shards; the reference slices the whole tensor, which every rank can draw."""
     width = _WIDTH - 24
     if implementation != "reference":
         if m.group is None:

@@ -74,7 +74,7 @@ def describe_layout(model: ModelConfig) -> str:
 
 
 def hf_config(model: ModelConfig, layers: int | None = None) -> Any:
-    """Return a Llama configuration that divides as the layout wants; `layers`: how many, default two a chunk."""
+    """Return a Llama configuration that divides as the layout wants; `layers`: how many, default two per chunk."""
     from transformers import LlamaConfig
 
     heads = math.lcm(4, model.tensor_model_parallel_size)

@@ -1,4 +1,4 @@
-"""What a check of `megatron-tropd doctor` says, in one line, and what all of them say together."""
+"""The result of each check of `megatron-tropd doctor`, one line each, and their summary."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def _nccl(environment: Environment) -> Check:
         return Check("NCCL", "ok", environment.nccl)
     if environment.has_cuda:
         return Check("NCCL", "missing", "torch was built without", "install torch's own wheels for CUDA")
-    return Check("NCCL", "missing", "gloo stands in on the CPU", needed=False)
+    return Check("NCCL", "missing", "gloo is used on the CPU", needed=False)
 
 
 def signature(environment: Environment) -> dict[str, str]:

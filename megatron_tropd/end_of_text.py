@@ -35,7 +35,7 @@ class EndOfText:
         return torch.cat([ids, self._tensor(ids.device).expand(*ids.shape[:-1], -1)], dim=-1)
 
     def merge(self, logprobs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Return log-probs [..., j] at `ids`, the event's where an id is one of its own; differentiable.
+        """Return log-probs [..., j] at `ids`, those of the merged EOS event for its ids; differentiable.
 
         Args:
             logprobs: [..., j + e] at `extend(ids)`.

@@ -85,7 +85,7 @@ class _ModelEnds:
 
     named: dict[int, str]  # by its files, with their origins
     turn_end: int | None
-    pieces: dict[int, str] | None  # of its own tokenizer; None: there is none to compare
+    pieces: dict[int, str] | None  # of the model's tokenizer; None: there is none to compare
 
     @property
     def ids(self) -> dict[int, str]:
@@ -143,7 +143,7 @@ def find_turn_end(tokenizer: Tokenizer) -> int | None:
     except Exception:  # whatever a template raises; a prompt that it refuses is named where it is read
         return None
 
-    def place_after(text: str, count: int) -> int:  # templates may begin with thousands of tokens of their own
+    def place_after(text: str, count: int) -> int:  # templates may begin with thousands of fixed tokens
         return bisect.bisect_left(range(len(ids)), count, key=lambda n: tokenizer.decode(ids[:n]).count(text))
 
     whole = tokenizer.decode(ids)
@@ -152,7 +152,7 @@ def find_turn_end(tokenizer: Tokenizer) -> int | None:
     before = reversed(ids[: place_after(_QUESTION, 1)])
     opening = next(([token] for token in before if is_special(tokenizer, token)), [])
     for token in ids[place_after(_ANSWER, whole.count(_ANSWER)) :]:
-        if is_special(tokenizer, token):  # without an end of its own, a turn is followed by the opening of the next
+        if is_special(tokenizer, token):  # without an end token, a turn is followed by the opening of the next
             return None if token in (*opening, tokenizer.bos_id) else token
         if tokenizer.decode([token]).strip():
             break
@@ -197,7 +197,7 @@ def _other_ends(recipe: Recipe, role: str, tokenizer: Tokenizer) -> _ModelEnds |
 
 
 def _agreeing(model: _ModelEnds, role: str, pieces: dict[int, str]) -> dict[int, str]:
-    """Return a model's ids that are the same piece in the run's vocabulary, and say which are not."""
+    """Return a model's ids that are the same piece in the run's vocabulary, and log which are not."""
     agreeing = {}
     for i, origin in model.ids.items():
         if model.pieces is not None and i in pieces and model.pieces.get(i) == pieces[i]:

@@ -1,6 +1,6 @@
 """What a process runs on: versions of packages and whether they import, its GPUs, and its launcher's numbers.
 
-Only the fitness of versions is judged here; `preflight.py` says what a recipe needs of the environment.
+Only versions are judged here; `preflight.py` checks the environment for a recipe.
 
     environment = gather()
     environment.package("flash-attn").importable
@@ -24,7 +24,7 @@ FLASH_ATTN_CAPABILITY = (8, 0)  # least compute capability of a GPU
 
 @dataclass(frozen=True)
 class Requirement:
-    """One line of the table of packages: which versions fit, who needs them, what to do without."""
+    """One line of the table of packages: supported versions, their users, and the fallback."""
 
     name: str  # as its users call it
     distributions: tuple[str, ...]  # the first one installed gives the version
@@ -63,14 +63,14 @@ REQUIREMENTS = (
         "Transformer Engine",
         ("transformer-engine", "transformer_engine"),
         ("transformer_engine.pytorch",),
-        "fused layers and fp8 on CUDA; Megatron's own layers stand in, without fp8",
+        "fused layers and fp8 on CUDA; Megatron's own layers are used otherwise, without fp8",
         "see transformer_engine_remedy",
     ),
     Requirement(
         "flash-attn",
         ("flash-attn",),
         ("flash_attn",),
-        "fast attention of rollouts on CUDA; torch's own stands in",
+        "fast attention of rollouts on CUDA; torch's own is used otherwise",
         f"pip install --no-build-isolation 'flash-attn>={FLASH_ATTN_LEAST}'",
         least=FLASH_ATTN_LEAST,
     ),
@@ -86,7 +86,7 @@ REQUIREMENTS = (
         "Apex",
         ("apex",),
         ("apex.optimizers", "fused_weight_gradient_mlp_cuda"),
-        "fused accumulation of gradients on CUDA; torch's own stands in",
+        "fused accumulation of gradients on CUDA; torch's own is used otherwise",
         "build NVIDIA's from its source, https://github.com/NVIDIA/apex (PyPI's `apex` is another package)",
         counterfeit="PyPI's unrelated package of that name",
     ),
@@ -94,7 +94,7 @@ REQUIREMENTS = (
         "Triton",
         ("triton",),
         ("triton",),
-        "fast kernels on CUDA; chunked ones in plain torch stand in",
+        "fast kernels on CUDA; chunked ones in plain torch are used otherwise",
         "pip install 'triton>=3.2'",
         least="3.2",
     ),

@@ -55,9 +55,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Answer every problem `config.samples` times and count the right answers; collective over all ranks.
 
-    Problems are dealt to the data-parallel ranks, one rank of each replica grades, and the results are shared, so every
-    rank returns the same, whatever the layout. Responses are drawn and end as `rollout` says where `config` says
-    nothing itself, the temperature apart; the engine is asked for rollout.max_batch_size of them at a time. Those drawn
+    Problems are distributed over the data-parallel ranks, one rank of each replica grades, and the results are shared,
+    so every rank returns the same under every layout. Sampling keys that `config` does not set are those of `rollout`,
+    except for the temperature; the engine generates rollout.max_batch_size responses at a time. Those drawn
     from logits that are not finite are refused (`role` is the model's), or warned of with on_nan=skip. `tell` gets the
     progress of this replica as text; without it, rank 0 shows a bar on a terminal.
 

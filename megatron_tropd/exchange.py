@@ -1,6 +1,6 @@
 """Between a student and a teacher of different layouts: a batch's way to the teacher's ranks, and what comes back.
 
-Both models live on the same ranks and take turns, or each on ranks of its own. Each teacher replica scores its share of
+Both models share the same ranks and take turns, or have dedicated ranks. Each teacher replica scores its share of
 the global batch; the scores of the tokens with a loss then travel from the teacher's last stages to the student's last
 stages in one exchange.
 
@@ -28,7 +28,7 @@ _SENT_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a rank stands in one model's layout."""
+    """A rank's coordinates in one model's layout."""
 
     is_last_stage: bool
     tp: int
@@ -72,7 +72,7 @@ class Exchange:
         token_multiple: int = 8,
         wait: Callable[[dist.Work], object] = dist.Work.wait,
     ):
-        """Learn where every rank stands in both layouts.
+        """Gather every rank's coordinates in both layouts.
 
         Args:
             student: the student's process groups, None on ranks without a part of it.
@@ -167,7 +167,7 @@ class Exchange:
         Args:
             payload: [rows, s, channels] of `share.batch` on the teacher's last stage, None elsewhere.
             share: from `distribute`.
-            channels: numbers a token.
+            channels: numbers per token.
             dtype: of the payload.
 
         Returns:

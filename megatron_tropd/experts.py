@@ -1,4 +1,4 @@
-"""What a Hugging Face config says of its experts: Mixtral and Qwen3-MoE; nothing for dense models.
+"""Reads the MoE fields of a Hugging Face config (Mixtral, Qwen3-MoE); dense models have none.
 
 experts = experts_of(hf_config)     # None, or Experts(count=128, per_token=8, ffn=768, ...)
 """
@@ -16,7 +16,7 @@ class Experts:
     count: int  # experts of a layer
     per_token: int  # experts that a token goes to
     ffn: int  # width of an expert
-    layers: tuple[bool, ...]  # for each layer whether it is one of experts
+    layers: tuple[bool, ...]  # for each layer whether it is an MoE layer
     softmax_first: bool  # weights are a softmax over all experts, not over the chosen ones alone
 
 

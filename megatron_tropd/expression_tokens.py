@@ -9,7 +9,7 @@ import re
 
 from megatron_tropd.expressions import UnreadError, UnsureError
 
-_MOST_TOKENS = 300  # a sum of so many terms is as deep a tree, which recursion must bear
+_MOST_TOKENS = 300  # a sum of this many terms makes a tree of that depth, which recursion must bear
 _DEEPEST = 40  # nested braces and parentheses
 _FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "ln", "log", "exp", "lg"} | {
     f"{prefix}{name}" for prefix in ("arc", "a") for name in ("sin", "cos", "tan")

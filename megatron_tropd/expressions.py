@@ -48,7 +48,7 @@ def names(node: Node) -> set[str]:
         return {node[1]} if node[0] == "constant" else set()
     if node[0] == "name":
         return {node[1]}
-    # A logarithm without a base is that to a base of its own, the same in the whole expression.
+    # A logarithm without a base has an unknown base, the same in the whole expression.
     free = {"log base"} if node[0] == "log" and len(node) == 2 else set()
     return reduce(set.union, (names(child) for child in node[1:]), free)
 

@@ -71,7 +71,7 @@ def model_digest(hf_path: str | Path | None, checkpoint: str | Path | None = Non
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """Return what config.json says of the model itself; empty where it cannot be read."""
+    """Return the fields of config.json that define the model; empty where it cannot be read."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

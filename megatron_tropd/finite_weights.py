@@ -93,7 +93,7 @@ def named_gradients(modules: list[torch.nn.Module]) -> Iterator[tuple[str, torch
 
 
 def everywhere(mine: list[str]) -> list[str]:
-    """Return what every rank says, without repetition, in the order of the ranks; collective."""
+    """Return the messages of all ranks, without repetition, in rank order; collective."""
     gathered: list[list[str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     return list(dict.fromkeys(item for part in gathered for item in part or ()))

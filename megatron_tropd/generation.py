@@ -113,7 +113,7 @@ def write_responses(
 ) -> int:
     """Append {"id", "sample", field, "finish_reason", "length", "digests"} per response to `output`; collective.
 
-    Prompts whose responses are all there already are passed over, so a killed run is completed by running it again.
+    Prompts whose responses are complete are skipped, so a killed run is completed by running it again.
     `batch_size` responses at a time on each data-parallel rank are generated and then written. `model` is the digest
     of the model, see `OpenModel.digest`; `role` names it. Returns how many responses were written now.
 

@@ -155,7 +155,7 @@ def find_text(response: str) -> str | None:
 
 
 def plain_text(text: str) -> str:
-    """Return a text without what `exact` passes over: text commands, case, spaces, quotation marks, last full stop."""
+    """Return a text without what `exact` ignores: text commands, case, spaces, quotation marks, last full stop."""
     text = re.sub(r"\\(?:text\w*|math\w+|mbox)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text)).strip().strip("\"'`*$ ").rstrip(".")
     return text.strip().casefold()

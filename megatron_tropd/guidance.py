@@ -104,7 +104,7 @@ class Guidance:
             )
 
     def prefixes(self, prompts: list[Prompt], step: int) -> list[list[int]]:
-        """Return one list of token ids a prompt: the first floor(alpha(step) L_T) of the teacher's L_T tokens.
+        """Return one list of token ids per prompt: the first floor(alpha(step) L_T) of the teacher's L_T tokens.
 
         The response ends in EOS, so that a whole one leaves nothing for the student to write; one that was cut at its
         own token limit has no EOS, and is never whole.

@@ -70,7 +70,7 @@ class HeldOut:
             prompts: tokenized, each with a `teacher_response`; every data-parallel rank gets all of them.
             tokenizer: encodes the responses; no EOS is added, since a response may have been cut by its length.
             student: evaluated as it is at each `measure`.
-            teacher: attached to its model, or on ranks of its own.
+            teacher: attached to its model, or on dedicated ranks.
             divergence: what to measure, with the teacher's output layer.
             micro_batch_size: sequences a forward pass.
             max_response_tokens: responses are cut to this many tokens.

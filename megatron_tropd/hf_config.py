@@ -26,7 +26,7 @@ _EXPERT_SIZES = {
     "mixtral": ("num_local_experts", "num_experts_per_tok"),
     "qwen3_moe": ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"),
 }
-_EXTENDED_BIASES = {"qwen2": "qkv_bias"}  # of the foreign fields, those that say what the architecture does anyway
+_EXTENDED_BIASES = {"qwen2": "qkv_bias"}  # of the foreign fields, those that repeat what the architecture does anyway
 
 
 def load_hf_config(hf_path: str | Path) -> Any:
@@ -51,7 +51,7 @@ def load_hf_config(hf_path: str | Path) -> Any:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """Return what a config.json says; UserError where it cannot be read or is no object."""
+    """Return the content of a config.json; UserError where it cannot be read or is no object."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:

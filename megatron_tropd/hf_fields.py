@@ -15,7 +15,7 @@ UNDERSTOOD_FIELDS = {
     *("classifier_dropout", "hidden_dropout", "n_positions"),  # of heads that are not built, and in error messages
 }
 # Fields of other architectures, with the values at which they change nothing. Where transformers' class of the model's
-# type does not read one, a file that sets it still says that its weights want it.
+# type does not read one, a file that sets it still shows that its weights need it.
 FOREIGN_FIELDS: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1,),
     "rotary_pct": (1,),

@@ -104,7 +104,7 @@ def _no_files(path: Path) -> str:
 
 @dataclass(frozen=True)
 class _View:
-    """Where a tensor lies: in a file under a name of its own, or as a part of a fused one."""
+    """Where a tensor lies: in a file under its own name, or as a part of a fused tensor."""
 
     handle: Any
     stored: str
@@ -134,7 +134,7 @@ class SafetensorsFolder:
 
         Args:
             hf_path: the folder.
-            model_type: of a model of experts: fused ones are then found under the names of single ones.
+            model_type: of an MoE model: fused experts are then found under the names of single ones.
 
         Raises:
             UserError: there are no safetensors files, one of the index is missing, cut short or lacks a tensor, or a

@@ -176,8 +176,8 @@ def save_hf_weights(
 def gather_full(tensor: torch.Tensor, rule: Rule, shape: Shape, groups: ParallelGroups) -> dict[str, torch.Tensor]:
     """Return the whole Hugging Face tensors of a parameter's shard (or of its gradient's), on every rank.
 
-    Of an expert's shard, those of the experts in its place on all expert-parallel ranks. Collective over the tensor-
-    and expert-parallel groups.
+    For an expert's shard, the shards of the corresponding experts on all expert-parallel ranks. Collective over the
+    tensor- and expert-parallel groups.
     """
     if rule.expert is None:
         shards = [tensor] if rule.kind == "replicated" else all_shards(tensor, groups.tp)

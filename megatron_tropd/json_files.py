@@ -16,7 +16,7 @@ _ROOM = "make room, get permission, or give another place"
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    """Write a file whose existence says that it is whole; its folder is made."""
+    """Write a file that is complete whenever it exists; its folder is made."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -31,7 +31,7 @@ def cache_bytes(sequences: int, longest: int, block: int, token_bytes: int) -> i
 
 
 def layout_obstacle(choice: str, pp_size: int, has_experts: bool) -> str | None:
-    """Return why a model in such a layout decodes without CUDA graphs, None if nothing of it speaks against them.
+    """Return why a model in such a layout decodes without CUDA graphs, None if nothing prevents them.
 
     Args:
         choice: `rollout.cuda_graphs`, auto or off.

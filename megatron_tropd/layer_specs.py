@@ -19,7 +19,7 @@ from megatron_tropd.plain_attention import PlainAttention
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with the constructor of Megatron's norms; knows sequence parallelism, unlike WrappedTorchNorm."""
+    """torch's RMSNorm with the constructor of Megatron's norms; WrappedTorchNorm has no sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any):
         """Take `eps` from the caller, dtype and sequence parallelism from `config`."""
@@ -39,7 +39,7 @@ def block_spec(
     """Return the specs of the layers of one pipeline stage, or of one of its virtual stages.
 
     Args:
-        config: of the model; moe_layer_freq says which layers are of experts.
+        config: of the model; moe_layer_freq marks the MoE layers.
         pp_rank: the stage.
         vp_stage: the virtual stage; None without interleaving.
         use_transformer_engine: its layers; else Megatron's local ones.

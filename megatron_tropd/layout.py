@@ -25,7 +25,7 @@ def model_ranks(model: ModelConfig) -> int:
 
 
 def expert_tensor_parallel_size(model: ModelConfig) -> int:
-    """Return how many ranks share each expert's matrices: as many as share the dense ones, if nothing else is said."""
+    """Return how many ranks share each expert's matrices: default: tensor_model_parallel_size."""
     return model.expert_tensor_parallel_size or model.tensor_model_parallel_size
 
 

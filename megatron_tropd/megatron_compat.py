@@ -36,7 +36,7 @@ def unwrap_model(model: Any) -> Any:
 
 
 def keep_adam_step_on_load(optimizer: Any) -> None:
-    """Mend loading of `fully_reshardable` optimizer checkpoints with torch's AdamW.
+    """Fix loading of `fully_reshardable` optimizer checkpoints with torch's AdamW.
 
     Its state holds 'step' beside the moments; Megatron-Core stores the step once for all parameters and then looks for
     it among the loaded tensors of each (KeyError 'step' in 0.16). Here the step set from the common state is kept.
@@ -283,7 +283,7 @@ def run_schedule(
 def save_sharded(state: dict[str, Any], directory: str) -> None:
     """Write a sharded state dict with Megatron's distributed checkpointing, synchronously; collective.
 
-    Megatron hands the writers' results over through a queue in a process of its own, which costs seconds to start and
+    Megatron passes the writers' results through a queue in a separate process, which costs seconds to start and
     outlives a rank that is killed. A synchronous save puts and gets in one process: a plain queue does.
     """
     if filesystem_async._results_queue is None:

@@ -1,7 +1,7 @@
 """Megatron-Core's inference engines, 0.16 to 0.19, with our Sampler in place of their own sampling.
 
 Part of the compatibility layer: nothing else touches the engines' private parts. The engines keep scheduling, paging
-and the forward passes; the controllers below only choose tokens and say which requests end.
+and the forward passes; the controllers below only choose tokens and report which requests end.
 """
 
 from __future__ import annotations

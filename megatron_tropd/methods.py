@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Method:
-    """What a name stands for; None where the recipe's key decides or where the part does not apply."""
+    """The definition of a name; None where the recipe's key decides or where the part does not apply."""
 
     what: str = ""  # the loss, in half a sentence
     when: str = ""  # when one uses it

@@ -45,7 +45,7 @@ class MetricsWriter:
             return
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        # An evaluation bears the number of steps done before it: that of `start` stands, unless the run starts anew.
+        # An evaluation is labelled with the number of steps before it: that of `start` is kept in a resumed run.
         evaluated = start if start else -1
         last_steps = {"metrics": start - 1, "samples": start - 1, "evaluations": evaluated, "answers": evaluated}
         self._files = {name: _open(self._folder / f"{name}.jsonl", last) for name, last in last_steps.items()}
@@ -116,7 +116,7 @@ class MetricsWriter:
 def read_records(path: str | Path) -> list[dict[str, Any]]:
     """Read a JSONL file of records.
 
-    A last line that a killed run left incomplete and blank lines are passed over; of other lines that are no JSON
+    Blank lines, and a last line that a killed run left incomplete, are skipped; for other lines that are no JSON
     object, a warning names the number.
     """
     records = []
@@ -126,7 +126,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
         if record is not None:
             records.append(record)
         elif line.strip() and number < len(lines):
-            logger.warning("%s line %d is damaged and is passed over", path, number)
+            logger.warning("%s line %d is damaged and was skipped", path, number)
     return records
 
 

@@ -4,7 +4,7 @@ Packed, several sequences lie one after the other in the one row of a micro-batc
 batch's padding: what lies behind a sequence's last token with a loss is left out. The loss is that of the padded batch.
 
     split = split_batch(batch, groups, micro_batch_size=4)                      # or max_tokens=16384
-    parts = split.take(scores)                                                  # one a micro-batch
+    parts = split.take(scores)                                                  # one per micro-batch
     whole = split.join(results)                                                 # [b, s, ...] of [1, t/cp, ...] each
 """
 

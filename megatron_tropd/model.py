@@ -1,10 +1,10 @@
 """Hugging Face config to Megatron GPTModel: Llama (2, 3, 3.x), Qwen2 / 2.5, Qwen3, Qwen3-MoE and Mixtral.
 
-What the layers are built of says layer_specs.py. Weights are not initialised here: `convert.load_model_weights` fills
+Layer classes are chosen in layer_specs.py. Weights are not initialised here: `convert.load_model_weights` fills
 every parameter.
 
     hf_config = load_hf_config("models/Llama-3.1-8B")
-    chunks = build_model(hf_config, recipe.student, groups)     # one GPTModel a virtual pipeline stage
+    chunks = build_model(hf_config, recipe.student, groups)     # one GPTModel per virtual pipeline stage
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def build_model(
         overrides: fields of TransformerConfig that go first.
 
     Returns:
-        One GPTModel a virtual pipeline stage (one in all without interleaving), with `true_vocab_size` set to the
+        One GPTModel per virtual pipeline stage (one in all without interleaving), with `true_vocab_size` set to the
         config's vocabulary; its `vocab_size` is padded.
     """
     virtual_size = model.virtual_pipeline_model_parallel_size

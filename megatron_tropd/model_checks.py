@@ -46,7 +46,7 @@ def _check_experts(hf_config: Any, model: ModelConfig, role: str) -> None:
     if role == "student" and model.tensor_model_parallel_size > 1 and not model.sequence_parallel:
         raise UserError(
             f"student.tensor_model_parallel_size={model.tensor_model_parallel_size} of a model with experts needs "
-            "student.sequence_parallel=true: Megatron trains them no other way. Set it."
+            "student.sequence_parallel=true: Megatron requires it for MoE with tensor parallelism. Set it."
         )
     if experts.count % ep:
         raise UserError(

@@ -3,7 +3,7 @@
 guard = NumberGuard(recipe.training, state.guard)           # the dictionary is kept in checkpoints
 result = train_step(..., limits=guard.limits())             # makes no update beyond them
 metrics = guard.observe(step, result, rollouts, models)     # collective where something was wrong
-guard.enforce()                                             # stops the run where the recipe says so
+guard.enforce()                                             # stops the run if the recipe demands it
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_tropd.types import Rollouts
 
 logger = logging.getLogger(__name__)
 
-_LEAST_HISTORY = 5  # steps before a median says what is usual
+_LEAST_HISTORY = 5  # steps before a median is meaningful
 _SHOWN = 6  # tokens or tensors in a message
 
 _WHAT = {

@@ -2,7 +2,7 @@
 
 Plain PyTorch over [..., 1 + k], differentiated by autograd on top of one kernel (kernels/logprobs); a new method is an
 entry in methods.py and a few lines in this file, never a kernel. Formulas: arXiv 2606.01249, sections A (gate), B
-(outliers), C (guidance). Everything off the loss tokens is exactly zero, whatever garbage stands there.
+(outliers), C (guidance). The loss is exactly zero on all other tokens, whatever values they hold.
 
 A log-prob of -inf is no mistake: a teacher may rule a token out, or an API list but its most probable ones. Such a
 token lies outside the trust region, and no part of the loss that would be infinite there is taken.
@@ -26,7 +26,7 @@ from megatron_tropd.types import LOSS_GUIDANCE, LOSS_STUDENT, TeacherScores, Tra
 
 @dataclass
 class TokenDetails:
-    """What one wants to see of single tokens; all [b, s]."""
+    """Values of single tokens for samples and reports; all [b, s]."""
 
     student_logprobs: torch.Tensor
     teacher_logprobs: torch.Tensor
@@ -141,7 +141,7 @@ class Objective:
             divergence: [b, s] of the whole distributions, differentiable; where `self.divergence` names one.
         """
         is_student, is_guidance = batch.loss_kind == LOSS_STUDENT, batch.loss_kind == LOSS_GUIDANCE
-        if self.divergence:  # of distributions: whoever wrote the token
+        if self.divergence:  # over distributions, whichever model wrote the token
             is_student, is_guidance = is_student | is_guidance, torch.zeros_like(is_guidance)
         beta = 1.0 if self.method.data else self.guidance_beta
         given = _floored(torch.where(is_guidance, student_logprobs[..., 0], 0.0))
@@ -273,7 +273,7 @@ def topk_forward_kl(student_logprobs: torch.Tensor, teacher_logprobs: torch.Tens
     tail: one more bucket for all the rest; the exact KL of two (k + 1)-way distributions, never negative.
 
     Tokens to which the teacher gives nothing (fewer than k have any probability) count for nothing, and one to which
-    the student gives nothing counts as one of e^-10000, without a gradient of its own.
+    the student rules out counts as e^-10000, without a gradient.
 
     Raises:
         ValueError: `tail` is none of the three.

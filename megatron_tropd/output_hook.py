@@ -1,4 +1,4 @@
-"""What the output layer of a model says instead of logits: a few numbers a token, on the spot.
+"""Replaces the logits of a model's output layer by a few numbers per token, inside the forward pass.
 
 Teacher and student both use it, in either of two ways. `armed` lets a function read the `[s, b, V/tp]` logits, which
 never leave the last stage's forward pass; `replaced` lets one work on the hidden states, and no logits are made.

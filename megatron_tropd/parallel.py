@@ -1,7 +1,7 @@
 """Process groups: built once from a layout, handed on as objects; the only reader of Megatron's parallel_state.
 
 Works under torchrun (NCCL on CUDA, gloo on CPU) and in a single process without it. The student's groups are
-Megatron's global ones; a teacher of another layout has a collection of its own over the same ranks.
+Megatron's global ones; a teacher of another layout has a separate collection over the same ranks.
 
     groups = initialize(recipe.student, seed=recipe.training.seed)
     model = build_model(hf_config, recipe.student, groups)
@@ -210,7 +210,7 @@ def _start_distributed(backend: str, partition: Partition | None, timeout: datet
 def build_groups(layout: ModelConfig, groups: ParallelGroups, role: str = "teacher") -> ParallelGroups:
     """Return process groups of another layout over all ranks, beside those of `initialize`; collective.
 
-    Ranks are ordered as Megatron orders them: tp, cp, dp, pp (of experts tp, ep, dp, pp), the first varying fastest. A
+    Rank order, fastest first, as in Megatron: tp, cp, dp, pp; for MoE experts: etp, ep, dp, pp. A
     layout of the same sizes gets `groups` itself.
 
     Args:
@@ -290,7 +290,7 @@ def any_rank(here: bool, group: dist.ProcessGroup | None = None) -> bool:
 
 
 def on_rank_zero(action: Callable[[], object]) -> None:
-    """Run `action` on rank 0 between barriers; its failure is raised on every rank, so that none waits for ever.
+    """Run `action` on rank 0 between barriers; its failure is raised on every rank, so that none waits forever.
 
     Raises:
         UserError: rank 0 raised one.

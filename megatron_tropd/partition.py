@@ -26,8 +26,8 @@ from megatron_tropd.errors import UserError
 from megatron_tropd.layout import model_ranks
 from megatron_tropd.methods import trains_on_data
 
-# The other part may take hours to load its weights, to score a batch or to write responses. Where it failed it says so,
-# and where a process died the launcher ends the wait, with all others.
+# The other part may take hours to load its weights, to score a batch or to write responses. If it fails, it reports
+# that; if a process dies, the launcher ends all others.
 _PATIENCE = datetime.timedelta(days=7)
 _GLANCE = datetime.timedelta(seconds=2)  # a wait is interrupted so often, to look whether another process failed
 
@@ -45,7 +45,7 @@ def split_processes(recipe: Recipe) -> Partition | None:
 
 
 def has_dedicated_teacher(recipe: Recipe) -> bool:
-    """Whether the recipe has a teacher at all, on ranks of its own."""
+    """Whether the recipe has a teacher on dedicated ranks."""
     return recipe.teacher.ranks == "dedicated" and not trains_on_data(recipe.objective.name)
 
 
@@ -74,7 +74,7 @@ class Partition:
 
         Args:
             rank: of all processes.
-            student_size: the first so many are the student's.
+            student_size: the number of the student's processes, which come first.
             world_size: of all.
         """
         self.is_teacher = rank >= student_size
@@ -111,7 +111,7 @@ class Partition:
         self.connect()
 
     def fail(self, error: BaseException) -> None:
-        """Tell all other processes what ends this one, so that they do not wait for ever; the first failure counts."""
+        """Tell all other processes what ends this one, so that they do not wait forever; the first failure counts."""
         is_user_error = isinstance(error, UserError)
         failure = [is_user_error, str(error) if is_user_error else f"{type(error).__name__}: {error}"]
         with contextlib.suppress(RuntimeError):  # the store's own process may have died: the launcher ends all

@@ -27,7 +27,7 @@ Model = TypeVar("Model", bound=ModelConfig)
 def layouts(hf: Any, model: Model, gpus: int, node: int = 8, cp: int = 1) -> Iterator[Model]:
     """Yield the layouts of a model that its sizes and the number of GPUs allow: TP within a node, then PP.
 
-    Experts stay whole, and are either on every rank or dealt out over as many ranks of a node as divide them.
+    Experts are never split: they are replicated, or distributed over as many ranks of a node as divide their number.
     """
     experts = experts_of(hf)
     for tp, pp in itertools.product(*[[2**i for i in range(11)]] * 2):
@@ -44,9 +44,9 @@ def layouts(hf: Any, model: Model, gpus: int, node: int = 8, cp: int = 1) -> Ite
             yield found
             continue
         for ep in {1, math.gcd(experts.count, min(node, gpus // pp))}:
-            dealt_out = replace(found, expert_model_parallel_size=ep, expert_tensor_parallel_size=1)
-            if _holds(dealt_out, gpus):
-                yield dealt_out
+            distributed = replace(found, expert_model_parallel_size=ep, expert_tensor_parallel_size=1)
+            if _holds(distributed, gpus):
+                yield distributed
 
 
 def _holds(model: ModelConfig, gpus: int) -> bool:

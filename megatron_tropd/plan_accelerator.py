@@ -47,8 +47,8 @@ class Accelerator:
     layer_seconds_graphed: float = 0.1e-3
     # Once per decode step, never in a graph: the engine's bookkeeping in Python, about 10 synchronisations, sampling.
     step_seconds: float = 2e-3
-    # A decode step is captured for each padded batch size anew in every rollout, since the cache moves: one more eager
-    # step, and the instantiation of some hundred nodes. An estimate.
+    # Each rollout captures a decode step for each padded batch size, because the cache moves: one more eager step, and
+    # the instantiation of some hundred nodes. An estimate.
     capture_seconds: float = 0.5
 
     # A small message's all-reduce within a node, by ranks: NCCL's low-latency protocols over NVLink.

@@ -37,7 +37,7 @@ class Job:
 
     @property
     def apart(self) -> bool:
-        """Whether the teacher has GPUs of its own."""
+        """Whether the teacher has dedicated GPUs."""
         return has_dedicated_teacher(self.recipe)
 
     def gpus_of(self, role: str) -> int:

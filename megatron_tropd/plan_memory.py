@@ -91,12 +91,12 @@ def memory(job: Job) -> Memory:
 
 
 def memories(job: Job) -> list[Memory]:
-    """Return the memory of the fullest pipeline stage; where each model has GPUs of its own, of both."""
+    """Return the memory of the fullest pipeline stage; where each model has dedicated GPUs, of both."""
     stages = {role: getattr(job.recipe, role).pipeline_model_parallel_size for role in ("student", "teacher")}
     if job.apart:
         kinds = [[(f"the {role}'s pipeline stage {i}", {role: i}) for i in range(n)] for role, n in stages.items()]
     else:
-        # Stages of both models are dealt to the same ranks in blocks: rank block i of `count`.
+        # Stages of both models are assigned to the same ranks in blocks: rank block i of `count`.
         count = max(stages.values())
         places = [{role: i * n // count for role, n in stages.items()} for i in range(count)]
         kinds = [[(f"pipeline stage {place['student']}", place) for place in places]]
@@ -203,7 +203,7 @@ def _offloaded(recipe: Recipe) -> tuple[str, ...]:
 
 
 def _once(job: Job, sparse: bool) -> float:
-    """Return the bytes a token of what is held once: a recomputed layer, and gradients within a layer."""
+    """Return the bytes per token of what is held once: a recomputed layer, and gradients within a layer."""
     hf, model = job.student, job.recipe.student
     tp, size = model.tensor_model_parallel_size, BYTES[model.dtype]
     whole = replace(model, recompute=None)

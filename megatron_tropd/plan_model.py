@@ -20,7 +20,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters of one rank: those of experts have data-parallel ranks of their own."""
+    """Parameters of one rank: those of MoE experts have separate data-parallel groups."""
 
     shared: int
     experts: int = 0
@@ -32,13 +32,13 @@ class Parameters:
 
 
 def expert_ranks(model: ModelConfig) -> int:
-    """Return the ranks of one whole set of experts."""
+    """Return the number of ranks that hold one complete set of experts."""
     ranks = model.expert_model_parallel_size * expert_tensor_parallel_size(model)
     return ranks * model.pipeline_model_parallel_size
 
 
 def layer_parameters(hf: Any, model: ModelConfig, sparse: bool) -> Parameters:
-    """Return the parameters of a transformer layer on one rank; `sparse`: it is one of experts."""
+    """Return the parameters of a transformer layer on one rank; `sparse`: it is an MoE layer."""
     h, hd, tp = hf.hidden_size, head_dim(hf), model.tensor_model_parallel_size
     qkv = (hf.num_attention_heads + 2 * hf.num_key_value_heads) * hd // tp
     bias = qkv if has_qkv_bias(hf) else 0
@@ -65,7 +65,7 @@ def stage_layers(layers: int, model: ModelConfig) -> list[int]:
 
 
 def stage_kinds(hf: Any, model: ModelConfig) -> list[Counter[bool]]:
-    """Return for each pipeline stage how many of its layers are of experts (True), and how many are not.
+    """Return for each pipeline stage how many of its layers are MoE layers (True), and how many are dense (False).
 
     An interleaved stage's layers are taken to be adjacent.
     """
@@ -118,12 +118,12 @@ def layer_cache_bytes(hf: Any, model: ModelConfig) -> int:
 
 
 def layer_activations(hf: Any, model: ModelConfig, sequence: int, fused_attention: bool, sparse: bool = False) -> float:
-    """Return the bytes a token that one layer keeps for the backward pass on one rank.
+    """Return the bytes per token that one layer keeps for the backward pass on one rank.
 
     With Transformer Engine: each norm's input and output, q, k, v and the attention's output, both halves of the gated
     product and their result. Megatron's local layers keep fp32 copies in the norms, five tensors in the MLP, and the
     attention's probabilities besides. Experts, evenly chosen, keep one tensor more of the MLP's width, and the tokens
-    sent to them. Selective recomputation keeps of an MLP or of experts their input alone, with Megatron's local layers
+    sent to them. Selective recomputation keeps only the input of an MLP or of MoE experts, with Megatron's local layers
     instead all but what lies inside the attention; full recomputation keeps a layer's input alone.
     """
     tp, size, h = model.tensor_model_parallel_size, BYTES[model.dtype], hf.hidden_size
@@ -149,7 +149,7 @@ def layer_activations(hf: Any, model: ModelConfig, sequence: int, fused_attentio
 
 
 def forward_activations(hf: Any, model: ModelConfig, sequence: int, fused: bool) -> float:
-    """Return the bytes a token that a forward pass without gradient holds at its fullest, in one layer or another.
+    """Return the bytes per token that a forward pass without gradient holds at its fullest, in one layer or another.
 
     In the MLP: residual stream, norms and the whole input, both halves of the gated product, one more, and the result.
     In the attention: queries, keys and values beside the stream; Megatron's local one, besides, two fp32 tensors of

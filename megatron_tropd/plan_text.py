@@ -73,7 +73,7 @@ def _memory_lines(needed: Memory) -> list[str]:
 
 
 def _beside_lines(job: Job) -> list[str]:
-    """Return what NCCL's memory stands for, and the host's memory."""
+    """Return the composition of NCCL's memory, and the host's memory."""
     roles = ("student",) if job.apart else ("student", "teacher")
     groups, peers = nccl_connections(job, roles)
     host = host_memory(job)

@@ -111,7 +111,7 @@ class Work:
 
 
 def work(job: Job, role: str) -> Work:
-    """Return what the passes over a step's tokens take: the teacher's forward, or the student's both."""
+    """Return the cost of the passes over a step's tokens: the teacher's forward pass, or both of the student's."""
     hf, model, gpu = getattr(job, role), getattr(job.recipe, role), job.gpu
     again = int(role == "student" and model.recompute == "full")
     passes = 3 + again if role == "student" else 1  # a backward pass computes twice what a forward pass does

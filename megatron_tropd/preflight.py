@@ -1,6 +1,6 @@
 """What a recipe needs of the machine, checked before process groups are made and weights are read.
 
-Pure functions of a recipe and an `Environment`; every rank of a node comes to the same answer. Contradictions within
+Pure functions of a recipe and an `Environment`; every rank of a node gets the same answer. Contradictions within
 a recipe are `validation.py`'s.
 
     check(recipe, gather())  # raises UserError

@@ -5,7 +5,7 @@ with open_progress("auto", interval=10.0, total=200, steps_done=0) as progress:
     progress.step(0, record)          # a record of metrics.jsonl
     progress.evaluation({"step": 0, "accuracy": 0.3})
 
-All of it goes to standard error, and nothing that happens there, such as a reader who left, ends a run.
+All output goes to standard error. A failure there, such as a closed pipe, never ends a run.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Lines(Progress):
 
 
 def _print(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a reader who left; training goes on
+    with contextlib.suppress(OSError, ValueError):  # a closed pipe; training goes on
         print(text, file=sys.stderr, flush=True)
 
 

@@ -34,7 +34,7 @@ from megatron_tropd.types import Prompt, UserError
 
 logger = logging.getLogger(__name__)
 
-_SMALL = 2000  # sets of up to so many rows are tokenized whole, and keep their tokens
+_SMALL = 2000  # sets of up to this many rows are tokenized at once and keep their tokens
 _LONGEST = 512  # rows of the greatest size among which the longest prompt of a large set is looked for
 _SAMPLE = 32  # rows by which the template's own tokens are measured
 _TEMPLATE_MARGIN = 256  # tokens beyond those, such as a longer header for rare roles
@@ -48,12 +48,12 @@ class PromptEncoder(Protocol):
 
 
 class PromptSet(Sequence):
-    """The usable rows of data files as Prompts; `problems` says what is wrong with the others.
+    """The usable rows of data files as Prompts; `problems` describes the others.
 
     Attributes:
         problems: of rows, by file and line.
         cut: rows whose teacher response was cut at its token limit.
-        duplicates: rows whose prompt stands in an earlier one, too.
+        duplicates: rows whose prompt repeats an earlier one.
         too_long: rows longer than the limit.
         part_lengths: usable rows per entry of the recipe's list of files.
         longest: tokens of the longest prompt; of a large set, of its 512 greatest rows in bytes.
@@ -78,7 +78,7 @@ class PromptSet(Sequence):
             key: of the recipe, which names the files; columns that the recipe names must be there for data.prompts,
                 and are taken where they are there for other files.
             data: `data.*`: columns, assistant_turn, skip_long_prompts, deduplicate.
-            max_tokens: longest prompt; longer ones are problems, or are skipped where `data` says so.
+            max_tokens: longest prompt; longer ones are problems, or are skipped (data.skip_long_prompts).
             require: `answer` or `teacher_response`, which every row must have.
             exact_above: `longest` is exact from here on for large sets, too.
 
@@ -227,7 +227,7 @@ class PromptSet(Sequence):
         self._shape.append(self._shapes.setdefault(shape, len(self._shapes)))
 
     def _prefix(self, rows: Rows) -> str:
-        """Return what stands before a row's number in its id where it has none of its own."""
+        """Return the prefix of the ids of rows without an id."""
         if len(self.files) == 1:
             return ""
         name = Path(rows.path).name

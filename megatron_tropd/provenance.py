@@ -50,7 +50,7 @@ def _earlier_starts(path: Path) -> list[dict[str, Any]]:
 
 
 def describe_start(recipe: Recipe, first_step: int) -> dict[str, Any]:
-    """Return what run.json says of a start."""
+    """Return a start's entry in run.json."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -85,7 +85,7 @@ def _version(package: str) -> str | None:
 def commit() -> str | None:
     """Return the commit of the checkout that runs, with a plus where files differ from it; None outside a checkout."""
     here = Path(__file__)
-    # An installation may lie in somebody else's repository, whose commit says nothing.
+    # An installation may lie inside an unrelated repository, whose commit is meaningless.
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
         return None
     head = _git(here.parent, "rev-parse", "HEAD")

@@ -78,11 +78,11 @@ def refuse_quantised_config(file: Path, raw: dict[str, Any]) -> None:
             if not method and any(settings.get(name) for name in ("load_in_4bit", "load_in_8bit")):
                 method = "bitsandbytes"
         name = _METHODS.get(method.lower().replace("_", "-"), _METHODS.get(method.lower(), method or "unknown"))
-        raise UserError(f"{file} says that the weights are quantised ({key}: {name}). {_REMEDY}")
+        raise UserError(f"{file} declares quantised weights ({key}: {name}). {_REMEDY}")
 
 
 def refuse_quantised_tensors(folder: Path, tensors: Iterable[tuple[str, str]]) -> None:
-    """Raise UserError where names or dtypes (safetensors' names of them) say that weights are quantised."""
+    """Raise UserError where names or dtypes (safetensors' names of them) show that weights are quantised."""
     tensors = list(tensors)
     for ending, method in _ENDINGS.items():
         for name, _ in tensors:

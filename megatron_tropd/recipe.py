@@ -176,7 +176,7 @@ def _read_file(path: Path, chain: tuple[Path, ...]) -> list[tuple[str, Any, str]
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}); mend the file.") from error
+        raise UserError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}); fix the file.") from error
     if not isinstance(content, dict):
         raise UserError(
             f"{path} holds a {type(content).__name__}, expected sections such as `training: {{steps: 10}}`."
@@ -200,7 +200,7 @@ def _flatten(content: dict, source: str, prefix: str = "") -> list[tuple[str, An
 
 
 def _parse_override(text: str) -> tuple[str, Any, str]:
-    """Split `section.key=value`; a value for a text key is taken as it stands, others are read as YAML."""
+    """Split `section.key=value`; a value for a text key is used verbatim, others are read as YAML."""
     import yaml
     from omegaconf import OmegaConf
 
@@ -218,7 +218,7 @@ def _parse_override(text: str) -> tuple[str, Any, str]:
 
 
 def _is_text(field: dataclasses.Field, value: str) -> bool:
-    """Whether a value on the command line is taken as it stands; that of numeric keys with words and a list are not."""
+    """Whether a value on the command line is used verbatim; values of numeric keys with words, and lists, are not."""
     if field.metadata["takes"]:
         return not value.lstrip().startswith("[")
     return "str" in field.type and not field.type.startswith(("list", "dict")) and not field.metadata["words"]
@@ -265,7 +265,7 @@ def _check_stop_strings(key: str, value: list, source: str) -> None:
         elif any("\ud800" <= letter <= "\udfff" for letter in text):
             problem = "holds half of a surrogate pair, which no text has; write the whole character"
         elif text in value[:place]:
-            problem = "stands there twice; keep one"
+            problem = "is listed twice; keep one"
         if problem:
             raise UserError(f"{key} ({source}): stop string {place + 1}, {text!r}, {problem}.")
 
@@ -309,7 +309,7 @@ def _to_recipe(tree: Any) -> Recipe:
         return OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:  # an interpolation ${section.key} that leads nowhere
         raise UserError(
-            f"{error.full_key}: {str(error).splitlines()[0]}; mend the ${{section.key}} it refers to."
+            f"{error.full_key}: {str(error).splitlines()[0]}; fix the ${{section.key}} it refers to."
         ) from error
 
 

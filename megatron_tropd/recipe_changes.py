@@ -21,7 +21,7 @@ from megatron_tropd.recipe import recipe_sections
 
 APPLIED, FIXED, IRRELEVANT, UNKNOWN = "applied", "fixed", "irrelevant", "unknown"
 EFFECTS = {
-    APPLIED: "in force from here on",
+    APPLIED: "applies from here on",
     FIXED: "cannot change within a run",
     IRRELEVANT: "does not matter to what is trained",
     UNKNOWN: "cannot be compared: the checkpoint does not record what was in that place",
@@ -63,7 +63,7 @@ MAY_NOT_CHANGE = {
     "training.use_distributed_optimizer": "the optimizer's state is stored in another format",
 }
 
-# Does not matter to what is trained: where, how fast and in how much memory the same numbers come about.
+# Does not matter to what is trained: where, how fast and in how much memory the same numbers are computed.
 DOES_NOT_MATTER = (
     *("student.*_parallel_size", "student.num_layers_in_*", "student.account_for_*", "student.sequence_parallel"),
     *("student.recompute", "student.verify"),
@@ -160,7 +160,7 @@ def compare(
     """Return what differs, in the order of the recipe's keys.
 
     Args:
-        old: the checkpoint's settings; a key that it lacks had its default. Keys that no longer exist are passed over.
+        old: the checkpoint's settings; a key that it lacks had its default. Keys that no longer exist are ignored.
         new: all settings of the recipe that continues.
         old_contents: digests of the files that the checkpoint's recipe named (fingerprint.recipe_contents).
         new_contents: digests of the files that the recipe names now.

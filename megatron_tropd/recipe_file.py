@@ -48,7 +48,7 @@ def write_recipe(
 
 
 def check_new(path: str | Path, option: str) -> None:
-    """Raise UserError where a recipe cannot be written, or where there is a file already: it may be somebody's work."""
+    """Raise UserError where a recipe cannot be written, or where a file exists already: it is never overwritten."""
     refuse_unwritable(Path(path).parent, f"{option} {path}")
     if Path(path).exists():
         raise UserError(f"{option} {path} exists and is not overwritten: give another name, or move the file away.")

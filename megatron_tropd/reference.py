@@ -26,14 +26,14 @@ _SUM_ROUNDING = 4 * 2.0**-24  # of a layer's two additions to the residual strea
 
 @dataclass(frozen=True)
 class Part:
-    """One comparison: the embedding, a layer or the output. All vectors have one entry a position."""
+    """One comparison: the embedding, a layer or the output. All vectors have one entry per position."""
 
     name: str
     layer: int | None  # in the whole model, from 0
     difference: torch.Tensor  # [s] Megatron against transformers' eager, relative to what the part adds
     excess: torch.Tensor  # [s] the same without what adding to large hidden states must round
     own: torch.Tensor  # [s] sdpa against eager, relative likewise
-    sparse: bool = False  # a layer of experts: rounding may send a token elsewhere
+    sparse: bool = False  # an MoE layer: rounding may route a token to other experts
 
 
 def compare_parts(

@@ -1,4 +1,4 @@
-"""A teacher on ranks of its own: what the student's ranks hold in its place, and what the teacher's ranks do all along.
+"""A teacher on dedicated ranks: the proxy on the student's ranks, and the serving loop on the teacher's.
 
 teacher = RemoteTeacher(partition, Exchange(groups, None, partition.bridge), ...)   # on the student's ranks
 summary = serve(hook, partition)                                                    # on the teacher's

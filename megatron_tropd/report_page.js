@@ -31,7 +31,7 @@ function section(id, title, ...content) {
   return element("section", { id }, element("h2", {}, title), ...content);
 }
 
-const LONG_FACT = 90; // letters that need a line of their own
+const LONG_FACT = 90; // letters that need a separate line
 
 // What one run was, in columns of pairs.
 function factsList(run) {

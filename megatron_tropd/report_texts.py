@@ -1,7 +1,7 @@
 """Responses in a report: samples with their tokens, and graded answers, in a compact form that fits on a page.
 
 Numbers become whole thousandths of a nat, and every distinct text is stored once. A file too large for the page is
-thinned over the steps, except for the first and the last step, and the page says so.
+thinned over the steps, except for the first and the last step, with a note on the page.
 
     pack_samples(folder / "samples.jsonl", notes)      # {"texts": [...], "samples": [...]}, read by report_texts.js
 """

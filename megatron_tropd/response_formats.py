@@ -13,7 +13,7 @@ _APART = ("reasoning_content", "reasoning", "tool_calls", "function_call")
 
 
 def plain_response(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the plain row that `row` stands for, or itself where it has no form that is known here.
+    """Return `row` in the plain format, or unchanged if its format is not known here.
 
     Raises:
         ValueError: a request failed, or the response is not all in its text.

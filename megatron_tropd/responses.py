@@ -36,7 +36,7 @@ class Responses:
         Args:
             spec: a path, a glob or a list of them.
             key: of the recipe, which names the files.
-            columns: `data.columns.*`; those that the files do not have are passed over.
+            columns: `data.columns.*`; those that the files do not have are ignored.
 
         Raises:
             UserError: a file cannot be read, or rows have no id or no response.
@@ -92,7 +92,7 @@ class ResponseReader:
         return RowReader(self.columns).names(columns) | (COLUMNS & set(columns))
 
     def read(self, row: dict[str, Any]) -> tuple[str, str, str | None]:
-        """Return id, text and why it ended; ValueError says what is wrong with the row."""
+        """Return id, text and why it ended; ValueError names what is wrong with the row."""
         if not (self.columns.teacher_response and column_value(row, self.columns.teacher_response) is not None):
             row = plain_response(row)
         name, text = self._value(row, "id"), self._value(row, "teacher_response")

@@ -143,7 +143,7 @@ def _parse(line: str) -> Any:
 def _foreign(output: Path, why: str) -> UserError:
     return UserError(
         f"--output {output} exists and holds more than a model's responses ({why}): it is left as it is. Give another "
-        "output, or mend or move the file."
+        "output, or fix or move the file."
     )
 
 
@@ -174,9 +174,9 @@ def _accept_unmarked(output: Path, records: list[dict[str, Any]], by_id: dict[st
     doubtful = [record["id"] for record in records if record["id"] not in by_id or record["id"].isdecimal()]
     if doubtful:
         raise UserError(
-            f"{output} holds {len(records)} responses of an earlier version, which do not say what they answer, and "
+            f"{output} holds {len(records)} responses of an earlier version, which do not record their prompts, and "
             f"the id {doubtful[0]!r} leaves open whether it is one of these prompts (ids that are line numbers fit any "
-            "file). Give another output; give prompts ids of their own to complete such a file."
+            "file). Give another output; give the prompts ids to complete such a file."
         )
     logger.warning(
         "%s holds %d responses of an earlier version without digests: they are taken to come from this model, these "

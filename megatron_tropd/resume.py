@@ -2,8 +2,8 @@
 
 `prepare` decides from files alone, before a model is built: it compares the checkpoint's recipe with the new one key
 by key (recipe_changes.py), and refuses what cannot be continued. `restore` loads the checkpoint and only then, when
-everything has been accepted, writes recipe.yaml (the recipe now in force) and recipes.jsonl (which one was in force
-from which step on). Each checkpoint holds the recipe that was in force when it was written.
+everything has been accepted, writes recipe.yaml (the current recipe) and recipes.jsonl (which recipe was used
+from which step on). Each checkpoint holds the recipe with which it was written.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def prepare(recipe: Recipe, groups: ParallelGroups, lock: RunLock | None = None)
 
 
 def decide(recipe: Recipe) -> Start:
-    """Decide where a run would begin, from files alone; `prepare` is its collective form, and says what it raises."""
+    """Decide where a run would begin, from files alone; `prepare` is its collective form and documents the errors."""
     folder, checkpoints = Path(recipe.logging.dir), checkpoint_folder(recipe)
     _refuse_foreign_files(folder, checkpoints)
     training = recipe.training
@@ -131,7 +131,7 @@ def decide(recipe: Recipe) -> Start:
         if damaged:
             raise UserError(
                 f"none of the {len(damaged)} checkpoints in {checkpoints} is whole, so the run cannot continue. "
-                "Restore one of them, or start anew with checkpoint.resume=false or another logging.dir."
+                "Restore one of them, or start over with checkpoint.resume=false or another logging.dir."
             )
         return start
     saved = checkpoint.read_state(start.checkpoint)
@@ -203,7 +203,7 @@ def _is_whole_recipe(path: Path) -> bool:
 def restore(
     recipe: Recipe, groups: ParallelGroups, student: Student, source: PromptSource, start: Start
 ) -> checkpoint.TrainingState:
-    """Load the checkpoint to start from, if there is one, and put the recipe in force; collective.
+    """Load the checkpoint to start from, if there is one, and apply the recipe; collective.
 
     Raises:
         UserError: the prompts are not those of the checkpoint, or the checkpoint cannot be read. Then recipe.yaml is
@@ -271,7 +271,7 @@ def _entry(line: str) -> dict[str, Any] | None:
 
 
 def _set_aside(checkpoints: Path) -> None:
-    """Move an earlier run's checkpoints out of the way of a run that starts anew in the same folder.
+    """Move an earlier run's checkpoints out of the way of a run that starts over in the same folder.
 
     A later resume would take the one with the highest step for its own.
     """
@@ -288,7 +288,7 @@ def _set_aside(checkpoints: Path) -> None:
 
 
 def finished_summary(recipe: Recipe, start: Start, groups: ParallelGroups) -> dict[str, Any]:
-    """Return the summary of a run with nothing left to train, written anew where a kill kept it from being written."""
+    """Return the summary of a finished run; write it if a kill prevented that."""
     made: list[dict[str, Any] | None] = [None]
 
     def read() -> None:

@@ -53,7 +53,7 @@ class RolloutEngine:
             config: `rollout.*`: engine, max_batch_size, kv_cache_gb.
             max_sequence_length: the model's context.
             endings: what ends a response, and which of these ids are one event, whose log-prob is then that of all
-                of them; default: what the tokenizer says.
+                of them; default: the tokenizer's.
 
         Raises:
             UserError: the static engine with replicas that share experts.
@@ -66,7 +66,10 @@ class RolloutEngine:
         self.endings = endings or Endings.of(tokenizer)
         self.end = self.endings.end_of_text()
         if self._use_static() and groups.lockstep:
-            raise UserError("rollout.engine=static knows no experts shared by replicas; use rollout.engine=dynamic.")
+            raise UserError(
+                "rollout.engine=static does not support MoE experts that are sharded over replicas; use "
+                "rollout.engine=dynamic."
+            )
         if self._use_static() and groups.cp_size > 1 and not attends_whole_sequences(chunks):
             raise UserError(
                 "rollout.engine=static with context_parallel_size > 1 needs Megatron's local attention: Transformer "

@@ -99,7 +99,7 @@ def set_up(
 
     Args:
         recipe, groups: the whole of it; the student's.
-        partition: where the teacher has ranks of its own, which must come to `build_served_teacher`.
+        partition: where the teacher has dedicated ranks, which must call `build_served_teacher`.
         start: from `resume.prepare`, which is called if it is None.
 
     Raises:

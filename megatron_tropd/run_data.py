@@ -48,7 +48,7 @@ def load_run_data(
         recipe: its data.*, guidance.* and evaluation.*.
         tokenizer: the student's.
         endings: which EOS follows a teacher's response.
-        objective: says whether teacher responses are needed.
+        objective: determines whether teacher responses are needed.
         context: the student's longest sequence, in tokens.
 
     Raises:

@@ -25,7 +25,7 @@ _FILE = ".lock"
 class RunLock:
     """Locks on folders and files, each by a hidden file in or beside it, held by one process.
 
-    A file that a killed run left is not held. File systems without locks are passed over.
+    A file that a killed run left is not held. File systems without locks are ignored.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ def _lock(file: IO[str], what: Path, mode: int) -> None:
     except BlockingIOError:
         file.seek(0)
         raise UserError(
-            f"another command is writing to {what} ({file.read() or 'it does not say which'}). Wait for its end, or "
+            f"another command is writing to {what} ({file.read() or 'unknown'}). Wait for it to end, or "
             f"give another place; if that process is gone with its node, remove {file.name}."
         ) from None
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The teacher of a run: checked before memory is spent, then built on the student's ranks or reached on its own.
+"""The teacher of a run: checked before memory is spent, then built on the student's ranks, or reached on its dedicated ones.
 
 files = check_teacher(recipe, tokenizer)
 teacher = build_teacher(recipe, groups, teacher_groups, files, objective, tokenizer.vocab_size)
@@ -79,9 +79,9 @@ def open_teacher(
         recipe: its `teacher.*` and `objective.*`.
         groups: the student's.
         teacher_groups: the teacher's over the same ranks; the student's own where the layouts are the same.
-        partition: where the teacher has ranks of its own.
+        partition: where the teacher has dedicated ranks.
         files: from `check_teacher`.
-        objective: says how many of the most probable tokens to score.
+        objective: determines how many of the most probable tokens are scored.
         vocab_size: true vocabulary size.
     """
     if partition is None:

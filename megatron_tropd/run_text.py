@@ -1,4 +1,4 @@
-"""What a training run says of itself: a block before its first step, and a table with the next commands at its end.
+"""The text of a training run: a block before its first step, and a table with the next commands at its end.
 
 for name, text in start_block(run, record_start(...)): ...
 print(end_text(recipe, summary, command))
@@ -91,7 +91,7 @@ def _interval(recipe: Recipe) -> str:
 
 
 def _memory(run: Run) -> str:
-    """Return the planned peak beside what is free, models and optimizer as they stand now included."""
+    """Return the planned peak and the free memory, which includes what this process has allocated."""
     planned = _planned_gb(run)
     if run.groups.device.type == "cuda":
         free = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / 1e9

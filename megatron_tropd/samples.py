@@ -30,7 +30,7 @@ def sample_records(
         rollouts: this rank's samples.
         details: of this rank's batch, whose first rows are the rollouts; None without a teacher.
         tokenizer: decodes prompt and tokens.
-        count: at most so many.
+        count: largest number of records.
         scores: the teacher's of this rank's batch, for its most probable tokens.
     """
     rows = min(count, len(rollouts))
@@ -63,7 +63,7 @@ def _record(
     for position in range(start, rollouts.lengths[row]):
         token: dict[str, Any] = {"text": _text(tokenizer, sequence[position]), "kind": "guidance"}
         if position >= prefix_end and numbers is not None:
-            # Position t of a score speaks of token t + 1.
+            # The score at position t belongs to token t + 1.
             token |= {name: values[position - 1] for name, values in numbers.items()}
             token["kind"] = "trust" if token["weight"] >= 0.5 else "outlier"
             if logprobs := token.pop("alternative_logprobs", None):
@@ -87,7 +87,7 @@ def answer_records(step: int, graded: list[dict[str, Any]], problems: list[Promp
         step: the number of steps done before the evaluation.
         graded: the evaluation's samples, in the problems' order.
         problems: what was asked.
-        count: at most so many problems, the first sample of each; the same ones at every evaluation.
+        count: largest number of problems, the first sample of each; the same problems at every evaluation.
     """
     asked = {problem.id: _asked(problem) for problem in problems[:count]}
     first: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""Drawing tokens from logits, and following each response until it ends; knows no inference engine.
+"""Draws tokens from logits and follows each response until it ends; independent of the inference engine.
 
 A token is the inverse of the cumulative distribution at a uniform that depends on (seed, step, sample id, position)
 alone, so the responses do not depend on the batch, on its order or on the parallel layout. The probabilities are taken
@@ -30,7 +30,7 @@ def draw(
     top_p: float = 1.0,
     end: EndOfText | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token a row.
+    """Draw one token per row.
 
     Args:
         logits: [n, v] of any floating dtype, v the true vocabulary.
@@ -77,7 +77,7 @@ def _draw_rows(
 def keep_top(probabilities: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     """Return `probabilities` [n, v] with zeros outside the top-k and, of these renormalised, outside the nucleus top_p.
 
-    The result is not renormalised. At least one token a row stays.
+    The result is not renormalised. At least one token per row stays.
     """
     k = min(top_k, probabilities.size(-1)) if top_k > 0 else probabilities.size(-1)
     top, ids = probabilities.topk(k, -1)
@@ -106,7 +106,7 @@ class Response:
 
 
 class Sampler:
-    """Draws the next token of any subset of responses and says which of them end with it."""
+    """Draws the next token of any subset of responses and reports which of them end with it."""
 
     def __init__(
         self,

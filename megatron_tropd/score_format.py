@@ -1,4 +1,4 @@
-"""How a token's scores travel: one row of int32 numbers, in which fp32 numbers and hidden states lie as their bits.
+"""Packs a token's scores into one int32 row for communication; fp32 numbers and hidden states are stored as bits.
 
 One tensor is one exchange. Both ends know the format; rows of tokens without a loss are never sent.
 

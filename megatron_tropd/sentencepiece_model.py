@@ -19,7 +19,7 @@ _KEEP_ALL_SPACES = b"\x1a\x04\x18\x00\x20\x00"
 
 
 class PieceModel:
-    """Encodes and decodes under two rules: a text of its own, or one that continues another.
+    """Encodes and decodes under two rules: a separate text, or one that continues another.
 
     Attributes:
         processor: sentencepiece's own.
@@ -40,7 +40,7 @@ class PieceModel:
             path: the file.
             added: ids of further texts, each parsed as one id; they take precedence over the file's pieces.
             visible: those of the added ids that are ordinary text, which `decode` shows.
-            legacy: what follows a single id starts a text of its own (transformers' flag of this name).
+            legacy: what follows a single id starts a new text (transformers' flag of this name).
 
         Raises:
             UserError: it is not a sentencepiece model.

@@ -1,4 +1,4 @@
-"""What the student's output layer says in training: a few numbers a token, instead of logits, that the objective reads.
+"""The student's outputs in training: the few numbers per token that the objective reads, in place of logits.
 
 with read_student(student, batch, scores, objective, config):
     output = model(...)                                         # [b, s, 1 + k + 1], or one more with a divergence

@@ -131,7 +131,7 @@ class TeacherHook:
         Args:
             batch: the student replica's; None on ranks without a part of the student.
             micro_batch_size: rows a forward pass.
-            max_tokens: pack sequences into forward passes of about so many tokens instead; None: no packing.
+            max_tokens: pack sequences into micro-batches of at most this many tokens instead; None: no packing.
 
         Returns:
             TeacherScores of the whole batch on the student's last pipeline stage, None on the others. Rows and

@@ -194,7 +194,7 @@ def open_tokenizer(config: TokenizerConfig, model: ModelConfig, hf_path: str | P
 
 
 def describe_check(folder: str | Path) -> str:
-    """Read a Hugging Face folder's tokenizer and say by what its ids were checked.
+    """Read a Hugging Face folder's tokenizer and report how its ids were checked.
 
     Raises:
         UserError: it cannot be read.
@@ -284,7 +284,7 @@ def _open_once(path: Path) -> tuple[Any, bool]:
     files = [*matching_files(path, TOKENIZER_FILES), *matching_files(path, ["config.json"])]
     states = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns, stat.st_ino) for file in files]
     opened, is_misread = _opened(path, tuple(states))
-    return copy.copy(opened), is_misread  # each with a chat template of its own
+    return copy.copy(opened), is_misread  # each with its own chat template
 
 
 @functools.lru_cache(maxsize=2)

@@ -16,7 +16,7 @@ _OPENED = re.compile(r"<(\w{1,20})>\s*(</\1>\s*)?\Z")
 
 
 class Tokenizer:
-    """What the stages need of a tokenizer; subclasses say where the pieces come from.
+    """The tokenizer interface of all stages; subclasses provide the pieces.
 
     Attributes:
         vocab_size: ids 0 .. vocab_size - 1 are the true vocabulary: no id above carries probability in either model.

@@ -35,8 +35,8 @@ class FolderTokens:
         named: bos_token, eos_token and so on.
         listed: further special tokens.
         added: id and flags of added tokens by text, as added_tokens_decoder and added_tokens.json give them.
-        adds_bos: `add_bos_token`, None where nothing is said.
-        legacy: whether every part after a special token starts a text of its own.
+        adds_bos: `add_bos_token`, None where it is not set.
+        legacy: whether every part after a special token starts a new text.
     """
 
     named: dict[str, str] = field(default_factory=dict)
@@ -157,7 +157,7 @@ def _warn_of_new_rows(folder: Path, tokens: FolderTokens, file: Any) -> None:
 def _difference(
     compare: Callable[[Any, Any], str | None], reference: Any, tokenizer: Any, error: Exception | None
 ) -> str | None:
-    """Return what `compare` says, or why a tokenizer could not be read or does not work; None if all is the same."""
+    """Return the result of `compare`, or why a tokenizer cannot be read or used; None if they are the same."""
     if tokenizer is not None:
         try:
             return compare(reference, tokenizer)

@@ -46,7 +46,7 @@ def _parts(text: str) -> tuple[dict[str, Any], str]:
 
 
 def _model(text: str) -> dict[str, Any]:
-    """Return a model in the one form that its saved forms stand for."""
+    """Return a model in its canonical form."""
     model = json.loads(text)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
     return {**{key: value or None if key in _EMPTY else value for key, value in model.items()}, "merges": merges}

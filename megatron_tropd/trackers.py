@@ -134,7 +134,7 @@ class _Mlflow:
         from mlflow import MlflowClient
 
         config = recipe.logging.mlflow
-        # MLflow 3.7 and newer take a folder, which needs no database, only where one says so; the recipe does.
+        # MLflow 3.7 and newer accept a folder, which needs no database, only with this variable.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         self._client = MlflowClient(config.tracking_uri)
         self.id = run_id or self._begin(config.experiment, config.name or folder.name, recipe)

@@ -189,7 +189,7 @@ def train_step(
         config: `objective.*` of the recipe (temperature and kernel are read here).
         step: global step, an argument of the gate's random numbers.
         micro_batch_size: rows a forward pass.
-        max_tokens: pack sequences into forward passes of about so many tokens instead; None: no packing.
+        max_tokens: pack sequences into micro-batches of at most this many tokens instead; None: no packing.
         limits: the same on all ranks.
 
     Returns:
@@ -229,11 +229,11 @@ def train_step(
 def _update(student: Student, result: StepResult, limits: Limits) -> bool:
     """Step the optimizer unless a number is out of order; set the result's norm and problem. Returns whether it did.
 
-    All ranks decide alike: they agreed on what `reduce_reports` says, and the norm is of the whole model.
+    All ranks decide alike: `reduce_reports` and the norm are global.
     """
     is_float16 = student.modules[0].config.fp16
     result.problem = result.first_bad_stage or ("loss spike" if result.loss > limits.loss else None)
-    if result.problem is not None:  # before a loss scale takes it for an overflow of its own
+    if result.problem is not None:  # before the loss scaler treats it as an overflow
         return False
 
     def accept(norm: float) -> bool:

@@ -8,7 +8,7 @@ Shapes, in Megatron's dialect (all local to a rank unless said otherwise):
     tp, pp, cp, dp   parallel sizes
 
 A *sequence* is  prompt | teacher prefix (guidance, may be empty) | student tokens.  Token tensors are [b, s];
-position t of `labels`, `loss_kind`, `old_logprobs` and every score speaks of the token that position t predicts, i.e.
+position t of `labels`, `loss_kind`, `old_logprobs` and every score refers to the token that position t predicts, i.e.
 of tokens[t + 1].
 """
 
@@ -61,7 +61,7 @@ class Sampling:
 
 @dataclass
 class Rollouts:
-    """Responses of one data-parallel rank, one entry a sample; the same on all its model-parallel ranks.
+    """Responses of one data-parallel rank, one entry per sample; the same on all its model-parallel ranks.
 
     For sample i: tokens[i][: prompt_lengths[i]] is the prompt, the next prefix_lengths[i] the teacher's prefix, the
     rest (lengths[i] in all) the student's own; logprobs[i] are π_old of the student's own tokens, in order, at the
@@ -117,7 +117,7 @@ class TrainingBatch:
 class TeacherScores:
     """What the student's loss needs of the teacher, aligned with TrainingBatch.labels.
 
-    Lives on the last pipeline stage only; other stages hold None in its place.
+    Lives on the last pipeline stage only; other stages hold None.
     """
 
     logprobs: torch.Tensor  # [b, s] fp32, log π_T(labels)

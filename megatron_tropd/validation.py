@@ -78,7 +78,7 @@ def _check_ranks(model: TeacherConfig) -> None:
     if model.ranks == "shared" and model.replicas > 1:
         raise UserError(
             f"teacher.replicas={model.replicas} needs teacher.ranks=dedicated: on shared ranks the number of processes "
-            "says how many replicas there are. Set the one or remove the other."
+            "determines the number of replicas. Set the one or remove the other."
         )
     if model.ranks == "dedicated" and model.offload:
         raise UserError(

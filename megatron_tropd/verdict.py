@@ -13,7 +13,7 @@ from megatron_tropd.reference import Part
 _OWN = 24  # times transformers' own rounding is rounding, too
 _OWN_MOST = 100  # but never more than this many times the bound
 _NEAR = 60  # times transformers' own rounding may still be rounding
-_FLIPS = 0.01  # of the positions, in layers of experts, where rounding may choose other experts
+_FLIPS = 0.01  # of the positions, in MoE layers, where rounding may route to other experts
 
 
 @dataclass(frozen=True)

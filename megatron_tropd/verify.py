@@ -126,13 +126,13 @@ def verify_model(
 
 
 def verify_before_training(model: ModelConfig, groups: ParallelGroups, role: str) -> None:
-    """Verify a model that is read from `hf_path`, unless `verify` is off, and say what was; collective."""
+    """Verify a model that is read from `hf_path`, unless `verify` is off, and log the result; collective."""
     if model.checkpoint is None and model.verify == "auto":
         try:
             verdict = verify_model(model.hf_path, model, groups)
         except UserError as error:
             raise UserError(f"{error} {role}.verify=off leaves this comparison out.") from error
-        if groups.rank == 0:  # of its part of the job: a teacher on ranks of its own logs nothing but errors
+        if groups.rank == 0:  # of its part of the job: a teacher on dedicated ranks logs only errors
             print(f"{role}: {verdict}", file=sys.stderr, flush=True)
 
 

@@ -115,7 +115,7 @@ def test_unknown_keys_name_the_nearest_and_the_file(tmp_path):
         ("guidance.start=1.5", "expected at most 1"),
         ("training.lr=nan", "expected a finite number"),
         ("rollout.stop=x", "expected list[str]"),
-        ("teacher.hf_path=${student.nothing}", "mend the ${section.key}"),
+        ("teacher.hf_path=${student.nothing}", "fix the ${section.key}"),
         ("training.lr=[1", "not valid YAML"),
         ("training.max_tokens_per_micro_batch=0", "expected at least 1"),
         ("training.max_tokens_per_micro_batch=-5", "expected at least 1"),

@@ -26,7 +26,7 @@ def clean(monkeypatch):
 
 
 def train_rank(overrides):
-    """Train; return what was in force as the models were built."""
+    """Train; return the settings that were active when the models were built."""
     from megatron_tropd import load_recipe
 
     loop = importlib.import_module("megatron_tropd.train")

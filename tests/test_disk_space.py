@@ -19,7 +19,7 @@ from megatron_tropd.errors import UserError
 
 @contextlib.contextmanager
 def small_disk(size: str):
-    """Yield a folder on a disk of its own."""
+    """Yield a folder on a separate disk."""
     with tempfile.TemporaryDirectory() as folder:
         mounted = subprocess.run(
             ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True
@@ -60,7 +60,7 @@ def test_field_cases_b16_a_disk_too_small_is_foreseen(material):
 
 
 def fill_up_rank(overrides, disk):
-    """Train; after the first checkpoint somebody else takes what is left of the disk, but for 300 kB."""
+    """Train; after the first checkpoint another program fills the disk, except for 300 kB."""
     import shutil
 
     from megatron_tropd import checkpoint

@@ -86,7 +86,7 @@ def _generate_to_the_brim(folder, rounder):
 
 
 def test_a_full_step_fits_into_buffers_padded_as_on_cuda(folder):
-    """130 tokens a step at most, which pad to 192 where tokens are rounded up to 64."""
+    """130 tokens per step at most, which pad to 192 where tokens are rounded up to 64."""
     plain, padded = (run_distributed(_generate_to_the_brim, 1, folder, rounder)[0] for rounder in (4, 64))
     assert plain == padded
 

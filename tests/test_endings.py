@@ -108,7 +108,7 @@ def test_another_tokenizer_brings_its_ids_and_the_students_stay(tmp_path):
     assert found.event == (2, 7, 9, END)
     for file in (tmp_path / "student").glob("*token*"):
         file.unlink()
-    alone = _find(tmp_path, path)  # without one of its own, the recipe's is the student's
+    alone = _find(tmp_path, path)  # without a tokenizer in the recipe, it is the student's
     assert (alone.eos, alone.event) == (found.eos, found.event)
 
 

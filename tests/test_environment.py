@@ -11,7 +11,7 @@ import pytest
 
 from megatron_tropd.environment import REQUIREMENTS, Environment, Package, gather, misfit, remedy
 
-# Run in a process of its own: what imports depends on what was imported before.
+# Run in a separate process: what imports depends on what was imported before.
 HIDE = """
 import sys
 class Hiding:

@@ -1,4 +1,4 @@
-"""Between unlike layouts: every score reaches the rank and the place that it speaks of; weights are cut anew."""
+"""Between different layouts: every score reaches its rank and position; weights are resharded."""
 
 import os
 

@@ -17,7 +17,7 @@ TP2 = [f"{role}.tensor_model_parallel_size=2" for role in ("student", "teacher")
 
 
 def plant(target: str, marker: Path) -> None:
-    """Make `module.function` fail on rank 1, and the destruction of groups wait for ever, as NCCL's does then."""
+    """Make `module.function` fail on rank 1, and the destruction of groups wait forever, as NCCL's does then."""
 
     def fail(*_, **__):
         raise RuntimeError("planted")
@@ -81,7 +81,7 @@ def test_a_caller_of_train_gets_the_exception(material, tmp_path):
 
 
 def apart_rank(overrides: list[str], target: str, marker: Path) -> None:
-    """The teacher's process lives on after its failure: nothing but its word can tell the student."""
+    """The teacher's process lives on after its failure: only its message can tell the student."""
     try:
         library_rank(overrides, target, marker)
     except RuntimeError:

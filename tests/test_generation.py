@@ -15,7 +15,7 @@ from megatron_tropd.types import Prompt, Sampling
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two models and prompts, with ids of their own and without."""
+    """Two models and prompts, with ids and without."""
     folder = tmp_path_factory.mktemp("generation")
     write_model(folder / "model", "llama", seed=1)
     write_model(folder / "other", "llama", seed=2)

@@ -22,7 +22,7 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess:
 
 
 def figures(output: Path) -> dict[str, dict]:
-    """Return the stages of the summary, each of which has a file of its own as well."""
+    """Return the stages of the summary, each of which has a separate file as well."""
     stages = {stage["stage"]: stage for stage in json.loads((output / "summary.json").read_text())["stages"]}
     assert stages == {name: json.loads((output / f"{name}.json").read_text()) for name in stages}
     return stages

@@ -1,4 +1,4 @@
-"""The held-out divergence: against float64 transformers models under unlike layouts; what a file must hold."""
+"""The held-out divergence: against float64 transformers models under different layouts; what a file must hold."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ def missing_rank():
 
 
 def test_ranks_begin_with_everything_preloaded():
-    """The fork server passes over what it cannot import, and every rank would then try again."""
+    """The fork server skips what it cannot import, and every rank would then try again."""
     assert run_distributed(missing_rank, 1) == [[]]
 
 

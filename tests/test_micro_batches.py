@@ -28,7 +28,7 @@ def test_bins_are_as_many_as_asked_and_about_equal():
 
 
 def test_bins_that_would_overflow_when_equal_are_filled_one_after_the_other():
-    lengths = [6, 5, 5, 4, 4, 4, 2]  # dealt out evenly 16 and 14
+    lengths = [6, 5, 5, 4, 4, 4, 2]  # distributed evenly 16 and 14
     assert spread(lengths, 16, 2) == [[0, 3, 4, 6], [1, 2, 5]]
     assert spread(lengths, 15, 3) != spread(lengths, 15, 2) == first_fit(lengths, 15)
 

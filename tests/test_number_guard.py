@@ -27,7 +27,7 @@ MARK = "~"  # in the prompt p3 alone
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
-    """A student and a teacher with output layers of their own, and prompts of which one holds MARK."""
+    """A student and a teacher with untied output layers, and prompts of which one holds MARK."""
     folder = tmp_path_factory.mktemp("material")
     write_model(folder / "student", "llama", seed=1)
     write_model(folder / "teacher", "llama", seed=2, hidden_size=64)
@@ -133,7 +133,7 @@ def test_field_cases_b8_a_token_that_is_nan_names_model_rank_and_sample(role, na
     )
     stage = "the teacher's scores" if role == "teacher" else "the student's log-probs as it wrote its responses"
     assert error.startswith(f"step 0: NaN or infinity in {stage}, ")
-    # Prompt 3 with two samples a prompt: its samples are 6 and 7, whatever the layout; of row 6, micro-batch 3.
+    # Prompt 3 with two samples per prompt: its samples are 6 and 7, whatever the layout; of row 6, micro-batch 3.
     # The last stage's rank; with context parallelism the one whose share holds the tokens.
     rank = 1 if name == "cp2" or "pp2" in name or name == "interleaved" else 0
     assert f"rank {rank}, micro-batch {'' if name == 'packed' else '3, '}" in error

@@ -7,7 +7,7 @@ from helpers import assert_close
 from megatron_tropd import paged_attention
 from megatron_tropd.paged_attention import flash_attn_varlen_func, flash_attn_with_kvcache
 
-SIZE, KV_HEADS, WIDTH = 4, 2, 8  # tokens a block, key/value heads, head width
+SIZE, KV_HEADS, WIDTH = 4, 2, 8  # tokens per block, key/value heads, head width
 
 
 def _paged(lengths, dtype=torch.float32, seed=0):

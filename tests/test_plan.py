@@ -198,7 +198,7 @@ def test_where_nothing_fits_as_it_is_host_memory_and_then_context_parallelism_ar
     apart = load_recipe("llama_70b_to_8b", [*large, "teacher.ranks=dedicated"])
     found = proposals(Job(*configs, apart, gpus=16, gpu=Accelerator(memory_gb=48)))
     assert found
-    assert not any(job.recipe.teacher.offload for job, *_ in found)  # on GPUs of its own
+    assert not any(job.recipe.teacher.offload for job, *_ in found)  # on dedicated GPUs
     assert main(["plan", "llama_70b_to_8b", *large, "--gpus", "1"]) == 1
     assert "no layout fits 1 GPUs of 80 GB" in capsys.readouterr().out
 

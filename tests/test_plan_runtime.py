@@ -1,4 +1,4 @@
-"""A plan's memory beside tensors, of GPU and host, held against sums by hand."""
+"""A plan's memory beside tensors, of GPU and host, compared with sums by hand."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def test_each_process_group_has_nccl_buffers():
     assert nccl_connections(job_of(), BOTH) == (3, 0)
     # The same on 16: data parallel, too.
     assert nccl_connections(job_of(gpus=16), BOTH) == (4, 0)
-    # A teacher of TP=4 and PP=2: tensor, pipeline and model parallel of its own.
+    # A teacher of TP=4 and PP=2: separate tensor, pipeline and model parallel groups.
     teacher = ("teacher.tensor_model_parallel_size=4", "teacher.pipeline_model_parallel_size=2")
     assert nccl_connections(job_of(*teacher), BOTH) == (6, 0)
     # A teacher of TP=4 is two replicas, each of which sends scores to the one student: one peer besides itself.

@@ -4,7 +4,7 @@ Published figures, read on 2026-11-26 (all on H100s with 80 GB):
 - NeMo-RL, tests/test_suites/llm/distillation-qwen3-32b-to-1.7b-base-1n8g-megatron-tp2pp2cp2-pack.sh: bounds of a
   nightly test, so the truth is below them; vLLM writes with TP=1; responses end when they end.
 - Model-Optimizer, examples/pruning/minitron/NVIDIA-Nemotron-Nano-9B-v2/README.md: 600 GPU hours per 1,000 steps of
-  768 x 8,192 tokens. Its models are Mamba hybrids: dense ones of as many parameters stand in for them.
+  768 x 8,192 tokens. Its models are Mamba hybrids: dense models with as many parameters replace them.
 - NeMo-RL, docs/about/performance-summary.md: GRPO of Qwen3-30B-A3B, 192 s per step on 32 GPUs; the policy scores its
   own responses, as the teacher here; mean length 3,203 of at most 4,096 tokens.
 """

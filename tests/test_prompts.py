@@ -11,7 +11,7 @@ from megatron_tropd.types import Prompt
 
 
 class _WordTokenizer:
-    """One token a word."""
+    """One token per word."""
 
     def encode_prompt(self, prompt):
         text = prompt.text if prompt.text is not None else " ".join(m["content"] for m in prompt.messages)

@@ -70,4 +70,4 @@ def test_the_commit_is_that_of_the_package_only(tmp_path, monkeypatch):
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     (tmp_path / "provenance.py").write_text("")
     monkeypatch.setattr("megatron_tropd.provenance.__file__", str(tmp_path / "provenance.py"))
-    assert commit() is None  # installed into somebody else's repository
+    assert commit() is None  # installed into an unrelated repository

@@ -87,7 +87,7 @@ def test_a_refusal_names_every_key_with_its_reason_and_the_remedy():
     assert "training.optimizer: adam -> sgd" in message
     assert "training.lr" not in message
     assert "another logging.dir" in message
-    assert "training.lr: 5e-06 -> 1.0 (in force from here on)" in describe(found)
+    assert "training.lr: 5e-06 -> 1.0 (applies from here on)" in describe(found)
     refuse([change for change in found if change.kind != FIXED], "nothing")
 
 

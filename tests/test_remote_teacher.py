@@ -1,4 +1,4 @@
-"""A teacher on ranks of its own against the float64 model: scores, hidden states, its output layer in new shards."""
+"""A teacher on dedicated ranks against the float64 model: scores, hidden states, its output layer in new shards."""
 
 import os
 

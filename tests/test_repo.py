@@ -180,7 +180,8 @@ def test_kernels_import_nothing_of_ours():
 
 
 def test_lowest_modules_import_only_each_other():
-    lowest = {"megatron_tropd.errors", "megatron_tropd.types", "megatron_tropd.config", "megatron_tropd.counter_rng"}
+    names = ("errors", "types", "methods", "config", "counter_rng")
+    lowest = {f"megatron_tropd.{name}" for name in names}
     for module in lowest:
         assert set(_own_imports(PACKAGE[module])) <= lowest, module
 
@@ -201,7 +202,7 @@ def test_imports_have_no_cycle():
 
 
 def test_stages_do_not_know_the_loop():
-    top = {f"megatron_tropd.{name}" for name in ("cli", "commands", "train", "run", "__main__")}
+    top = {f"megatron_tropd.{name}" for name in ("cli", "commands", "train", "run", "run_text", "__main__")}
     for module, file in PACKAGE.items():
         if module not in top | {"megatron_tropd"} and not module.startswith("megatron_tropd.cli_"):
             assert not top & set(_own_imports(file)), module
@@ -239,3 +240,50 @@ def test_nothing_speaks_of_one_machine():
     for file in _files(".py", ".md", ".sh", ".yaml", ".toml", ".json", ".txt"):
         found = paths.search(_read(file))
         assert not found, f"{file}: {found[0]}"
+
+
+# Plain English: pattern -> what to write instead. The field's terms are what readers search for.
+_UNITS = (
+    "token|rank|replica|step|row|sample|prompt|micro-batch|position|call|chunk|stage|GPU|node|virtual pipeline stage"
+)
+_AMOUNTS = "one|two|three|four|five|ids?|numbers?|lines?|objects?|bytes|ranks|rows|tokens?|entry|once|GPTModel|KiB"
+PLAIN = {
+    rf"\b({_AMOUNTS}) an? ({_UNITS})\b(?!'s| of the| may)": "per",
+    r"\b(of|on|under) (its|their|his) own\b(?! \w)": "its own NOUN, dedicated or separate",
+    r"\b(ranks|GPUs|processes|process|file|store|limit) of (its|their) own\b": "dedicated or separate",
+    r"\b[Mm]end(s|ed|ing)?\b": "fix",
+    r"\b[Aa]new\b": "again, or start over",
+    r"\bpass(es|ed)? over (what|it|them|lines|files|prompts)\b": "skip",
+    r"\b(is|are|were|was) passed over\b": "skipped",
+    r"\bfor ever\b": "forever",
+    r"\bby halves\b": "partly",
+    r"\bheld against\b": "compared with",
+    r"\b(layers?|eps|model) of experts\b": "MoE",
+    r"\bdealt (out|to|over)\b": "distributed",
+    r"\b[Uu]nlike (layouts|values|numbers|sizes)\b": "different",
+    r"\b(speaks?|spoken) of (the|a|one|token|its)\b": "refers to",
+    r"\bin force\b": "current, active or applies",
+    r"\bgoes? first\b": "takes precedence",
+    r"\bknows no\b": "does not support",
+    r"\bso many (tokens|rows|records|terms|samples|problems|entries)\b": "this many",
+    r"\bcomes? about\b": "results",
+    r"\bat all events\b": "in any case",
+    r"\bwant of\b": "lack of",
+    r"\bwhoever\b": "the one that",
+    r"\bsomebody('s)?\b": "someone",
+    r"\bnothing but\b": "only",
+    r"\bstands? in (for|on|where)\b": "is used instead",
+}
+
+
+@pytest.mark.parametrize("pattern", PLAIN)
+def test_prose_is_plain_english(pattern):
+    rule = re.compile(pattern)
+    found = [
+        f"{file}:{number}: {line.strip()}"
+        for file in _files(".py", ".md", ".sh", ".yaml", ".js", ".html")
+        if file.name not in ("test_repo.py", "CHANGELOG.md")
+        for number, line in enumerate(_read(file).splitlines(), 1)
+        if rule.search(line)
+    ]
+    assert not found, f"write {PLAIN[pattern]}:\n" + "\n".join(found)

@@ -1,4 +1,4 @@
-"""A run that is started again: the new recipe is in force or refused by key, and nothing is claimed that is not so."""
+"""A run that is started again: the new recipe applies or is refused by key, and messages are true."""
 
 import json
 import os

@@ -289,7 +289,7 @@ def test_a_cache_too_small_for_one_response_is_refused(folder):
     assert states == {(True, False)}
 
 
-def _generate_dealt(folder, layout):
+def _generate_spread(folder, layout):
     """Deal the prompts to replicas that share experts, then give them all to the first one; tokens by sample id."""
     groups = initialize(ModelConfig(hf_path=folder, dtype="float32", **layout))
     hf_config = load_hf_config(folder)
@@ -318,14 +318,16 @@ EXPERT_LAYOUTS = {
 def mixture(tmp_path_factory):
     path = tmp_path_factory.mktemp("hf") / "mixture"
     write_model(path, "qwen3_moe")
-    return str(path), run_distributed(_generate_dealt, 1, str(path), {})[0][0]
+    return str(path), run_distributed(_generate_spread, 1, str(path), {})[0][0]
 
 
 @pytest.mark.parametrize("name", EXPERT_LAYOUTS)
 def test_replicas_that_share_experts_write_what_one_process_writes(name, mixture):
     folder, expected = mixture
     assert len({len(tokens) for tokens in expected.values()}) > 3  # some end long before others
-    dealt, all_on_one = zip(*run_distributed(_generate_dealt, EXPERT_LAYOUTS[name][0], folder, EXPERT_LAYOUTS[name][1]))
-    for shares in (dealt, all_on_one):
+    spread, all_on_one = zip(
+        *run_distributed(_generate_spread, EXPERT_LAYOUTS[name][0], folder, EXPERT_LAYOUTS[name][1])
+    )
+    for shares in (spread, all_on_one):
         found = {sample_id: tokens for share in shares for sample_id, tokens in share.items()}
         assert found == expected

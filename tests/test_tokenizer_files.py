@@ -108,7 +108,7 @@ def test_field_cases_a14_added_tokens_of_a_folder_with_only_tokenizer_model_coun
     ids = tokenizer.encode_prompt(Prompt("0", messages=[{"role": "user", "content": "Hello  there"}]))
     assert (ids[0], ids[-2:]) == (420, [421, 422])
     assert not {420, 421, 422} & set(ids[1:-2])
-    # <think> is no special token, and what follows one starts a text of its own if the folder says `legacy`.
+    # <think> is no special token, and what follows one starts a new text if the folder sets `legacy`.
     assert tokenizer.decode_response(ids) == (" " if legacy else "") + "user\nHello  there<think>"
     assert tokenizer.encode_response("Hi", add_eos=True)[-1] == 421
 

@@ -55,7 +55,7 @@ def test_mlflow_holds_the_same_numbers_and_continues(tmp_path):
 
 
 def write_wandb_offline(folder):
-    """Write a run and its continuation; in a process of its own, which wandb's service would outlive otherwise."""
+    """Write a run and its continuation; in a separate process, which wandb's service would outlive otherwise."""
     from pathlib import Path
 
     overrides = ["logging.wandb.project=ours", "logging.wandb.mode=offline", "training.steps=5"]

@@ -303,7 +303,7 @@ def refused_rank(overrides: list[str]) -> str:
 
 
 def each_refused_rank(runs: dict[str, list[str]], ports: list[int]) -> dict[str, str]:
-    """Return the messages by the name of the run; each run has a store of its own, as under a launcher."""
+    """Return the messages by the name of the run; each run has a separate store, as under a launcher."""
     from megatron_tropd.parallel import shutdown
 
     importlib.import_module("megatron_tropd.train").shutdown = lambda: None  # not before all ranks have been refused

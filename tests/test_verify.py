@@ -120,7 +120,7 @@ def test_field_cases_b11_a_missing_part_is_refused_and_named(hf):
         "scaling": ("llama3_rope", scaling, {}, None),
         "larger eps": ("smol", {}, {"layernorm_epsilon": 1e-4}, None),
         "smaller eps": ("smol", {}, {"layernorm_epsilon": 1e-6}, None),
-        "eps of experts": ("qwen3_moe", {}, {"layernorm_epsilon": 1e-5}, None),
+        "eps of MoE": ("qwen3_moe", {}, {"layernorm_epsilon": 1e-5}, None),
         "bias": ("window", {}, {}, "linear_qkv.bias"),
         "scale": ("llama", {}, {"softmax_scale": 0.3}, None),
         "more experts": ("mixtral", {}, {"moe_router_topk": 3}, None),
@@ -140,7 +140,7 @@ def test_field_cases_b11_a_missing_part_is_refused_and_named(hf):
     assert "the first 100. That is no rounding: it begins at position 100: an attention window" in found["window"]
     for name in ("theta", "scaling", "scale"):
         assert "it begins with the second token: the rotary embedding" in found[name], found[name]
-    for name in ("larger eps", "smaller eps", "activation", "more experts", "eps of experts"):
+    for name in ("larger eps", "smaller eps", "activation", "more experts", "eps of MoE"):
         assert "layer 0 differs" in found[name]
         assert "another norm or its epsilon" in found[name]
     assert "the embedding differs" in found["embedding"]

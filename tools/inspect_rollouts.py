@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     which.add_argument("--step", type=int, help="the rollouts of this step (default: of the last)")
     which.add_argument("--all", action="store_true", help="the rollouts of every step")
     parser.add_argument(
-        "--numbers", action="store_true", help="one line a token with rho, weight and log-probabilities"
+        "--numbers", action="store_true", help="one line per token with rho, weight and log-probabilities"
     )
     parser.add_argument(
         "--colour", choices=("auto", "always", "never"), default="auto", help="ANSI colours (%(default)s)"

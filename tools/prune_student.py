@@ -147,7 +147,7 @@ def _pruned_config(config: dict[str, Any], kept: list[int]) -> dict[str, Any]:
 
 
 def _write_weights(headers: dict[Path, dict[str, Any]], output: Path, new_number: dict[int, int]) -> None:
-    """Write each file's tensors that stay into a file of its own, and the index if there are several."""
+    """Write each file's tensors that stay into a separate file, and the index if there are several."""
     parts = []
     for file, header in headers.items():
         stays = {new: header[old] for old in header if (new := _renamed(old, new_number)) is not None}

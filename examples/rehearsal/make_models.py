@@ -88,7 +88,7 @@ def _patch(path: Path, **values) -> None:
 
 
 def write_problems(path: Path, count: int, first: int, with_answers: bool) -> None:
-    """Write sums to be done, one a line."""
+    """Write sums to be done, one per line."""
     with path.open("w", encoding="utf-8") as file:
         for n in range(first, first + count):
             record = {"id": f"sum-{n}", "messages": [{"role": "user", "content": f"What is {n} + {n + 3}?"}]}

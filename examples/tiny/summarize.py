@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Return one dictionary a step."""
+    """Return one dictionary per step."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

@@ -178,7 +178,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     add("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"], help="of the logits (default: %(default)s)")
-    add("--tokens", nargs="+", type=int, default=[1024], help="tokens a call (default: %(default)s)")
+    add("--tokens", nargs="+", type=int, default=[1024], help="tokens per call (default: %(default)s)")
     add("--vocab", nargs="+", type=int, default=[32768], help="vocabulary sizes (default: %(default)s)")
     add("--k", type=int, default=64, help="of the top-k; log-probs are read at 1 + k ids (default: %(default)s)")
     add("--hidden", type=int, default=512, help="hidden size of the fused linear operations (default: %(default)s)")

@@ -112,7 +112,7 @@ def logprobs(m: Material) -> Case:
 
 
 def megatron_cross_entropy(m: Material, logits: torch.Tensor) -> Contestant:
-    """Megatron's vocabulary-parallel cross-entropy: one id a token."""
+    """Megatron's vocabulary-parallel cross-entropy: one id per token."""
     name = "Megatron-Core cross-entropy (1 id)"
     if importlib.util.find_spec("megatron") is None:
         return Contestant(f"{name}: not installed", None)
@@ -205,7 +205,7 @@ def _model_optimizer_loss(class_name: str, **options):
 
 
 def _reason(error: Exception) -> str:
-    """Say in a few words why a peer cannot run: most raise something of their own where a part is missing."""
+    """Return in a few words why a peer cannot run: most raise a custom exception if a part is missing."""
     if isinstance(error, ImportError):
         return f"not importable ({type(error).__name__})"
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:60]}"

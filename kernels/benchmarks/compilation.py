@@ -1,7 +1,7 @@
 """Compiles every Triton kernel of the project as its launches would, without a GPU, and reads the machine code.
 
 Kernels are found by walking the source, not from a list; compile_examples.py says how one declares its cases. What is
-not shown: time. Kernels are compiled by worker processes of their own, since a process imports Triton either with its
+not shown: time. Kernels are compiled by separate worker processes, since a process imports Triton either with its
 interpreter or with its compiler.
 """
 
@@ -152,7 +152,7 @@ class _NoDevice:
         return GPUTarget("cuda", self.architecture, 32)
 
     def get_current_device(self) -> int:
-        return self.architecture  # a number of its own, since Triton caches what it compiled by device
+        return self.architecture  # a distinct number, since Triton caches what it compiled by device
 
     def get_current_stream(self, device: int) -> int:
         return 0

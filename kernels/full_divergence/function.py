@@ -1,6 +1,6 @@
 """The autograd function of the full divergences over any implementation's passes. Derivation: README.md.
 
-Forward: one packed all-gather (two for jsd). Backward: one pass, no collective. Kept for backward: five numbers a row
+Forward: one packed all-gather (two for jsd). Backward: one pass, no collective. Kept for backward: five numbers per row
 and the two logits themselves (no copy). The teacher receives no gradient.
 """
 

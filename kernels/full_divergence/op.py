@@ -34,7 +34,7 @@ def full_divergence(
     Args:
         student_logits: [..., V/tp] fp32, bf16 or fp16, this rank's shard.
         teacher_logits: [..., V'/tp], any of the dtypes. A vocabulary padded differently (V' != V) with tp > 1 is cut
-            anew, at the price of one more exchange and a copy of the shard; see `recut_shards` to do it to the weights.
+            again, at the cost of one more exchange and a copy of the shard; see `recut_shards` to do it to the weights.
         kind: reverse_kl, forward_kl or jsd.
         group: the ranks that share the vocabulary; None for a single one.
         vocab_size: true vocabulary size of both; columns beyond it are padding and carry no probability.

@@ -1,6 +1,6 @@
 """The autograd function of divergences from hidden states: a chunk of both logits at a time, made again for backward.
 
-Kept for backward: hidden states and weights (by reference) and five numbers a row. jsd makes the logits once more,
+Kept for backward: hidden states and weights (by reference) and five numbers per row. jsd makes the logits once more,
 since its mixture needs both log-sum-exps first.
 """
 

@@ -35,7 +35,7 @@ def fused_linear_full_divergence(
     Args:
         student_hidden: [..., h] fp32, bf16 or fp16, the whole h on every rank.
         student_weight: [V/tp, h], of the same dtype; its gradient is summed in fp32, into `main_grad` where it has one.
-        teacher_hidden: [..., h'], any dtype and hidden size of its own.
+        teacher_hidden: [..., h'], any dtype; its hidden size may differ.
         teacher_weight: [V/tp, h'], cut like the student's: `recut_shards(weight, V/tp, group, dim=0)` does it once for
             a vocabulary that was padded differently.
         kind, group, vocab_size, beta, temperature: as in `full_divergence`.
@@ -57,8 +57,8 @@ def fused_linear_full_divergence(
     shard, _ = (VocabShard.of(weight.size(0), group, vocab_size) for weight in (student_weight, teacher_weight))
     if shard.size > 1 and teacher_weight.size(0) != student_weight.size(0):
         raise ValueError(
-            f"the teacher's output layer has {teacher_weight.size(0)} rows a rank and the student's "
-            f"{student_weight.size(0)}: their vocabularies are padded differently. Cut the teacher's anew, once, with "
+            f"the teacher's output layer has {teacher_weight.size(0)} rows per rank and the student's "
+            f"{student_weight.size(0)}: their vocabularies are padded differently. Reshard the teacher's once, with "
             "recut_shards(teacher_weight, student_weight.size(0), group, dim=0)"
         )
     student, teacher = (t.reshape(-1, t.size(-1)) for t in (student_hidden, teacher_hidden.detach()))

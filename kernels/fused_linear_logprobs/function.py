@@ -1,6 +1,6 @@
 """The autograd function of log-probs from hidden states: a chunk of logits at a time, made again for backward.
 
-Kept for backward: hidden states, weight (both by reference), ids, log-probs and two numbers a row.
+Kept for backward: hidden states, weight (both by reference), ids, log-probs and two numbers per row.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def fused_linear_logprobs(
     mask: torch.Tensor | None = None,
     implementation: str = "auto",
 ) -> tuple[torch.Tensor, ...]:
-    """Return log softmax(hidden weight^T / temperature) at a few ids a token; logits are made chunk by chunk, twice.
+    """Return log softmax(hidden weight^T / temperature) at a few ids per token; logits are made chunk by chunk, twice.
 
     One packed all-gather forward, none backward. With tp > 1 the gradient of `hidden` is this shard's part: pass hidden
     states that went through Megatron's `copy_to_tensor_model_parallel_region` (or, with sequence parallelism,

@@ -1,7 +1,7 @@
 """The autograd function of gathered log-probs over any implementation's two passes. Derivation: README.md.
 
 Forward: local statistics, one packed all-gather, exact merge. Backward: one pass, no collective. Kept for backward:
-ids, log-probs, two numbers a row, and the logits themselves (no copy).
+ids, log-probs, two numbers per row, and the logits themselves (no copy).
 """
 
 from __future__ import annotations

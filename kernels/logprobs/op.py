@@ -24,7 +24,7 @@ def vocab_parallel_logprobs(
     inplace_backward: bool = False,
     implementation: str = "auto",
 ) -> tuple[torch.Tensor, ...]:
-    """Return log softmax(logits / temperature) at a few ids a token.
+    """Return log softmax(logits / temperature) at a few ids per token.
 
     One packed all-gather forward, none backward. Statistics are fp32 whatever the dtype of the logits.
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 
 class _Gather(torch.autograd.Function):
-    """All shards side by side; backward hands a rank the gradient of its own columns (the loss is replicated)."""
+    """All shards side by side; backward gives a rank the gradient of its columns (the loss is replicated)."""
 
     @staticmethod
     def forward(ctx, shard: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

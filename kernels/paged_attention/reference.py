@@ -1,4 +1,4 @@
-"""Paged decode attention in float64, request by request: the definition that the others are held against."""
+"""Paged decode attention in float64, request by request: the definition with which the others are compared."""
 
 from __future__ import annotations
 

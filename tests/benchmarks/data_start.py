@@ -86,7 +86,7 @@ def measure(path: str, tokenizer_path: str, whole: bool) -> None:
 
 
 def main() -> None:
-    """Write the file and measure, in processes of their own, without and with a warm cache."""
+    """Write the file and measure, in separate processes, without and with a warm cache."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--tokenizer", default="examples/tiny/student")

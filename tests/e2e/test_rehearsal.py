@@ -157,12 +157,12 @@ def test_missing_inputs_are_named_before_anything_runs(tmp_path, interpreter):
 
 def test_from_bash_and_once_more(tmp_path):
     run = tmp_path / "run"
-    assert "passed over" not in _finish("bash", run)
+    assert "skipped" not in _finish("bash", run)
     _check_outputs(run)
     files = [f for f in run.rglob("*") if f.is_file() and "inputs" not in f.parts]
     kept = [f for f in files if f.name != "report.html" and f.parent.name != "student_hf_step_2"]
     before = {f: f.stat().st_mtime_ns for f in kept}
-    assert _finish("bash", run).count("whole, passed over") == STAGES
+    assert _finish("bash", run).count("complete, skipped") == STAGES
     assert {f: f.stat().st_mtime_ns for f in kept} == before
 
 
@@ -176,6 +176,6 @@ def test_from_torchrun_killed_and_continued(tmp_path):
     finally:
         _kill(process)
     assert not (run / "train/summary.json").exists()
-    passed_over = _finish("torchrun --no-python", run).count("whole, passed over")
-    assert passed_over in (2, 3)  # the kill may have come between the responses' lines
+    skipped = _finish("torchrun --no-python", run).count("complete, skipped")
+    assert skipped in (2, 3)  # the kill may have come between the responses' lines
     _check_outputs(run)

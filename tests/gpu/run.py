@@ -2,7 +2,7 @@
 
     bash tests/gpu/run.sh OUTPUT_FOLDER [--small] [--only STAGE ...]
 
-Each stage is a process with a limit of its own: one that fails or hangs costs only its figures. The exit status is 1 if
+Each stage is a process with its own limit: one that fails or hangs costs only its figures. The exit status is 1 if
 any stage did not pass. summary.json and table.md are written after each stage, so an interrupted run leaves them, too.
 """
 
@@ -126,7 +126,9 @@ def _arguments() -> argparse.Namespace:
     add("--small", action="store_true", help="small sizes: a test of this script, on a CPU too")
     add("--only", nargs="+", metavar="STAGE", default=list(STAGES), help=f"of {', '.join(STAGES)} (default: all)")
     add("--budget", type=float, help=f"seconds for all stages (default: {BUDGET}; --small: {SLOW * BUDGET})")
-    add("--limit", action="append", default=[], metavar="STAGE=SECONDS", help="a stage's limit, in place of its own")
+    add(
+        "--limit", action="append", default=[], metavar="STAGE=SECONDS", help="a stage's limit, in place of its default"
+    )
     add("--override", action="append", default=[], metavar="KEY=VALUE", help="recipe key for quickstart and eight_b")
     arguments = parser.parse_args()
     arguments.limit = {name: float(seconds) for name, _, seconds in (text.partition("=") for text in arguments.limit)}

@@ -1,4 +1,4 @@
-"""Runs one stage as a process group of its own, under a time limit, its output in a log; its failure stays its own."""
+"""Runs one stage as a separate process group, under a time limit, its output in a log; its failure stays its own."""
 
 from __future__ import annotations
 

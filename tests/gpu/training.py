@@ -1,4 +1,4 @@
-"""A training run in a process of its own, followed through the records that it writes."""
+"""A training run in a separate process, followed through the records that it writes."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def test_of_a_weight_that_is_the_embeddings_too_autograd_sees_zeros():
 
 
 def test_sums_over_many_chunks_lose_nothing_in_bf16(monkeypatch):
-    """1,024 equal tokens, one a chunk: a sum kept in bf16 stops growing at 256 times what is added."""
+    """1,024 equal tokens, one per chunk: a sum kept in bf16 stops growing at 256 times what is added."""
     monkeypatch.setitem(linear.LOGITS_ELEMENTS, "cpu", 16)
     hidden, weight = (
         torch.ones(1024, 1, dtype=torch.bfloat16),

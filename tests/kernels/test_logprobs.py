@@ -155,7 +155,7 @@ def test_any_shape_equals_float64(rows, vocab, padding, picks, temperature, seed
 
 
 def test_rows_beyond_a_chunk_are_computed_alike():
-    rows, vocab = 7, CHUNK_ELEMENTS // 3  # three rows a chunk
+    rows, vocab = 7, CHUNK_ELEMENTS // 3  # three rows per chunk
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0))
     ids = torch.arange(rows)[:, None] * 11
     upstream = torch.ones(rows, 1)

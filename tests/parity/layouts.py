@@ -119,7 +119,7 @@ _FEATURES = {TP: "tp", PP: "pp", VPP: "vpp", SP: "sp", CP: "cp", EP: "ep", ETP: 
 
 
 def features(name):
-    """Return what a layout adds to one process; a teacher in the student's layout adds nothing of its own."""
+    """Return what a layout adds to one process; a teacher in the student's layout adds nothing."""
     processes, student, teacher = ALL[name]
     found = {option for option in OPTIONS if option in name}
     if teacher is None:
