@@ -1,4 +1,4 @@
-"""The teacher of a run: checked before memory is spent, then built on the student's ranks, or reached on its dedicated ones.
+"""The teacher of a run: checked before memory is spent, then built on the student's ranks or on dedicated ones.
 
 files = check_teacher(recipe, tokenizer)
 teacher = build_teacher(recipe, groups, teacher_groups, files, objective, tokenizer.vocab_size)

@@ -134,7 +134,7 @@ def test_wrong_values(override, message):
         ('[""]', "stop string 1, '', is empty"),
         ('[a, "", b]', "stop string 2, '', is empty"),
         ('[" \t"]', r"stop string 1, ' \t', is blank"),
-        ("[a, b, a]", "stop string 3, 'a', stands there twice"),
+        ("[a, b, a]", "stop string 3, 'a', is listed twice"),
         ("[7]", "stop string 1, 7, is of type int, expected text; write it in quotes"),
         ("[null]", "stop string 1, None, is of type NoneType"),
         ("[true]", "stop string 1, True, is of type bool"),
