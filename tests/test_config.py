@@ -216,6 +216,7 @@ def test_every_key_is_described():
     text = describe()
     sections = dict(vars(Recipe()))
     sections["data.columns"] = sections["data"].columns
+    sections |= {f"logging.{name}": getattr(sections["logging"], name) for name in ("wandb", "mlflow")}
     for section, config in sections.items():
         for field in dataclasses.fields(config):
             if f"{section}.{field.name}" not in sections:
