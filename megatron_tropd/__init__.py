@@ -4,22 +4,32 @@ What a user imports is named here and loaded on first use, so that `import megat
 """
 
 import importlib
-import sys
-import types
 from typing import Any
 
 _EXPORTS = {
-    "Objective": "objectives",
+    "Objective": "objective.objectives",
+    "ParallelGroups": "parallel.groups",
     "Recipe": "config",
-    "RolloutEngine": "rollout",
-    "TeacherHook": "teacher",
+    "RolloutEngine": "rollout.engine",
+    "Sampling": "types",
+    "TeacherHook": "teacher.hook",
     "UserError": "errors",
-    "build_objective": "objectives",
+    "build_model": "models.build",
+    "build_objective": "objective.objectives",
+    "build_student": "training.step",
+    "initialize": "parallel.groups",
+    "load_hf_config": "models.build",
+    "load_model_weights": "models.convert",
+    "load_prompts": "prompts.source",
     "load_recipe": "recipe",
+    "load_tokenizer": "tokenizers.tokenizer",
+    "pad_rollouts": "parallel.batching",
     "save_recipe": "recipe",
+    "train": "training.loop",
+    "train_step": "training.step",
     "validate": "validation",
 }
-__all__ = ["train", *_EXPORTS]
+__all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:
@@ -28,16 +38,5 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
 
 
-class _Package(types.ModuleType):
-    """Keeps `megatron_tropd.train` the function, though importing the module of that name sets the attribute."""
-
-    @property
-    def train(self) -> Any:
-        return importlib.import_module(f"{self.__name__}.train").train
-
-    @train.setter
-    def train(self, module: types.ModuleType) -> None:
-        """Ignore what the import system sets."""
-
-
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

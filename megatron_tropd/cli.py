@@ -2,7 +2,7 @@
 
 Under torchrun every rank runs it (`torchrun --nproc-per-node 2 -m megatron_tropd train tiny`); without torchrun it is
 one process. A UserError is printed once and ends every rank with status 2. An error on a single rank ends that rank at
-once, so that the launcher ends the others. cli_*.py declare the arguments; commands.py implements the commands.
+once, so that the launcher ends the others. cli_*.py declare the arguments; commands/run.py implements the commands.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import time
 import traceback
 import warnings
 
-from megatron_tropd.cli_arguments import STATUSES, Parser
-from megatron_tropd.cli_convert import add_convert
-from megatron_tropd.cli_data import add_data
-from megatron_tropd.cli_init import add_init
-from megatron_tropd.cli_plan import add_plan
-from megatron_tropd.cli_report import add_report
-from megatron_tropd.cli_run import add_doctor, add_evaluate, add_generate, add_train
+from megatron_tropd.commands.arguments import STATUSES, Parser
+from megatron_tropd.commands.convert import add_convert
+from megatron_tropd.commands.data import add_data
+from megatron_tropd.commands.init import add_init
+from megatron_tropd.commands.models import add_doctor, add_evaluate, add_generate, add_train
+from megatron_tropd.commands.plan import add_plan
+from megatron_tropd.commands.report import add_report
 from megatron_tropd.errors import UserError
 
 # Warnings of Megatron-Core and PyTorch about each other and about optional parts, which a user cannot fix.

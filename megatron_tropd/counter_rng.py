@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-STREAM_GATE = 1  # trust_region.py
-STREAM_SAMPLING = 2  # rollout.py
+STREAM_GATE = 1  # objective/trust_region.py
+STREAM_SAMPLING = 2  # rollout/engine.py
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX1 = 0xBF58476D1CE4E5B9

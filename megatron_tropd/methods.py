@@ -1,7 +1,7 @@
 """The objectives by name: the only list of them, each with what it computes and when to use it.
 
-No torch here, so that recipes, help and checks read it at once. objectives.py holds the formulas. To add a method, add
-its entry here and its formula there; help, the recipe's check and the README's table follow from the entry.
+No torch here, so that recipes, help and checks read it at once. The formulas are in objective/objectives.py. To add a
+method, add its entry here and its formula there; help, the recipe's check and the README's table follow from the entry.
 """
 
 from __future__ import annotations

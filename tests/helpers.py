@@ -30,7 +30,12 @@ _MODELS = ("llama", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 PRELOAD = [
     *("torch", "torch.distributed", "torch.distributed.checkpoint", "torch._dynamo", "safetensors.torch"),
     *("megatron.core", "megatron.core.models.gpt.gpt_model"),
-    *("megatron_tropd.train", "megatron_tropd.rollout", "megatron_tropd.recipe", "megatron_tropd.validation"),
+    *(
+        "megatron_tropd.training.loop",
+        "megatron_tropd.rollout.engine",
+        "megatron_tropd.recipe",
+        "megatron_tropd.validation",
+    ),
     *(f"megatron_tropd.kernels.{name}.chunked" for name in ("logprobs", "full_divergence", "topk")),
     *("omegaconf", "omegaconf.grammar_parser", "pytest", "transformers", "transformers.generation"),
     *(f"transformers.models.auto.{name}_auto" for name in ("configuration", "modeling", "tokenization")),

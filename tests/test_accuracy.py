@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_tropd.accuracy import interval, measure, pass_at_k
+from megatron_tropd.evaluation.intervals import interval, measure, pass_at_k
 
 
 @pytest.mark.parametrize(("samples", "right"), [(1, 0), (1, 1), (4, 1), (5, 0), (5, 2), (6, 5), (6, 6)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_tropd.batching import microbatches, pack
+from megatron_tropd.parallel.batching import microbatches, pad_rollouts
 from megatron_tropd.types import LOSS_GUIDANCE, LOSS_NONE, LOSS_STUDENT, Rollouts
 
 
@@ -21,7 +21,7 @@ def make_rollouts() -> Rollouts:
 
 
 def test_every_label_is_the_next_token_with_its_kind_and_old_logprob():
-    batch = pack(make_rollouts(), pad_multiple=4, pad_id=99)
+    batch = pad_rollouts(make_rollouts(), pad_multiple=4, pad_id=99)
     assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 7, 99], [8, 9, 10, 99, 99, 99, 99, 99]]
     assert batch.labels.tolist() == [[2, 3, 4, 5, 6, 7, 0, 0], [9, 10, 0, 0, 0, 0, 0, 0]]
     n, g, s = LOSS_NONE, LOSS_GUIDANCE, LOSS_STUDENT
@@ -33,7 +33,7 @@ def test_every_label_is_the_next_token_with_its_kind_and_old_logprob():
 
 
 def test_filler_rows_carry_no_loss():
-    batch = pack(make_rollouts(), pad_multiple=8, row_multiple=4)
+    batch = pad_rollouts(make_rollouts(), pad_multiple=8, row_multiple=4)
     assert batch.tokens.shape == (4, 8)
     assert batch.sample_ids.tolist() == [40, 41, -1, -1]
     assert (batch.loss_kind[2:] == LOSS_NONE).all()
@@ -42,13 +42,13 @@ def test_filler_rows_carry_no_loss():
 
 def test_an_empty_share_is_a_batch_without_loss():
     empty = Rollouts([], [], [], [], [], [], [])
-    batch = pack(empty, pad_multiple=8, row_multiple=2)
+    batch = pad_rollouts(empty, pad_multiple=8, row_multiple=2)
     assert batch.tokens.shape == (2, 8)
     assert batch.num_loss_tokens.item() == 0
 
 
 def test_microbatches_are_views_that_cover_the_batch_once():
-    batch = pack(make_rollouts(), row_multiple=4)
+    batch = pad_rollouts(make_rollouts(), row_multiple=4)
     parts = microbatches(batch, 2)
     assert torch.equal(torch.cat([p.tokens for p in parts]), batch.tokens)
     assert parts[1].tokens.data_ptr() == batch.tokens[2:].data_ptr()

@@ -8,9 +8,9 @@ import pytest
 import sentencepiece
 from tiny_models import CHAT_TEMPLATE, make_tokenizer
 
-from megatron_tropd.chat_template import ChatTemplate, read_template
 from megatron_tropd.errors import UserError
-from megatron_tropd.tokenizer import load_tokenizer
+from megatron_tropd.tokenizers.chat_template import ChatTemplate, read_template
+from megatron_tropd.tokenizers.tokenizer import load_tokenizer
 from megatron_tropd.types import Prompt
 
 USER = [{"role": "user", "content": "2 + 2?"}]

@@ -15,14 +15,14 @@ from test_train import single as single  # a fixture
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_tropd.checkpoint import TrainingState, layout_of, load, newest, save
 from megatron_tropd.config import ModelConfig, TrainingConfig
-from megatron_tropd.convert import load_model_weights
-from megatron_tropd.manifest import MANIFEST, find_damage, write_manifest
-from megatron_tropd.megatron_compat import allocate_optimizer_state
-from megatron_tropd.model import build_model, load_hf_config
-from megatron_tropd.parallel import initialize
-from megatron_tropd.train_step import build_student
+from megatron_tropd.mcore.compat import allocate_optimizer_state
+from megatron_tropd.models.build import build_model, load_hf_config
+from megatron_tropd.models.convert import load_model_weights
+from megatron_tropd.models.manifest import MANIFEST, find_damage, write_manifest
+from megatron_tropd.parallel.groups import initialize
+from megatron_tropd.training.checkpoint import TrainingState, layout_of, load, newest, save
+from megatron_tropd.training.step import build_student
 
 MOMENTS = {  # a file or folder of the second checkpoint; the kill comes with the first file operation once it is there
     "as_it_begins": ".step_000002.tmp",
@@ -88,7 +88,7 @@ def test_a_checkpoint_of_other_prompts_is_refused(material, tmp_path):
 
 def train_and_write_as_before(overrides: list[str]) -> dict:
     """Train with checkpoints in the format of earlier versions: every data-parallel rank has the whole state."""
-    from megatron_tropd import checkpoint
+    from megatron_tropd.training import checkpoint
 
     checkpoint._OPTIMIZER_FORMAT.pop("distrib_optim_fully_reshardable_mem_efficient")
     return train_rank(overrides)

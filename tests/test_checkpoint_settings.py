@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_tropd.checkpoint_settings import take_settings
 from megatron_tropd.recipe import load_recipe, to_yaml
+from megatron_tropd.training.checkpoint_settings import take_settings
 
 
 @pytest.fixture

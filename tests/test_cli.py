@@ -10,7 +10,7 @@ import pytest
 from helpers import PATIENCE
 
 from megatron_tropd.cli import build_parser, main
-from megatron_tropd.cli_arguments import STATUSES
+from megatron_tropd.commands.arguments import STATUSES
 from megatron_tropd.methods import METHODS
 from megatron_tropd.recipe import load_recipe
 
@@ -202,7 +202,7 @@ def _raise(kind):
     ],
 )
 def test_field_cases_b5_every_exception_is_printed_and_ends_with_its_status(kind, status, text, monkeypatch, capfd):
-    from megatron_tropd import commands
+    from megatron_tropd.commands import run as commands
 
     monkeypatch.setattr(commands, "plan", _raise(kind))
     assert main(["plan"]) == status

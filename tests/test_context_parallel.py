@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_tropd.context_parallel import share_of, share_places
+from megatron_tropd.parallel.context_parallel import share_of, share_places
 
 
 @dataclass

@@ -13,16 +13,17 @@ from safetensors.torch import load_file, save_file
 from tiny_models import KINDS, VOCAB_SIZE, load_transformers, write_model
 from transformers import AutoTokenizer
 
-from megatron_tropd import convert, host_memory, verify
-from megatron_tropd import model as model_module
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.errors import UserError
-from megatron_tropd.hf_files import SafetensorsFolder
-from megatron_tropd.hf_weights import load_hf_weights, named_parameters, save_hf_weights
-from megatron_tropd.model import build_model, load_hf_config, transformer_config
-from megatron_tropd.parallel import initialize, shutdown
-from megatron_tropd.sharded_checks import stored_tensors
-from megatron_tropd.verify import full_logits
+from megatron_tropd.huggingface.files import SafetensorsFolder
+from megatron_tropd.machine import host_memory
+from megatron_tropd.models import build as model_module
+from megatron_tropd.models import convert, verify
+from megatron_tropd.models.build import build_model, load_hf_config, transformer_config
+from megatron_tropd.models.hf_weights import load_hf_weights, named_parameters, save_hf_weights
+from megatron_tropd.models.sharded_checks import stored_tensors
+from megatron_tropd.models.verify import full_logits
+from megatron_tropd.parallel.groups import initialize, shutdown
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MODELS = [f"{kind}_{dtype}" for kind in KINDS for dtype in DTYPES]

@@ -6,8 +6,8 @@ import pytest
 from tiny_models import make_tokenizer
 
 from megatron_tropd.cli import main
-from megatron_tropd.data_view import visible
-from megatron_tropd.tokenizer import HuggingFaceTokenizer
+from megatron_tropd.prompts.data_view import visible
+from megatron_tropd.tokenizers.tokenizer import HuggingFaceTokenizer
 
 
 @pytest.fixture(scope="module")

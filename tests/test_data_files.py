@@ -13,8 +13,8 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from megatron_tropd.data_files import open_data
-from megatron_tropd.data_text import parse_object
+from megatron_tropd.data.files import open_data
+from megatron_tropd.data.text import parse_object
 from megatron_tropd.errors import UserError
 
 ROWS = [{"id": f"r{i}", "text": f"one\u2028two {i}\n\r\nthree \x85 \U0001f600", "answer": "007"} for i in range(5)]

@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_tropd.config import ColumnsConfig
-from megatron_tropd.data_layouts import RowReader
-from megatron_tropd.data_values import id_text
+from megatron_tropd.data.layouts import RowReader
+from megatron_tropd.data.values import id_text
 
 CHAT = [{"role": "user", "content": "2 + 2?"}]
 SHAREGPT = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]

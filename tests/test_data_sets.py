@@ -6,9 +6,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_tropd.data_choices import letter
-from megatron_tropd.data_report import understood
-from megatron_tropd.prompt_set import PromptSet
+from megatron_tropd.data.choices import letter
+from megatron_tropd.prompts.data_report import understood
+from megatron_tropd.prompts.prompt_set import PromptSet
 
 
 def user(text):

@@ -8,8 +8,8 @@ from tiny_models import make_tokenizer
 from tokenizers import AddedToken
 
 from megatron_tropd.config import RolloutConfig
-from megatron_tropd.decoding import Stops, explain_stops, make_sampling
-from megatron_tropd.tokenizer import HuggingFaceTokenizer, load_tokenizer
+from megatron_tropd.rollout.decoding import Stops, explain_stops, make_sampling
+from megatron_tropd.tokenizers.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from megatron_tropd.types import Sampling
 
 

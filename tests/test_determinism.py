@@ -9,8 +9,8 @@ from helpers import run_distributed
 from test_train import material as material  # a fixture
 from test_train import overrides_of
 
-from megatron_tropd.determinism import make_deterministic
 from megatron_tropd.errors import UserError
+from megatron_tropd.machine.determinism import make_deterministic
 
 EXPECTED = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
 
@@ -29,7 +29,7 @@ def train_rank(overrides):
     """Train; return the settings that were active when the models were built."""
     from megatron_tropd import load_recipe
 
-    loop = importlib.import_module("megatron_tropd.train")
+    loop = importlib.import_module("megatron_tropd.training.loop")
     set_up, runs = loop.set_up, []
 
     def keep(*arguments):
@@ -77,7 +77,7 @@ def test_variables_are_set_before_training_looks_at_the_gpus(clean):
     """To ask for a GPU's properties starts CUDA, after which it is too late."""
     from megatron_tropd import load_recipe
 
-    loop = importlib.import_module("megatron_tropd.train")
+    loop = importlib.import_module("megatron_tropd.training.loop")
 
     class Looked(Exception):
         pass

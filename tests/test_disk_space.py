@@ -13,8 +13,8 @@ from test_resume import refused, run, snapshot
 from test_train import material as material  # a fixture
 from test_train import overrides_of, records, refused_rank
 
-from megatron_tropd.disk_space import check_checkpoints, check_room, folder_bytes, show
 from megatron_tropd.errors import UserError
+from megatron_tropd.system.disk_space import check_checkpoints, check_room, folder_bytes, show
 
 
 @contextlib.contextmanager
@@ -41,9 +41,10 @@ def test_the_estimate_is_what_a_checkpoint_takes(options, material, tmp_path):
 
 
 def size_rank(overrides):
-    from megatron_tropd import checkpoint, load_recipe
-    from megatron_tropd.parallel import initialize
-    from megatron_tropd.run import set_up
+    from megatron_tropd import load_recipe
+    from megatron_tropd.parallel.groups import initialize
+    from megatron_tropd.training import checkpoint
+    from megatron_tropd.training.run import set_up
 
     recipe = load_recipe(None, overrides)
     return checkpoint.size_of(set_up(recipe, initialize(recipe.student)).student)
@@ -63,7 +64,7 @@ def fill_up_rank(overrides, disk):
     """Train; after the first checkpoint another program fills the disk, except for 300 kB."""
     import shutil
 
-    from megatron_tropd import checkpoint
+    from megatron_tropd.training import checkpoint
 
     save = checkpoint.save
 
@@ -109,7 +110,7 @@ def test_field_cases_b16_a_limit_on_files_is_named_too(material, tmp_path):
 
 
 def convert_limited(hf_path, output, size):
-    from megatron_tropd.convert import convert_hf_to_mcore
+    from megatron_tropd.models.convert import convert_hf_to_mcore
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from helpers import assert_close, run_distributed
 
-from megatron_tropd.divergence import Divergence
-from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.kernels.full_divergence.op import KINDS
 from megatron_tropd.kernels.full_divergence.reference import DEFINITIONS
+from megatron_tropd.objective.divergence import Divergence
+from megatron_tropd.tokenizers.end_of_text import EndOfText
 
 VOCAB, PADDED, ENDS = 29, 32, (3, 11, 28)
 BETA, TEMPERATURE = 0.3, 1.4

@@ -15,10 +15,10 @@ from helpers import PATIENCE, run_distributed
 from test_environment import HIDE
 
 from megatron_tropd import kernels
-from megatron_tropd.doctor_kernels import CASES
-from megatron_tropd.doctor_report import Check, from_exception, merge, verdict
-from megatron_tropd.doctor_software import software_checks
-from megatron_tropd.environment import Environment, Gpu, Package, gather
+from megatron_tropd.doctor.kernels import CASES
+from megatron_tropd.doctor.report import Check, from_exception, merge, verdict
+from megatron_tropd.doctor.software import software_checks
+from megatron_tropd.machine.environment import Environment, Gpu, Package, gather
 from megatron_tropd.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ FAST = ["logging.dir=runs/doctor"]
 
 def doctor_rank(overrides, breakage=None, calibration=None):
     """Run the doctor on this rank, perhaps with something broken; its status, its output, whether it left a file."""
-    from megatron_tropd.doctor import run_doctor
+    from megatron_tropd.doctor.run import run_doctor
 
     if breakage is not None:
         BREAKAGES[breakage]()
@@ -61,7 +61,7 @@ def break_gradient():
 
 def leak_contexts():
     """Keep the key/value caches of rollouts alive, as a reference too many would."""
-    from megatron_tropd import megatron_engine_compat as compat
+    from megatron_tropd.mcore import engine_compat as compat
 
     original, alive = compat.DynamicInferenceContext.__init__, []
 
@@ -74,7 +74,7 @@ def leak_contexts():
 
 def drift_rollouts():
     """Let attention over the cache see half of each query: rollouts then are not those of the model that trains."""
-    from megatron_tropd import paged_attention
+    from megatron_tropd.mcore import paged_attention
 
     original = paged_attention.paged_decode_attention
     paged_attention.paged_decode_attention = lambda q, *args, **options: original(q * 0.5, *args, **options)
@@ -82,7 +82,7 @@ def drift_rollouts():
 
 def lose_weights():
     """Let a checkpoint come back without its last digit."""
-    from megatron_tropd import doctor_round
+    from megatron_tropd.doctor import rounds as doctor_round
 
     original = doctor_round.load_checkpoint_weights
 
@@ -96,7 +96,7 @@ def lose_weights():
 
 def stumble_on_rank_1():
     """Let rank 1 fail in the middle of a check, while rank 0 waits for it in a collective."""
-    import megatron_tropd.doctor_agreement as agreement
+    import megatron_tropd.doctor.agreement as agreement
     from megatron_tropd.kernels import sharding
 
     agreement._GRACE_SECONDS = 2.0
@@ -186,7 +186,7 @@ def test_what_is_broken_shows(breakage, name, message):
 def stumbling_rank():
     """A process for the launcher's test below."""
     stumble_on_rank_1()
-    from megatron_tropd.doctor import run_doctor
+    from megatron_tropd.doctor.run import run_doctor
 
     return run_doctor(load_recipe("tiny"), "tiny")
 
@@ -247,8 +247,8 @@ def test_what_a_recipe_needs_and_lacks_stops_it_before_anything_runs(overrides, 
 
 
 def calibrate_rank(path):
-    from megatron_tropd.calibrate import calibrate
-    from megatron_tropd.environment import gather
+    from megatron_tropd.doctor.calibrate import calibrate
+    from megatron_tropd.machine.environment import gather
 
     return calibrate(path, gather(), {"torch": torch.__version__}).status
 
@@ -302,7 +302,7 @@ def test_only_what_is_needed_fails():
 
 
 def test_memory_counts_each_storage_once_while_it_lives():
-    from megatron_tropd.doctor_round import memory_bytes
+    from megatron_tropd.doctor.rounds import memory_bytes
 
     device = torch.device("cpu")
     gc.collect()

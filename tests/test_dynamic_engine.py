@@ -8,13 +8,14 @@ import torch
 from helpers import run_distributed
 from tiny_models import make_tokenizer, write_model
 
-from megatron_tropd import decode_graphs, megatron_engine_compat
 from megatron_tropd.config import ModelConfig, RolloutConfig
-from megatron_tropd.hf_weights import load_hf_weights
-from megatron_tropd.model import build_model, load_hf_config
-from megatron_tropd.parallel import initialize
-from megatron_tropd.rollout import RolloutEngine
-from megatron_tropd.tokenizer import load_tokenizer
+from megatron_tropd.mcore import decode_graphs
+from megatron_tropd.mcore import engine_compat as megatron_engine_compat
+from megatron_tropd.models.build import build_model, load_hf_config
+from megatron_tropd.models.hf_weights import load_hf_weights
+from megatron_tropd.parallel.groups import initialize
+from megatron_tropd.rollout.engine import RolloutEngine
+from megatron_tropd.tokenizers.tokenizer import load_tokenizer
 from megatron_tropd.types import Prompt, Sampling
 
 TEXT = "What is the sum of twelve and thirty? Count them one by one, then say it."
@@ -74,7 +75,7 @@ def test_no_cache_outlives_its_rollout_even_without_the_collector(folder, kind):
 def _generate_to_the_brim(folder, rounder):
     from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 
-    from megatron_tropd import cpu_compat
+    from megatron_tropd.parallel import cpu_compat
 
     engine = make_engine(folder, max_batch_size=rounder)
     cpu_compat.apply_inference()
@@ -95,9 +96,9 @@ def _generate_all_rows(folder):
     engine = make_engine(folder)
     expected = engine.generate(PROMPTS, [[]] * 3, SAMPLED)
     decode_graphs._EAGER_STEPS = 1 << 30  # everything but the capture itself, which needs CUDA
-    import megatron_tropd.rollout
+    import megatron_tropd.rollout.engine
 
-    megatron_tropd.rollout.graph_obstacle = lambda *args: None
+    megatron_tropd.rollout.engine.graph_obstacle = lambda *args: None
     found = engine.generate(PROMPTS, [[]] * 3, SAMPLED)
     return expected.tokens == found.tokens, expected.logprobs == found.logprobs
 

@@ -9,9 +9,9 @@ from test_train import assert_same, overrides_of, records, train_rank
 from tiny_models import write_model
 
 from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
-from megatron_tropd.end_of_text import EndOfText
-from megatron_tropd.objectives import build_objective
-from megatron_tropd.sampling import draw
+from megatron_tropd.objective.objectives import build_objective
+from megatron_tropd.rollout.sampling import draw
+from megatron_tropd.tokenizers.end_of_text import EndOfText
 from megatron_tropd.types import LOSS_STUDENT, TeacherScores, TrainingBatch
 
 VOCAB, K, ENDS = 20, 6, [2, 9, 14]

@@ -8,9 +8,9 @@ from tiny_models import EOS_ID, VOCAB_SIZE, make_model, make_tokenizer
 from tiny_tokenizers import write_llama
 from tokenizers import AddedToken
 
-from megatron_tropd.endings import Endings, find_endings, find_turn_end
 from megatron_tropd.recipe import load_recipe
-from megatron_tropd.tokenizer import load_tokenizer
+from megatron_tropd.rollout.endings import Endings, find_endings, find_turn_end
+from megatron_tropd.tokenizers.tokenizer import load_tokenizer
 from megatron_tropd.types import Prompt
 
 START, END = VOCAB_SIZE, VOCAB_SIZE + 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tropd.environment import REQUIREMENTS, Environment, Package, gather, misfit, remedy
+from megatron_tropd.machine.environment import REQUIREMENTS, Environment, Package, gather, misfit, remedy
 
 # Run in a separate process: what imports depends on what was imported before.
 HIDE = """
@@ -25,7 +25,7 @@ sys.meta_path[:] = map(Hiding, sys.meta_path)
 """
 SHOW = """
 import json
-from megatron_tropd.environment import gather
+from megatron_tropd.machine.environment import gather
 print(json.dumps({name: [p.version, p.problem] for name, p in gather().packages.items()}))
 """
 

@@ -7,8 +7,8 @@ from helpers import run_distributed
 
 from megatron_tropd.config import EvaluationConfig, ModelConfig, RolloutConfig
 from megatron_tropd.errors import UserError
-from megatron_tropd.evaluation import describe, evaluate, load_problems, training_record
-from megatron_tropd.grading import Grader
+from megatron_tropd.evaluation.accuracy import describe, evaluate, load_problems, training_record
+from megatron_tropd.grading.grader import Grader
 from megatron_tropd.types import Prompt, Rollouts
 
 
@@ -65,7 +65,7 @@ class _Recorder:
 
 
 def _record_sampling(config, rollout):
-    from megatron_tropd.parallel import initialize, shutdown
+    from megatron_tropd.parallel.groups import initialize, shutdown
 
     groups, engine = initialize(ModelConfig()), _Recorder()
     problem = Prompt(id="0", text="?", answer="1")
@@ -104,7 +104,7 @@ class _Parrot:
 
 
 def _evaluate(problems, config):
-    from megatron_tropd.parallel import initialize, shutdown
+    from megatron_tropd.parallel.groups import initialize, shutdown
 
     groups = initialize(ModelConfig())
     try:

@@ -46,9 +46,9 @@ def make_batch(replica: int, rows: int):
 
 def open_exchange(student, teacher, apart):
     """Return this rank's exchange, on shared ranks or on two of four for each model."""
-    from megatron_tropd import parallel
-    from megatron_tropd.exchange import Exchange
-    from megatron_tropd.partition import Partition
+    from megatron_tropd.parallel import groups as parallel
+    from megatron_tropd.parallel.partition import Partition
+    from megatron_tropd.teacher.exchange import Exchange
 
     if not apart:
         groups = parallel.initialize(layout(*student))
@@ -70,7 +70,7 @@ def teach(exchange, share, interleaved):
 
 
 def exchange_rank(student, teacher, rows, apart=False):
-    from megatron_tropd import exchange as exchange_module
+    from megatron_tropd.teacher import exchange as exchange_module
 
     exchange = open_exchange(student, teacher, apart)
     groups = exchange.student
@@ -108,7 +108,7 @@ def test_values_come_back_from_ranks_of_the_teachers_own(case):
 def groups_rank(tp, pp):
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megatron_tropd import parallel
+    from megatron_tropd.parallel import groups as parallel
 
     single = parallel.initialize(layout(1, 1))
     built = parallel.build_groups(layout(tp, pp), single).collection
@@ -155,8 +155,8 @@ def test_the_output_layer_arrives_from_ranks_of_the_teachers_own(student, teache
 
 
 def unequal_rank():
-    from megatron_tropd import parallel
-    from megatron_tropd.exchange import Exchange
+    from megatron_tropd.parallel import groups as parallel
+    from megatron_tropd.teacher.exchange import Exchange
 
     groups = parallel.initialize(layout(1, 1))
     exchange = Exchange(groups, parallel.build_groups(layout(2, 1), groups))
@@ -169,8 +169,8 @@ def test_replicas_with_unequal_batches_are_refused():
 
 
 def too_large_rank():
-    from megatron_tropd import parallel
     from megatron_tropd.errors import UserError
+    from megatron_tropd.parallel import groups as parallel
 
     groups = parallel.initialize(layout(1, 1))
     with pytest.raises(UserError, match=r"2 process.*teacher.tensor_model_parallel_size=4 .* multiple of 4"):

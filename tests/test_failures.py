@@ -44,7 +44,7 @@ def command_rank(arguments: list[str], target: str, marker: Path) -> int:
 
 
 def library_rank(overrides: list[str], target: str, marker: Path) -> None:
-    from megatron_tropd import train
+    from megatron_tropd.training import loop as train
 
     plant(target, marker)
     train(load_recipe(None, overrides))

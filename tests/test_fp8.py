@@ -8,10 +8,10 @@ from helpers import run_distributed
 from test_train_step import load, make_objective
 from tiny_models import VOCAB_SIZE, write_model
 
-from megatron_tropd import model as model_module
 from megatron_tropd.config import ModelConfig, TeacherConfig
 from megatron_tropd.errors import UserError
-from megatron_tropd.model import load_hf_config, transformer_config
+from megatron_tropd.models import build as model_module
+from megatron_tropd.models.build import load_hf_config, transformer_config
 
 needs_transformer_engine = pytest.mark.skipif(
     not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None,
@@ -49,9 +49,9 @@ def test_megatron_is_told_format_and_recipe(recipe, folder, monkeypatch):
 
 def quantized_rank(path, virtual_size):
     """A model that says fp8, around a rollout; without Transformer Engine Megatron computes nothing in 8 bits."""
-    from megatron_tropd import parallel
-    from megatron_tropd.megatron_inference_compat import inference_model
-    from megatron_tropd.model import build_model
+    from megatron_tropd.mcore.inference_compat import inference_model
+    from megatron_tropd.models.build import build_model
+    from megatron_tropd.parallel import groups as parallel
 
     config = ModelConfig(
         dtype="bfloat16",
@@ -82,10 +82,10 @@ def test_rollouts_are_written_in_the_models_own_dtype(virtual_size, folder):
 
 def step_rank(folder, fp8):
     """Teacher scores and the student's gradients, in bfloat16 or in 8 bits, on one GPU."""
-    from megatron_tropd import parallel
     from megatron_tropd.config import TrainingConfig
-    from megatron_tropd.teacher import TeacherHook
-    from megatron_tropd.train_step import build_student, train_step
+    from megatron_tropd.parallel import groups as parallel
+    from megatron_tropd.teacher.hook import TeacherHook
+    from megatron_tropd.training.step import build_student, train_step
     from megatron_tropd.types import LOSS_NONE, LOSS_STUDENT, TrainingBatch
 
     student_config, teacher_config = (

@@ -8,8 +8,8 @@ from helpers import run_distributed
 from tiny_models import write_model
 
 from megatron_tropd.errors import UserError
-from megatron_tropd.responses_file import Origin, finished_ids, prepare_file
-from megatron_tropd.run_lock import RunLock
+from megatron_tropd.prompts.responses_file import Origin, finished_ids, prepare_file
+from megatron_tropd.system.run_lock import RunLock
 from megatron_tropd.types import Prompt, Sampling
 
 

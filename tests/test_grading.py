@@ -12,11 +12,11 @@ from grading_pairs import FIELD, OWN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_tropd import grading_worker
-from megatron_tropd.answer_comparison import same_answer
-from megatron_tropd.answers import find_answer, known_answer
 from megatron_tropd.errors import UserError
-from megatron_tropd.grading import Grader
+from megatron_tropd.grading import worker as grading_worker
+from megatron_tropd.grading.answers import find_answer, known_answer
+from megatron_tropd.grading.comparison import same_answer
+from megatron_tropd.grading.grader import Grader
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +262,7 @@ def test_the_process_that_was_killed_is_replaced():
 
 def test_the_process_ends_when_its_parent_is_killed(tmp_path):
     code = (
-        "from megatron_tropd.grading import Grader\n"
+        "from megatron_tropd.grading.grader import Grader\n"
         "grader = Grader()\n"
         "grader.grade(r'\\boxed{x+1}', '1+x')\n"
         "print(grader._worker._process.pid, flush=True)\n"
@@ -283,7 +283,7 @@ def test_the_process_starts_in_any_folder_and_imports_no_torch(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     with Grader() as grader:
         assert grader.grade(r"\boxed{x+1}", "1+x")[1]
-    code = "import sys, megatron_tropd.grading_worker as w; import mpmath; w.math_verify('\\\\sum_{k=1}^{3} k', '6');"
+    code = "import sys, megatron_tropd.grading.worker as w; import mpmath; w.math_verify('\\\\sum_{k=1}^{3} k', '6');"
     code += "print([m for m in ('torch', 'megatron', 'transformers') if m in sys.modules])"
     root = Path(__file__).parents[1]
     said = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)

@@ -7,10 +7,10 @@ import pytest
 from tiny_models import make_tokenizer
 
 from megatron_tropd.config import GuidanceConfig
-from megatron_tropd.endings import Endings
 from megatron_tropd.errors import UserError
-from megatron_tropd.guidance import Guidance, prefix_fraction
-from megatron_tropd.tokenizer import HuggingFaceTokenizer
+from megatron_tropd.prompts.guidance import Guidance, prefix_fraction
+from megatron_tropd.rollout.endings import Endings
+from megatron_tropd.tokenizers.tokenizer import HuggingFaceTokenizer
 from megatron_tropd.types import Prompt
 
 

@@ -12,7 +12,7 @@ from helpers import run_distributed
 from test_train_step import layout, load
 from tiny_models import VOCAB_SIZE, write_model
 
-from megatron_tropd.held_out import interval, load_held_out
+from megatron_tropd.training.held_out import interval, load_held_out
 from megatron_tropd.types import UserError
 
 RESPONSES = ["it is four", "no", "the answer: 17, I think", "forty-two", "!"]
@@ -37,14 +37,14 @@ def prompts_of(tokenizer):
 
 
 def measure_rank(models, student, teacher):
-    from megatron_tropd import parallel
     from megatron_tropd.config import TrainingConfig
-    from megatron_tropd.divergence import Divergence
-    from megatron_tropd.exchange import Exchange
-    from megatron_tropd.held_out import HeldOut
-    from megatron_tropd.teacher import TeacherHook
-    from megatron_tropd.tokenizer import load_tokenizer
-    from megatron_tropd.train_step import build_student
+    from megatron_tropd.objective.divergence import Divergence
+    from megatron_tropd.parallel import groups as parallel
+    from megatron_tropd.teacher.exchange import Exchange
+    from megatron_tropd.teacher.hook import TeacherHook
+    from megatron_tropd.tokenizers.tokenizer import load_tokenizer
+    from megatron_tropd.training.held_out import HeldOut
+    from megatron_tropd.training.step import build_student
 
     layouts = layout(*student, models / "student"), layout(*teacher, models / "teacher")
     groups = parallel.initialize(layouts[0])
@@ -66,7 +66,7 @@ def measure_rank(models, student, teacher):
 def test_the_divergence_is_that_of_the_float64_models(models, student, teacher):
     from transformers import AutoModelForCausalLM
 
-    from megatron_tropd.tokenizer import load_tokenizer
+    from megatron_tropd.tokenizers.tokenizer import load_tokenizer
 
     tokenizer, sums, lengths = load_tokenizer(models / "student"), [], []
     pair = [AutoModelForCausalLM.from_pretrained(models / role, dtype=torch.float64) for role in ("teacher", "student")]

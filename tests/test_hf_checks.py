@@ -10,10 +10,10 @@ from helpers import run_distributed
 from safetensors.torch import load_file, save_file
 from tiny_models import write_model
 
-from megatron_tropd import convert
 from megatron_tropd.config import ModelConfig, TeacherConfig
 from megatron_tropd.errors import UserError
-from megatron_tropd.parallel import initialize
+from megatron_tropd.models import convert
+from megatron_tropd.parallel.groups import initialize
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 KINDS = ("llama", "llama_tied", "qwen2", "qwen3", "mixtral", "qwen3_moe")
@@ -137,7 +137,7 @@ def test_field_cases_a12_whole_shapes_are_compared_before_any_slice(hf, tmp_path
 
 def test_field_cases_a12_a_model_to_train_is_compared_before_anything_is_built(hf, tmp_path):
     from megatron_tropd.config import Recipe
-    from megatron_tropd.run_teacher import check_teacher, load_student_tokenizer
+    from megatron_tropd.training.run_teacher import check_teacher, load_student_tokenizer
 
     wide = str(changed(hf / "llama", tmp_path / "model", MLP))
     fine = Recipe(student=ModelConfig(hf_path=str(hf / "llama")), teacher=TeacherConfig(hf_path=wide))
@@ -223,7 +223,7 @@ def test_field_cases_b15_a_cache_of_links_to_files_that_nobody_may_write(hf, tmp
 
 def _load_changed(folder, checkpoint, layout):
     """Load a checkpoint into the model that another folder's config describes; the message."""
-    from megatron_tropd.model import build_model, load_hf_config
+    from megatron_tropd.models.build import build_model, load_hf_config
 
     groups = initialize(layout)
     chunks = build_model(load_hf_config(folder), layout, groups)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny_models import write_model
 
-from megatron_tropd import convert
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.errors import UserError
-from megatron_tropd.hf_compare import difference
-from megatron_tropd.hf_config import load_hf_config, portable_config, rope_parameters
+from megatron_tropd.huggingface.compare import difference
+from megatron_tropd.huggingface.config import load_hf_config, portable_config, rope_parameters
+from megatron_tropd.models import convert
 
 KINDS = ("llama", "llama3_rope", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 
@@ -243,7 +243,7 @@ def test_field_cases_b12_configs_of_transformers_4_and_5_say_the_same(hf, tmp_pa
 def test_the_rotation_is_that_of_transformers(hf):
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    from megatron_tropd.hf_config import inverse_frequencies
+    from megatron_tropd.huggingface.config import inverse_frequencies
 
     config = load_hf_config(hf / "llama3_rope")
     assert torch.equal(inverse_frequencies(config), LlamaRotaryEmbedding(config=config).inv_freq)

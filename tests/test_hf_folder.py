@@ -7,8 +7,14 @@ import sentencepiece
 from tiny_models import BOS_ID, EOS_ID, PAD_ID, make_tokenizer
 
 from megatron_tropd.errors import UserError
-from megatron_tropd.hf_folder import TOKENIZER_FILES, copy_files, read_eos_ids, replace_tokenizer, write_eos_ids
-from megatron_tropd.tokenizer import load_tokenizer
+from megatron_tropd.tokenizers.hf_folder import (
+    TOKENIZER_FILES,
+    copy_files,
+    read_eos_ids,
+    replace_tokenizer,
+    write_eos_ids,
+)
+from megatron_tropd.tokenizers.tokenizer import load_tokenizer
 from megatron_tropd.types import Prompt
 
 MESSAGES = [{"role": "user", "content": "Hello"}]

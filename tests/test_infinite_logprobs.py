@@ -8,12 +8,12 @@ from test_objectives import BETA, CAP, CLIP, SEED, STEP, K, variants
 
 from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
 from megatron_tropd.counter_rng import STREAM_GATE, counter_uniform
-from megatron_tropd.divergence import Divergence
-from megatron_tropd.end_of_text import EndOfText
 from megatron_tropd.methods import METHODS
-from megatron_tropd.objectives import build_objective, topk_forward_kl
-from megatron_tropd.token_statistics import summarise
-from megatron_tropd.trust_region import GATES, trust_gate
+from megatron_tropd.objective.divergence import Divergence
+from megatron_tropd.objective.objectives import build_objective, topk_forward_kl
+from megatron_tropd.objective.token_statistics import summarise
+from megatron_tropd.objective.trust_region import GATES, trust_gate
+from megatron_tropd.tokenizers.end_of_text import EndOfText
 from megatron_tropd.types import LOSS_GUIDANCE, LOSS_STUDENT, TeacherScores, TrainingBatch
 
 NONE, FLOOR = -math.inf, -1e4

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_tropd.cli import main
-from megatron_tropd.init_questions import complete
+from megatron_tropd.commands.questions import complete
+from megatron_tropd.planning.recipe_file import write_recipe
 from megatron_tropd.recipe import load_recipe
-from megatron_tropd.recipe_file import write_recipe
 from megatron_tropd.validation import validate
 
 TINY = Path("examples/tiny")

@@ -5,7 +5,7 @@ import pytest
 from megatron_tropd.config import Recipe
 from megatron_tropd.errors import UserError
 from megatron_tropd.methods import METHODS, is_guided, method_table, trains_on_data
-from megatron_tropd.objectives import build_objective
+from megatron_tropd.objective.objectives import build_objective
 from megatron_tropd.recipe import load_recipe
 
 

@@ -7,8 +7,8 @@ import torch
 from helpers import run_distributed
 
 from megatron_tropd.errors import UserError
-from megatron_tropd.metrics import MetricsWriter, read_records
-from megatron_tropd.responses import Responses
+from megatron_tropd.prompts.responses import Responses
+from megatron_tropd.records.metrics import MetricsWriter, read_records
 
 
 def test_records_tensors_and_not_a_number(tmp_path):

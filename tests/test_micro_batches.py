@@ -8,7 +8,7 @@ from helpers import run_distributed
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_tropd.micro_batches import Pairs, first_fit, split_batch, spread
+from megatron_tropd.parallel.micro_batches import Pairs, first_fit, split_batch, spread
 
 LENGTHS = st.lists(st.integers(0, 60), min_size=1, max_size=40).filter(any)
 
@@ -47,10 +47,10 @@ def make_batch(rows: int = 5, width: int = 32):
 
 def split_rank(cp: int, max_tokens):
     """Split, look at every token, and bring token numbers and a nested dataclass back."""
-    from megatron_tropd import parallel
     from megatron_tropd.config import ModelConfig
-    from megatron_tropd.objectives import TokenDetails
-    from megatron_tropd.trust_region import TrustGate
+    from megatron_tropd.objective.objectives import TokenDetails
+    from megatron_tropd.objective.trust_region import TrustGate
+    from megatron_tropd.parallel import groups as parallel
     from megatron_tropd.types import TeacherScores
 
     model = ModelConfig(context_parallel_size=cp)
@@ -97,8 +97,8 @@ def test_every_token_goes_where_its_scores_go_and_comes_back(cp, max_tokens):
 
 def uneven_rank():
     """Two data-parallel ranks, one of which has next to nothing to do."""
-    from megatron_tropd import parallel
     from megatron_tropd.config import ModelConfig
+    from megatron_tropd.parallel import groups as parallel
 
     groups = parallel.initialize(ModelConfig())
     rank = int(os.environ["RANK"])

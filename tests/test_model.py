@@ -11,8 +11,7 @@ from transformers import AutoConfig
 
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.errors import UserError
-from megatron_tropd.hf_weights import load_hf_weights
-from megatron_tropd.model import (
+from megatron_tropd.models.build import (
     build_model,
     head_dim,
     load_hf_config,
@@ -20,8 +19,9 @@ from megatron_tropd.model import (
     recompute_fields,
     transformer_config,
 )
-from megatron_tropd.parallel import initialize
-from megatron_tropd.verify import full_logits
+from megatron_tropd.models.hf_weights import load_hf_weights
+from megatron_tropd.models.verify import full_logits
+from megatron_tropd.parallel.groups import initialize
 
 TP, PP, EP = (f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "expert"))
 EXPERTS = ["mixtral", "qwen3_moe", "softmax_first"]

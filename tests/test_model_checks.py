@@ -9,8 +9,8 @@ from transformers import LlamaConfig, MixtralConfig
 
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.errors import UserError
-from megatron_tropd.layout import divisors
-from megatron_tropd.model_checks import check_sizes
+from megatron_tropd.models.checks import check_sizes
+from megatron_tropd.parallel.layout import divisors
 
 TP, PP, VPP = (f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "virtual_pipeline"))
 FIRST, LAST = (f"num_layers_in_{end}_pipeline_stage" for end in ("first", "last"))

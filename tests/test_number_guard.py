@@ -16,9 +16,9 @@ from tiny_models import PAD_ID, write_model
 
 from megatron_tropd.config import TrainingConfig
 from megatron_tropd.errors import UserError
-from megatron_tropd.number_guard import NumberGuard
+from megatron_tropd.numbers.guard import NumberGuard
+from megatron_tropd.numbers.step_report import StepResult
 from megatron_tropd.recipe import load_recipe
-from megatron_tropd.step_report import StepResult
 from megatron_tropd.types import Rollouts
 
 STEPS = ["training.steps=3", "guidance.schedule=none", "rollout.temperature=1"]
@@ -76,7 +76,7 @@ def spoil_weight(run) -> None:
 
 def guarded_rank(overrides: list[str], spoil=None) -> tuple[str | None, dict | None]:
     """Train with something spoilt once all is loaded; return what the run ended with, or its summary."""
-    module = importlib.import_module("megatron_tropd.train")
+    module = importlib.import_module("megatron_tropd.training.loop")
     build = module.set_up
 
     def set_up(*arguments):
@@ -219,7 +219,7 @@ def test_field_cases_b8_a_layer_is_numbered_in_the_whole_model(material, tmp_pat
 
 
 def check_numbers(run) -> None:
-    from megatron_tropd.finite_weights import named_parameters
+    from megatron_tropd.numbers.finite_weights import named_parameters
 
     names = [name for name, _ in named_parameters(run.student.modules)]
     numbers = {int(name.split(".")[2]) for name in names if name.startswith("decoder.layers.")}
@@ -260,7 +260,7 @@ def test_field_cases_b8_a_dedicated_teacher_is_named_by_the_student(material, tm
 
 
 def apart_rank(overrides: list[str]) -> str | None:
-    module = importlib.import_module("megatron_tropd.train")
+    module = importlib.import_module("megatron_tropd.training.loop")
     build = module.build_served_teacher
 
     def build_spoilt(*arguments):
@@ -328,7 +328,7 @@ def test_field_cases_b8_an_update_that_is_too_large_is_found_in_the_next_step(ma
 
 
 def float16_rank(overrides: list[str], scale: float, spoil=None) -> tuple[str | None, dict | None]:
-    importlib.import_module("megatron_tropd.train_step")._FLOAT16_LOSS_SCALE = scale
+    importlib.import_module("megatron_tropd.training.step")._FLOAT16_LOSS_SCALE = scale
     return guarded_rank(overrides, spoil)
 
 
@@ -363,10 +363,10 @@ def test_field_cases_b4_what_overflows_at_the_least_scale_is_a_gradient(material
 
 def generate_rank(recipe: list[str], role: str, output: Path, what: str) -> str | None:
     """The command's functions with NaN in a weight after the loading, as a faulty device would make it."""
-    from megatron_tropd import generation
-    from megatron_tropd.evaluation import evaluate, load_problems
-    from megatron_tropd.generation import open_model, write_responses
-    from megatron_tropd.prompts import load_prompts
+    from megatron_tropd.evaluation import generation
+    from megatron_tropd.evaluation.accuracy import evaluate, load_problems
+    from megatron_tropd.evaluation.generation import open_model, write_responses
+    from megatron_tropd.prompts.source import load_prompts
     from megatron_tropd.types import Sampling
 
     loaded = load_recipe(None, recipe)
@@ -473,7 +473,7 @@ def test_spikes_are_skipped_counted_and_survive_a_resume(kind, material, tmp_pat
 
 
 def test_a_state_of_before_the_guard_is_read():
-    from megatron_tropd.checkpoint import TrainingState
+    from megatron_tropd.training.checkpoint import TrainingState
 
     state = TrainingState(**{"step": 3, "cursor": {}, "layout": {}, "evaluations": []})
     guard = NumberGuard(TrainingConfig(), state.guard)

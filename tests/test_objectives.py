@@ -12,7 +12,7 @@ from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
 from megatron_tropd.counter_rng import STREAM_GATE, counter_uniform
 from megatron_tropd.kernels import full_divergence, vocab_parallel_logprobs, vocab_parallel_topk
 from megatron_tropd.methods import METHODS
-from megatron_tropd.objectives import build_objective, topk_forward_kl
+from megatron_tropd.objective.objectives import build_objective, topk_forward_kl
 from megatron_tropd.types import LOSS_GUIDANCE, LOSS_NONE, LOSS_STUDENT, TeacherScores, TrainingBatch, UserError
 
 VOCAB, PADDED, B, S, K = 61, 64, 3, 7, 6

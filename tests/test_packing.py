@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_tropd.packing import micro_batch_budget
+from megatron_tropd.parallel.packing import micro_batch_budget
 from megatron_tropd.recipe import load_recipe
 
 LENGTHS = ["rollout.max_new_tokens=100", "training.micro_batch_size=3"]

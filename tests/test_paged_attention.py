@@ -4,8 +4,8 @@ import pytest
 import torch
 from helpers import assert_close
 
-from megatron_tropd import paged_attention
-from megatron_tropd.paged_attention import flash_attn_varlen_func, flash_attn_with_kvcache
+from megatron_tropd.mcore import paged_attention
+from megatron_tropd.mcore.paged_attention import flash_attn_varlen_func, flash_attn_with_kvcache
 
 SIZE, KV_HEADS, WIDTH = 4, 2, 8  # tokens per block, key/value heads, head width
 

@@ -12,7 +12,7 @@ from megatron_tropd.config import ModelConfig
 def timeouts_rank() -> list[datetime.timedelta]:
     import torch
 
-    from megatron_tropd.parallel import build_groups, initialize
+    from megatron_tropd.parallel.groups import build_groups, initialize
 
     groups = initialize(ModelConfig(tensor_model_parallel_size=2), timeout_minutes=7)
     build_groups(ModelConfig(pipeline_model_parallel_size=2), groups)
@@ -29,8 +29,8 @@ def test_every_group_of_both_models_has_the_recipes_timeout():
 
 def lives_rank(error: Exception | None, has_groups: bool) -> bool:
     """Whether torch's default group is there after the context."""
-    from megatron_tropd.parallel import initialize
-    from megatron_tropd.process_groups import process_groups
+    from megatron_tropd.parallel.groups import initialize
+    from megatron_tropd.parallel.process_groups import process_groups
 
     if has_groups:
         initialize(ModelConfig())
@@ -63,7 +63,7 @@ def _rank_zero_fails(kind):
     from torch.distributed.checkpoint.api import CheckpointException
 
     from megatron_tropd.config import ModelConfig
-    from megatron_tropd.parallel import initialize, on_rank_zero
+    from megatron_tropd.parallel.groups import initialize, on_rank_zero
 
     initialize(ModelConfig())
 

@@ -7,16 +7,16 @@ import torch
 from helpers import run_distributed
 
 from megatron_tropd.errors import UserError
-from megatron_tropd.partition import has_dedicated_teacher, student_size, teacher_size
+from megatron_tropd.parallel.partition import has_dedicated_teacher, student_size, teacher_size
 from megatron_tropd.recipe import load_recipe
 
 APART = ["teacher.ranks=dedicated", "teacher.tensor_model_parallel_size=2"]
 
 
 def open_partition(students: int):
-    from megatron_tropd import parallel
     from megatron_tropd.config import ModelConfig
-    from megatron_tropd.partition import Partition
+    from megatron_tropd.parallel import groups as parallel
+    from megatron_tropd.parallel.partition import Partition
 
     partition = Partition(int(os.environ["RANK"]), students, int(os.environ["WORLD_SIZE"]))
     groups = parallel.initialize(ModelConfig(), partition=partition)

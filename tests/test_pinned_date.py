@@ -30,7 +30,7 @@ def on_days(days, fn, *args):
     """Call `fn` on a rank whose clock shows its own of `days`."""
     import os
 
-    from megatron_tropd import pinned_date
+    from megatron_tropd.tokenizers import pinned_date
 
     day = datetime.date.fromisoformat(days[int(os.environ["RANK"])])
     pinned_date.datetime = SimpleNamespace(date=SimpleNamespace(today=lambda: day))

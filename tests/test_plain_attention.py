@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import assert_close, run_distributed
 
-from megatron_tropd.context_parallel import share_places
+from megatron_tropd.parallel.context_parallel import share_places
 
 SEQUENCES = {"one": [64], "packed": [16, 8, 32, 8]}  # lengths of the sequences that make up 64 tokens
 
@@ -34,9 +34,9 @@ def attention_rank(lengths, packed):
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_tropd import parallel
     from megatron_tropd.config import ModelConfig
-    from megatron_tropd.plain_attention import PlainAttention
+    from megatron_tropd.mcore.plain_attention import PlainAttention
+    from megatron_tropd.parallel import groups as parallel
 
     size = int(os.environ["WORLD_SIZE"])
     groups = parallel.initialize(ModelConfig(context_parallel_size=size))

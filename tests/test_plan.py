@@ -8,13 +8,13 @@ from transformers import LlamaConfig, MixtralConfig
 from megatron_tropd.cli import main
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.errors import UserError
-from megatron_tropd.layout import check_ranks, model_ranks
-from megatron_tropd.model import load_hf_config
-from megatron_tropd.plan import layouts, proposals
-from megatron_tropd.plan_accelerator import Accelerator
-from megatron_tropd.plan_job import Job
-from megatron_tropd.plan_memory import memories, memory
-from megatron_tropd.plan_model import (
+from megatron_tropd.models.build import load_hf_config
+from megatron_tropd.parallel.layout import check_ranks, model_ranks
+from megatron_tropd.planning.accelerator import Accelerator
+from megatron_tropd.planning.job import Job
+from megatron_tropd.planning.memory import memories, memory
+from megatron_tropd.planning.proposals import layouts, proposals
+from megatron_tropd.planning.sizes import (
     active_parameters,
     whole_parameters,
 )

@@ -7,12 +7,12 @@ import pytest
 from helpers import run_distributed
 from transformers import LlamaConfig
 
-from megatron_tropd.calibrate import _LARGE_BYTES, calibrate
 from megatron_tropd.cli import main
-from megatron_tropd.environment import gather
+from megatron_tropd.doctor.calibrate import _LARGE_BYTES, calibrate
 from megatron_tropd.errors import UserError
-from megatron_tropd.plan_accelerator import Accelerator
-from megatron_tropd.plan_calibration import load_accelerator
+from megatron_tropd.machine.environment import gather
+from megatron_tropd.planning.accelerator import Accelerator
+from megatron_tropd.planning.calibration import load_accelerator
 
 
 def _calibrate(path):

@@ -8,9 +8,9 @@ import torch
 from helpers import run_distributed
 from tiny_models import write_model
 
-from megatron_tropd.model import load_hf_config
-from megatron_tropd.plan_job import Job
-from megatron_tropd.plan_memory import stage_memory
+from megatron_tropd.models.build import load_hf_config
+from megatron_tropd.planning.job import Job
+from megatron_tropd.planning.memory import stage_memory
 from megatron_tropd.recipe import load_recipe
 
 # Counts of which the least is taken: gloo's threads free their copies late on a busy machine, which adds to a peak.
@@ -57,10 +57,10 @@ def resident() -> int:
 
 def peaks_rank(recipe) -> dict[str, int]:
     """Run two steps; return the most bytes of each phase of the second, when everything has its state."""
-    from megatron_tropd.batching import pack
-    from megatron_tropd.parallel import initialize
-    from megatron_tropd.run import set_up
-    from megatron_tropd.train_step import train_step
+    from megatron_tropd.parallel.batching import pad_rollouts
+    from megatron_tropd.parallel.groups import initialize
+    from megatron_tropd.training.run import set_up
+    from megatron_tropd.training.step import train_step
 
     run, found = set_up(recipe, initialize(recipe.student)), {}
     sizes = (recipe.training.micro_batch_size, None)
@@ -70,7 +70,7 @@ def peaks_rank(recipe) -> dict[str, int]:
         written = (prompts, run.guidance.prefixes(prompts, step), run.sampling(step))
         call = measured if step else plainly
         rollouts = call(found, "rollout", run.engine.generate, *written)
-        batch = pack(rollouts, **multiples)
+        batch = pad_rollouts(rollouts, **multiples)
         scores = call(found, "teacher scores", run.teacher.score, batch, *sizes)
         work = (batch, scores, run.objective, recipe.objective, step, *sizes)
         for _ in range(UPDATES if step else 1):

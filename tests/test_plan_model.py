@@ -10,8 +10,8 @@ from helpers import run_distributed
 from tiny_models import write_model
 
 from megatron_tropd.config import ModelConfig
-from megatron_tropd.model import load_hf_config
-from megatron_tropd.plan_model import layer_activations, stage_layers, stage_parameters
+from megatron_tropd.models.build import load_hf_config
+from megatron_tropd.planning.sizes import layer_activations, stage_layers, stage_parameters
 
 KINDS = ("llama", "llama_tied", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -30,8 +30,8 @@ def layout(tp=1, pp=1, **others) -> ModelConfig:
 
 
 def parameters_rank(path, model):
-    from megatron_tropd import parallel
-    from megatron_tropd.model import build_model
+    from megatron_tropd.models.build import build_model
+    from megatron_tropd.parallel import groups as parallel
 
     groups = parallel.initialize(model)
     chunks = build_model(load_hf_config(path), model, groups)
@@ -64,8 +64,8 @@ def test_layers_are_dealt_to_stages_as_megatron_deals_them():
 
 def saved_bytes_rank(path, model, length, **overrides):
     """Bytes that the model's layers keep for the backward pass: of four layers less of two."""
-    from megatron_tropd import parallel
-    from megatron_tropd.model import build_model
+    from megatron_tropd.models.build import build_model
+    from megatron_tropd.parallel import groups as parallel
 
     groups, found = parallel.initialize(model), []
     for layers in (2, 4):
@@ -113,7 +113,7 @@ def test_activations_of_experts_are_what_autograd_keeps(model, dtype, folder):
 
 
 def without_mlps_rank(path, model, length):
-    from megatron_tropd.model import recompute_fields
+    from megatron_tropd.models.build import recompute_fields
 
     return saved_bytes_rank(path, model, length, **recompute_fields("selective", fused=True))
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 from transformers import LlamaConfig
 
-from megatron_tropd.plan_accelerator import Accelerator
-from megatron_tropd.plan_host import host_memory
-from megatron_tropd.plan_job import Job
-from megatron_tropd.plan_memory import memory, sequences_at_once
-from megatron_tropd.plan_model import stage_parameters
-from megatron_tropd.plan_runtime import nccl_connections, runtime_parts
-from megatron_tropd.plan_time import rollout_seconds
+from megatron_tropd.planning.accelerator import Accelerator
+from megatron_tropd.planning.host import host_memory
+from megatron_tropd.planning.job import Job
+from megatron_tropd.planning.memory import memory, sequences_at_once
+from megatron_tropd.planning.runtime import nccl_connections, runtime_parts
+from megatron_tropd.planning.seconds import rollout_seconds
+from megatron_tropd.planning.sizes import stage_parameters
 from megatron_tropd.recipe import load_recipe
 
 SLIM = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}

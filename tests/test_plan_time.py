@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import pytest
 from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
-from megatron_tropd.plan import proposals
-from megatron_tropd.plan_job import Job
-from megatron_tropd.plan_memory import memory
-from megatron_tropd.plan_text import describe
-from megatron_tropd.plan_time import decode, gradient_seconds, rollout_seconds, step_seconds, work
+from megatron_tropd.planning.job import Job
+from megatron_tropd.planning.memory import memory
+from megatron_tropd.planning.proposals import proposals
+from megatron_tropd.planning.seconds import decode, gradient_seconds, rollout_seconds, step_seconds, work
+from megatron_tropd.planning.text import describe
 from megatron_tropd.recipe import load_recipe
 
 FACTOR = 2.0  # within which an estimate must be of what was published

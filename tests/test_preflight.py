@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import megatron_tropd.run  # noqa: F401  (Megatron's engines cannot be imported first while pytest captures stderr)
+import megatron_tropd.training.run  # noqa: F401  (Megatron's engines cannot be imported first while pytest captures stderr)
 from megatron_tropd.cli import main
 from megatron_tropd.config import Recipe
-from megatron_tropd.environment import Environment, Gpu, Package
 from megatron_tropd.errors import UserError
-from megatron_tropd.preflight import check, problems
+from megatron_tropd.machine.environment import Environment, Gpu, Package
+from megatron_tropd.machine.preflight import check, problems
 
 ROOT = Path(__file__).parents[1]
 H100 = Gpu("NVIDIA H100 80GB HBM3", 85.0, (9, 0))

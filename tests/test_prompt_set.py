@@ -9,10 +9,10 @@ import pyarrow.parquet
 import pytest
 
 from megatron_tropd.config import ColumnsConfig, DataConfig
-from megatron_tropd.data_report import understood
 from megatron_tropd.errors import UserError
-from megatron_tropd.prompt_set import PromptSet
-from megatron_tropd.prompts import PromptSource, load_prompts
+from megatron_tropd.prompts.data_report import understood
+from megatron_tropd.prompts.prompt_set import PromptSet
+from megatron_tropd.prompts.source import PromptSource, load_prompts
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from megatron_tropd.errors import UserError
-from megatron_tropd.prompts import PromptSource, load_prompts
+from megatron_tropd.prompts.source import PromptSource, load_prompts
 from megatron_tropd.types import Prompt
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tropd.provenance import FILE, commit, record_start
 from megatron_tropd.recipe import load_recipe
+from megatron_tropd.reporting.provenance import FILE, commit, record_start
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,5 +69,5 @@ def test_the_commit_is_that_of_the_package_only(tmp_path, monkeypatch):
     assert commit().rstrip("+") == head
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     (tmp_path / "provenance.py").write_text("")
-    monkeypatch.setattr("megatron_tropd.provenance.__file__", str(tmp_path / "provenance.py"))
+    monkeypatch.setattr("megatron_tropd.reporting.provenance.__file__", str(tmp_path / "provenance.py"))
     assert commit() is None  # installed into an unrelated repository

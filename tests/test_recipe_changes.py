@@ -6,7 +6,7 @@ import json
 import pytest
 
 from megatron_tropd.errors import UserError
-from megatron_tropd.fingerprint import files_digest, model_digest, recipe_contents, tokenizer_digest
+from megatron_tropd.prompts.fingerprint import files_digest, model_digest, recipe_contents, tokenizer_digest
 from megatron_tropd.recipe import load_recipe, save_recipe
 from megatron_tropd.recipe_changes import (
     APPLIED,

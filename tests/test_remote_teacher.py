@@ -20,11 +20,11 @@ def folder(tmp_path_factory):
 
 def remote_rank(folder, teacher, packed):
     """Two ranks of a student under TP, and behind them the teacher's."""
-    from megatron_tropd import parallel
-    from megatron_tropd.exchange import Exchange
-    from megatron_tropd.partition import Partition
-    from megatron_tropd.remote_teacher import RemoteTeacher, serve
-    from megatron_tropd.teacher import TeacherHook
+    from megatron_tropd.parallel import groups as parallel
+    from megatron_tropd.parallel.partition import Partition
+    from megatron_tropd.teacher.exchange import Exchange
+    from megatron_tropd.teacher.hook import TeacherHook
+    from megatron_tropd.teacher.remote import RemoteTeacher, serve
 
     partition = Partition(int(os.environ["RANK"]), 2, int(os.environ["WORLD_SIZE"]))
     config = layout(*(teacher if partition.is_teacher else (2, 1)), False, folder / "teacher")

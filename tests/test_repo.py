@@ -3,13 +3,16 @@
 import ast
 import importlib.metadata
 import re
+import runpy
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+import setuptools
 from packaging.requirements import Requirement
 
+import megatron_tropd
 from megatron_tropd.cli import build_parser
 from megatron_tropd.config import Recipe
 from megatron_tropd.recipe import shipped_recipes
@@ -73,10 +76,12 @@ def test_extras_take_the_transformer_engine_that_their_megatron_declares(extra, 
     assert engine.extras == {"pytorch", *({extra.replace("gpu", "core")} if extra != "gpu" else ())}
 
 
-def test_setup_lists_every_package():
-    call = next(node for node in ast.walk(ast.parse(_read("setup.py"))) if isinstance(node, ast.Call))
-    keywords = {keyword.arg: keyword.value for keyword in call.keywords}
-    listed = set(ast.literal_eval(keywords["packages"]))
+def test_setup_lists_every_package(monkeypatch):
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "setup.py"))
+    listed = set(given["packages"])
     homes = {"megatron_tropd": "megatron_tropd", "kernels": "megatron_tropd.kernels"}
     homes["examples"] = "megatron_tropd"  # only examples/recipes is installed
     folders = [f.parent.parts for f in _files(".py") if f.name == "__init__.py" and f.parts[0] in homes]
@@ -179,11 +184,69 @@ def test_kernels_import_nothing_of_ours():
             assert all(m.startswith("megatron_tropd.kernels") for m in _own_imports(file)), module
 
 
-def test_lowest_modules_import_only_each_other():
-    names = ("errors", "types", "methods", "config", "config_key", "config_outputs", "counter_rng")
-    lowest = {f"megatron_tropd.{name}" for name in names}
-    for module in lowest:
-        assert set(_own_imports(PACKAGE[module])) <= lowest, module
+# Folder -> the folders that it may import, in the order of their floors. `kernels` and the files of the root may be
+# imported by all; nothing is nested deeper, and no folder imports one below it in this table.
+FOLDERS = {
+    "grading": "",
+    "huggingface": "",
+    "parallel": "",
+    "system": "",
+    "tokenizers": "",
+    "data": "grading",
+    "objective": "tokenizers",
+    "records": "system",
+    "machine": "records system",
+    "numbers": "objective parallel",
+    "mcore": "machine parallel system",
+    "models": "huggingface machine mcore numbers parallel system tokenizers",
+    "teacher": "mcore parallel tokenizers",
+    "rollout": "mcore models parallel tokenizers",
+    "planning": "huggingface mcore models parallel rollout system",
+    "prompts": "data rollout system tokenizers",
+    "evaluation": "grading machine models numbers parallel prompts rollout system tokenizers",
+    "reporting": "models objective planning system tokenizers",
+    "training": "evaluation grading machine mcore models numbers objective parallel planning prompts records reporting "
+    "rollout system teacher tokenizers",
+    "doctor": "machine mcore models objective parallel planning rollout system teacher tokenizers training",
+    "commands": "doctor evaluation grading huggingface models objective parallel planning prompts reporting rollout "
+    "system tokenizers training",
+}
+ENTRANCES = ("megatron_tropd.cli", "megatron_tropd.__main__")
+
+
+def _folder(module):
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in FOLDERS else ""
+
+
+def test_folders_are_one_level_deep_and_of_a_size_that_one_can_read():
+    files = [f for f in SOURCES if f.parts[0] == "megatron_tropd" and len(f.parts) > 2]
+    assert {f.parts[1] for f in files} == set(FOLDERS)
+    assert all(len(f.parts) == 3 for f in files)
+    for folder in FOLDERS:
+        count = sum(f.parts[1] == folder and f.name != "__init__.py" for f in files)
+        assert 2 <= count <= 12, f"{folder} has {count} files"
+    assert sum(f.parts[0] == "megatron_tropd" and len(f.parts) == 2 for f in SOURCES) <= 14
+
+
+def test_imports_between_folders_go_one_way():
+    floors = list(FOLDERS)
+    used = {folder: set() for folder in FOLDERS}
+    for module, file in PACKAGE.items():
+        others = {_folder(other) for other in _own_imports(file)} - {"", _folder(module)}
+        if _folder(module):
+            used[_folder(module)] |= others
+        elif module not in ENTRANCES:
+            assert not others, f"{module} is imported by all, and imports {others}"
+    for folder, others in used.items():
+        assert others == set(FOLDERS[folder].split()), folder
+        assert all(floors.index(other) < floors.index(folder) for other in others), folder
+
+
+def test_the_root_exports_what_it_names():
+    for name in megatron_tropd.__all__:
+        assert getattr(megatron_tropd, name).__name__ == name
+    assert set(megatron_tropd.__all__) <= set(dir(megatron_tropd))
 
 
 def test_imports_have_no_cycle():
@@ -201,17 +264,10 @@ def test_imports_have_no_cycle():
         visit(module, [])
 
 
-def test_stages_do_not_know_the_loop():
-    top = {f"megatron_tropd.{name}" for name in ("cli", "commands", "train", "run", "run_text", "__main__")}
-    for module, file in PACKAGE.items():
-        if module not in top | {"megatron_tropd"} and not module.startswith("megatron_tropd.cli_"):
-            assert not top & set(_own_imports(file)), module
-
-
 def test_only_parallel_reads_parallel_state():
     for module, file in PACKAGE.items():
         # The benchmark's baseline, Megatron's own cross-entropy, asks for Megatron's groups.
-        if module not in ("megatron_tropd.parallel", "megatron_tropd.kernels.benchmarks.cases"):
+        if module not in ("megatron_tropd.parallel.groups", "megatron_tropd.kernels.benchmarks.cases"):
             assert not [m for m, name in _imports(file) if "parallel_state" in (name, m.split(".")[-1])], module
 
 

@@ -12,15 +12,15 @@ import time
 import pytest
 from report_runs import read, repeat_run
 
-from megatron_tropd import report
 from megatron_tropd.cli import main
 from megatron_tropd.errors import UserError
-from megatron_tropd.report import MAX_POINTS, watch, write_report
-from megatron_tropd.report_head import facts, method, sentence
-from megatron_tropd.report_plots import PLOTS, keys_of
-from megatron_tropd.report_recipe import differences, settings
-from megatron_tropd.report_run import read_run
-from megatron_tropd.report_texts import pack_answers, pack_samples, spaced
+from megatron_tropd.reporting import report
+from megatron_tropd.reporting.head import facts, method, sentence
+from megatron_tropd.reporting.plots import PLOTS, keys_of
+from megatron_tropd.reporting.recipe_view import differences, settings
+from megatron_tropd.reporting.report import MAX_POINTS, watch, write_report
+from megatron_tropd.reporting.run_records import read_run
+from megatron_tropd.reporting.texts import pack_answers, pack_samples, spaced
 
 
 def contents(page):

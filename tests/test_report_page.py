@@ -10,8 +10,8 @@ import pytest
 from chromium import Chromium, find_chromium
 from report_runs import read
 
-from megatron_tropd.report import write_report
-from megatron_tropd.report_plots import PLOTS
+from megatron_tropd.reporting.plots import PLOTS
+from megatron_tropd.reporting.report import write_report
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no chromium here: apt-get install chromium")
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_tropd.config import ColumnsConfig
 from megatron_tropd.errors import UserError
-from megatron_tropd.responses import Responses
+from megatron_tropd.prompts.responses import Responses
 
 
 def write(path, *rows):

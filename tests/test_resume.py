@@ -12,7 +12,7 @@ from test_train import assert_same, overrides_of, records, refused_rank, train_r
 from test_train import material as material  # a fixture
 from tiny_models import write_model
 
-from megatron_tropd.run_lock import RunLock
+from megatron_tropd.system.run_lock import RunLock
 
 COSINE = ("training.lr_schedule=cosine", "training.lr_warmup_steps=1")
 

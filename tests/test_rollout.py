@@ -9,12 +9,12 @@ from tiny_models import EOS_ID, VOCAB_SIZE, make_model, make_tokenizer, write_mo
 
 from megatron_tropd.config import ModelConfig, RolloutConfig
 from megatron_tropd.errors import UserError
-from megatron_tropd.hf_weights import load_hf_weights
-from megatron_tropd.megatron_compat import run_schedule
-from megatron_tropd.model import build_model, load_hf_config
-from megatron_tropd.parallel import initialize
-from megatron_tropd.rollout import RolloutEngine
-from megatron_tropd.tokenizer import load_tokenizer
+from megatron_tropd.mcore.compat import run_schedule
+from megatron_tropd.models.build import build_model, load_hf_config
+from megatron_tropd.models.hf_weights import load_hf_weights
+from megatron_tropd.parallel.groups import initialize
+from megatron_tropd.rollout.engine import RolloutEngine
+from megatron_tropd.tokenizers.tokenizer import load_tokenizer
 from megatron_tropd.types import Prompt, Sampling
 
 CONTEXT = 100

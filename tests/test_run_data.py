@@ -7,12 +7,12 @@ import json
 import pytest
 from tiny_models import make_tokenizer
 
-from megatron_tropd.endings import Endings
 from megatron_tropd.errors import UserError
-from megatron_tropd.objectives import build_objective
+from megatron_tropd.objective.objectives import build_objective
 from megatron_tropd.recipe import load_recipe
-from megatron_tropd.run_data import load_run_data
-from megatron_tropd.tokenizer import HuggingFaceTokenizer
+from megatron_tropd.rollout.endings import Endings
+from megatron_tropd.tokenizers.tokenizer import HuggingFaceTokenizer
+from megatron_tropd.training.run_data import load_run_data
 
 TOKENIZER = HuggingFaceTokenizer(make_tokenizer(), set())
 

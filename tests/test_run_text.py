@@ -12,7 +12,7 @@ from test_train import overrides_of
 
 from megatron_tropd.cli import build_parser
 from megatron_tropd.recipe import load_recipe
-from megatron_tropd.run_text import end_text
+from megatron_tropd.training.run_text import end_text
 
 SUMMARY = {
     "steps": 20,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from helpers import PATIENCE
 
-from megatron_tropd.metrics import MetricsWriter
+from megatron_tropd.records.metrics import MetricsWriter
 
 TOOLS = Path(__file__).parents[1] / "tools"
 

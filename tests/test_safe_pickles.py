@@ -15,8 +15,8 @@ from test_train import assert_same, records
 from test_train import material as material  # a fixture
 
 from megatron_tropd.errors import UserError
-from megatron_tropd.manifest import write_manifest
-from megatron_tropd.safe_pickles import check_folder, load_plain
+from megatron_tropd.models.manifest import write_manifest
+from megatron_tropd.system.safe_pickles import check_folder, load_plain
 
 
 class Bomb:
@@ -90,8 +90,8 @@ def test_field_cases_b17_random_states_of_earlier_versions_are_read(halfway, mat
 
 def states_rank(folder):
     from megatron_tropd.config import ModelConfig
-    from megatron_tropd.parallel import initialize
-    from megatron_tropd.random_states import load_random_states, save_random_states
+    from megatron_tropd.machine.random_states import load_random_states, save_random_states
+    from megatron_tropd.parallel.groups import initialize
 
     initialize(ModelConfig())
 

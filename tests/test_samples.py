@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny_models import write_model
 
-from megatron_tropd.metrics import MetricsWriter, read_records
-from megatron_tropd.objectives import TokenDetails
-from megatron_tropd.samples import sample_records
-from megatron_tropd.tokenizer import load_tokenizer
-from megatron_tropd.trust_region import TrustGate
+from megatron_tropd.objective.objectives import TokenDetails
+from megatron_tropd.objective.trust_region import TrustGate
+from megatron_tropd.records.metrics import MetricsWriter, read_records
+from megatron_tropd.reporting.rollout_records import sample_records
+from megatron_tropd.tokenizers.tokenizer import load_tokenizer
 from megatron_tropd.types import Prompt, Rollouts, TeacherScores
 
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_tropd import sampling
-from megatron_tropd.sampling import Response, Sampler, draw, keep_top
+from megatron_tropd.rollout import sampling
+from megatron_tropd.rollout.sampling import Response, Sampler, draw, keep_top
 from megatron_tropd.types import Prompt, Sampling
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 0.4, -30.0, 1.5, -3.0])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_tropd.score_format import ScoreFormat
+from megatron_tropd.teacher.score_format import ScoreFormat
 from megatron_tropd.types import TeacherScores
 
 

@@ -9,12 +9,12 @@ from helpers import run_distributed
 from safetensors.torch import load_file, save_file
 from tiny_models import load_transformers, write_model
 
-from megatron_tropd import convert
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.errors import UserError
-from megatron_tropd.model import build_model, load_hf_config
-from megatron_tropd.parallel import initialize
-from megatron_tropd.tensor_dtypes import widest_by_kind
+from megatron_tropd.huggingface.tensor_dtypes import widest_by_kind
+from megatron_tropd.models import convert
+from megatron_tropd.models.build import build_model, load_hf_config
+from megatron_tropd.parallel.groups import initialize
 
 FP32 = ("norm.weight", "layernorm.weight", "mlp.gate.weight", "block_sparse_moe.gate.weight", "lm_head.weight")
 
@@ -75,7 +75,7 @@ def test_field_cases_a16_mixed_dtypes_come_back_bit_for_bit(hf, tmp_path, world_
 
 
 def _matrices_stay_small(source, folder):
-    from megatron_tropd.sharded_checks import stored_tensors
+    from megatron_tropd.models.sharded_checks import stored_tensors
 
     initialize(ModelConfig())
     convert.convert_hf_to_mcore(source, folder)

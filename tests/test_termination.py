@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from megatron_tropd import termination
-from megatron_tropd.termination import TerminationFlag
+from megatron_tropd.parallel import termination
+from megatron_tropd.parallel.termination import TerminationFlag
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from test_objectives import BETA, SEED, STEP, VOCAB, K, inputs, variants
 
 from megatron_tropd.config import GuidanceConfig
 from megatron_tropd.methods import METHODS
-from megatron_tropd.objectives import build_objective
-from megatron_tropd.token_statistics import (
+from megatron_tropd.objective.objectives import build_objective
+from megatron_tropd.objective.token_statistics import (
     QUANTILES,
     RHO_BINS,
     gradient_shares,

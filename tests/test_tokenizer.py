@@ -11,7 +11,8 @@ from tiny_tokenizers import edit_config, train_sentencepiece, write_byte_level, 
 
 from megatron_tropd.config import ModelConfig, TokenizerConfig
 from megatron_tropd.errors import UserError
-from megatron_tropd.tokenizer import (
+from megatron_tropd.tokenizers.probes import PROBES
+from megatron_tropd.tokenizers.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     check_compatible,
@@ -19,7 +20,6 @@ from megatron_tropd.tokenizer import (
     load_tokenizer,
     open_tokenizer,
 )
-from megatron_tropd.tokenizer_probes import PROBES
 from megatron_tropd.types import Prompt
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]

@@ -9,8 +9,8 @@ from tiny_tokenizers import BOS, EOS, edit_config, train_sentencepiece, write_by
 from tokenizers import AddedToken, Tokenizer
 
 from megatron_tropd.errors import UserError
-from megatron_tropd.tokenizer import describe_check, load_tokenizer
-from megatron_tropd.tokenizer_probes import PROBES
+from megatron_tropd.tokenizers.probes import PROBES
+from megatron_tropd.tokenizers.tokenizer import describe_check, load_tokenizer
 from megatron_tropd.types import Prompt
 
 

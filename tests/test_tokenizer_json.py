@@ -6,9 +6,9 @@ import pytest
 from tiny_tokenizers import write_byte_level
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
-from megatron_tropd import tokenizer_files
-from megatron_tropd.tokenizer import load_tokenizer
-from megatron_tropd.tokenizer_json import is_same
+from megatron_tropd.tokenizers import files as tokenizer_files
+from megatron_tropd.tokenizers.json_models import is_same
+from megatron_tropd.tokenizers.tokenizer import load_tokenizer
 
 
 @pytest.fixture

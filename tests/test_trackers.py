@@ -6,10 +6,10 @@ import pytest
 from helpers import run_distributed
 
 from megatron_tropd.errors import UserError
-from megatron_tropd.metrics import MetricsWriter
-from megatron_tropd.preflight import problems
+from megatron_tropd.machine.preflight import problems
 from megatron_tropd.recipe import load_recipe
-from megatron_tropd.trackers import FILE, missing_packages, open_trackers
+from megatron_tropd.records.metrics import MetricsWriter
+from megatron_tropd.records.trackers import FILE, missing_packages, open_trackers
 
 
 def _write(folder, *overrides, first_step=0, steps=3):
@@ -84,8 +84,8 @@ def test_a_tracker_that_refuses_is_named(tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_loaded(monkeypatch):
-    from megatron_tropd import trackers
-    from megatron_tropd.environment import gather
+    from megatron_tropd.machine.environment import gather
+    from megatron_tropd.records import trackers
 
     environment = gather()
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)

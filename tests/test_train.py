@@ -208,7 +208,7 @@ def train_until_terminated(overrides: list[str], pids: Path) -> dict:
                     os.kill(int(pid.read_text()), signal.SIGTERM)
 
     if rank == "0":  # in the thread that trains, which does not go on meanwhile
-        logger = logging.getLogger("megatron_tropd.train")
+        logger = logging.getLogger("megatron_tropd.training.loop")
         logger.setLevel(logging.INFO)
         logger.addHandler(Terminate())
     return train_rank(overrides)
@@ -304,9 +304,11 @@ def refused_rank(overrides: list[str]) -> str:
 
 def each_refused_rank(runs: dict[str, list[str]], ports: list[int]) -> dict[str, str]:
     """Return the messages by the name of the run; each run has a separate store, as under a launcher."""
-    from megatron_tropd.parallel import shutdown
+    from megatron_tropd.parallel.groups import shutdown
 
-    importlib.import_module("megatron_tropd.train").shutdown = lambda: None  # not before all ranks have been refused
+    importlib.import_module("megatron_tropd.training.loop").shutdown = lambda: (
+        None
+    )  # not before all ranks have been refused
     messages = {}
     for (name, overrides), port in zip(runs.items(), ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)
@@ -356,7 +358,7 @@ def test_teachers_of_another_vocabulary_and_the_student_itself_are_refused(mater
 
 def test_each_stage_of_a_step_has_its_own_memory_peak(monkeypatch):
     """Between two laps the device's peak is read once and then forgotten; on a CPU it is the process's memory."""
-    from megatron_tropd.train import _Clock
+    from megatron_tropd.training.loop import _Clock
 
     peaks, calls = iter([3e9, 7e9, 5e9]), []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
@@ -378,7 +380,7 @@ def test_each_stage_of_a_step_has_its_own_memory_peak(monkeypatch):
 def largest_peaks_rank() -> dict[str, float]:
     import torch.distributed as dist
 
-    from megatron_tropd.train import _largest_peaks
+    from megatron_tropd.training.loop import _largest_peaks
 
     dist.init_process_group("gloo")
     mine = {

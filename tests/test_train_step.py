@@ -60,7 +60,7 @@ def make_batch():
 
 def make_objective(name="tropd"):
     from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
-    from megatron_tropd.objectives import build_objective
+    from megatron_tropd.objective.objectives import build_objective
 
     config = ObjectiveConfig(name=name, topk=8, temperature=1.3, beta=0.2)
     return config, build_objective(config, GuidanceConfig(beta=0.1), seed=7)
@@ -74,8 +74,8 @@ def layout(tp: int, pp: int, sequence_parallel: bool, path, ep: int = 1):
 
 
 def load(config, groups, training: bool):
-    from megatron_tropd.convert import load_model_weights
-    from megatron_tropd.model import build_model, load_hf_config
+    from megatron_tropd.models.build import build_model, load_hf_config
+    from megatron_tropd.models.convert import load_model_weights
 
     chunks = build_model(load_hf_config(config.hf_path), config, groups, training=training)
     load_model_weights(chunks, config, groups)
@@ -84,11 +84,11 @@ def load(config, groups, training: bool):
 
 def megatron_step(models, student_name, tp, pp, sequence_parallel, max_tokens, ep=1, name="tropd"):
     """One step; returns the teacher's scores (last stage), metrics, and the weight gradients under HF names."""
-    from megatron_tropd import parallel
     from megatron_tropd.config import TrainingConfig
-    from megatron_tropd.divergence import Divergence
-    from megatron_tropd.teacher import TeacherHook
-    from megatron_tropd.train_step import build_student, train_step
+    from megatron_tropd.objective.divergence import Divergence
+    from megatron_tropd.parallel import groups as parallel
+    from megatron_tropd.teacher.hook import TeacherHook
+    from megatron_tropd.training.step import build_student, train_step
 
     student_config = layout(tp, pp, sequence_parallel, models / student_name, ep)
     teacher_config = layout(tp, pp, sequence_parallel, models / "teacher")
@@ -117,8 +117,8 @@ def megatron_step(models, student_name, tp, pp, sequence_parallel, max_tokens, e
 
 def gradients(student, groups, hf_path) -> dict[str, torch.Tensor]:
     """Gather every parameter's gradient and cut it back into its Hugging Face tensors."""
-    from megatron_tropd.hf_weights import gather_full, named_parameters, shape_of
-    from megatron_tropd.model import load_hf_config
+    from megatron_tropd.models.build import load_hf_config
+    from megatron_tropd.models.hf_weights import gather_full, named_parameters, shape_of
 
     hf_config = load_hf_config(hf_path)
     shape, found = shape_of(hf_config), {}
@@ -229,9 +229,9 @@ def test_hidden_states_times_the_output_layer_are_the_logits(models, teacher):
 
 
 def hidden_rank(models, teacher):
-    from megatron_tropd import parallel
-    from megatron_tropd.exchange import Exchange
-    from megatron_tropd.teacher import TeacherHook
+    from megatron_tropd.parallel import groups as parallel
+    from megatron_tropd.teacher.exchange import Exchange
+    from megatron_tropd.teacher.hook import TeacherHook
 
     groups = parallel.initialize(layout(2, 1, False, models / "teacher"))
     config = layout(*teacher, False, models / "teacher")
@@ -246,8 +246,8 @@ def test_an_offloaded_teacher_scores_the_same_and_leaves_nothing_on_the_device(m
 
 
 def offload_rank(models):
-    from megatron_tropd import parallel
-    from megatron_tropd.teacher import TeacherHook
+    from megatron_tropd.parallel import groups as parallel
+    from megatron_tropd.teacher.hook import TeacherHook
 
     config = layout(2, 1, False, models / "teacher")
     groups = parallel.initialize(config)
@@ -278,9 +278,9 @@ def test_gradients_are_freed_between_updates_and_the_updates_are_the_same(models
 
 def offloaded_optimizer_rank(models, offload: bool):
     """Two updates in bfloat16, distributed optimizer; where offloaded, no gradient may be there outside of them."""
-    from megatron_tropd import parallel
     from megatron_tropd.config import ModelConfig, TrainingConfig
-    from megatron_tropd.train_step import build_student, train_step
+    from megatron_tropd.parallel import groups as parallel
+    from megatron_tropd.training.step import build_student, train_step
 
     model = ModelConfig(hf_path=str(models / "tied"))
     groups = parallel.initialize(model)
@@ -304,7 +304,7 @@ def offloaded_optimizer_rank(models, offload: bool):
 
 def sft():
     from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
-    from megatron_tropd.objectives import build_objective
+    from megatron_tropd.objective.objectives import build_objective
 
     return build_objective(ObjectiveConfig(name="sft"), GuidanceConfig(), seed=7)
 
@@ -314,8 +314,8 @@ def freed(student) -> bool:
 
 
 def misuse_rank(models):
-    from megatron_tropd import parallel
-    from megatron_tropd.teacher import TeacherHook
+    from megatron_tropd.parallel import groups as parallel
+    from megatron_tropd.teacher.hook import TeacherHook
 
     config = layout(1, 1, False, models / "teacher")
     groups = parallel.initialize(config)
@@ -342,10 +342,10 @@ def float16_rank(models, first_scale):
     """Three steps in float16; `first_scale` is put in the place of the loss scale that training begins with."""
     from dataclasses import replace
 
-    from megatron_tropd import parallel
     from megatron_tropd.config import TrainingConfig
-    from megatron_tropd.teacher import TeacherHook
-    from megatron_tropd.train_step import build_student, train_step
+    from megatron_tropd.parallel import groups as parallel
+    from megatron_tropd.teacher.hook import TeacherHook
+    from megatron_tropd.training.step import build_student, train_step
 
     student_config = replace(layout(1, 1, False, models / "tied"), dtype="float16")
     groups = parallel.initialize(student_config)

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tropd.counter_rng import STREAM_GATE, STREAM_SAMPLING, counter_uniform
-from megatron_tropd.trust_region import trust_gate
+from megatron_tropd.objective.trust_region import trust_gate
 
 # Of seed, stream and step, also beyond int64, at (sample 0, position 5) and (2^62, -1).
 PINNED = {

@@ -4,8 +4,8 @@ import pytest
 import torch
 from helpers import assert_close
 
-from megatron_tropd import variable_length
-from megatron_tropd.variable_length import attends_variable_lengths, variable_length_attention
+from megatron_tropd.parallel import variable_length
+from megatron_tropd.parallel.variable_length import attends_variable_lengths, variable_length_attention
 
 LENGTHS_Q, LENGTHS_K = [5, 1, 7], [5, 9, 7]
 HEADS, GROUPS, WIDTH = 4, 2, 16

@@ -10,13 +10,14 @@ import torch
 from helpers import run_distributed
 from tiny_models import load_transformers, write_model
 
-from megatron_tropd import convert, hf_config, hf_weights, reference, verify
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.errors import UserError
-from megatron_tropd.hf_config import load_hf_config
-from megatron_tropd.parallel import initialize
-from megatron_tropd.verdict import Verdict
-from megatron_tropd.verdict import judge as judge_parts
+from megatron_tropd.huggingface import config as hf_config
+from megatron_tropd.huggingface.config import load_hf_config
+from megatron_tropd.models import convert, hf_weights, reference, verify
+from megatron_tropd.models.verdict import Verdict
+from megatron_tropd.models.verdict import judge as judge_parts
+from megatron_tropd.parallel.groups import initialize
 
 # SmolLM2-135M with narrower heads: 9 heads in 3 groups, 30 layers, tied.
 SMOL = {

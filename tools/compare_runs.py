@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tropd.errors import UserError
-from megatron_tropd.metrics import read_records
+from megatron_tropd.records.metrics import read_records
 
 _OF_THE_MACHINE = ("seconds", "tokens_per_second", "memory")
 

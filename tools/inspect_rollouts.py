@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tropd.errors import UserError
-from megatron_tropd.metrics import read_records
+from megatron_tropd.records.metrics import read_records
 
 _COLOURS = {"trust": "\033[32m", "outlier": "\033[1;31m", "guidance": "\033[34m"}
 _RESET = "\033[0m"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_tropd.errors import UserError
-from megatron_tropd.hf_files import model_files
+from megatron_tropd.huggingface.files import model_files
 
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")

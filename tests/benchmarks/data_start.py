@@ -58,8 +58,8 @@ def memory() -> dict[str, float]:
 
 def measure(path: str, tokenizer_path: str, whole: bool) -> None:
     """Print one JSON line with seconds and growth of memory."""
-    from megatron_tropd.prompts import PromptSource, load_prompts
-    from megatron_tropd.tokenizer import load_tokenizer
+    from megatron_tropd.prompts.source import PromptSource, load_prompts
+    from megatron_tropd.tokenizers.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_path)
     tokenizer.encode("warm up")
@@ -67,7 +67,7 @@ def measure(path: str, tokenizer_path: str, whole: bool) -> None:
     if whole:
         source = PromptSource(load_prompts(path, tokenizer, 4096))
     else:
-        from megatron_tropd.prompt_set import PromptSet
+        from megatron_tropd.prompts.prompt_set import PromptSet
 
         prompts = PromptSet(path, tokenizer, max_tokens=4096)
         prompts.problems.raise_if_any()

@@ -5,7 +5,7 @@ OMP_NUM_THREADS=1 python tests/benchmarks/grading.py
 
 import time
 
-from megatron_tropd.grading import Grader
+from megatron_tropd.grading.grader import Grader
 
 PROSE = "Natalia sold 48/2 = 24 clips in May, so that $x = 24$ and she sold 48 + 24 clips in all. " * 40
 

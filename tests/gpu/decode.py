@@ -31,9 +31,9 @@ class Load:
 def main() -> None:
     """Measure each setting that this version has."""
     from megatron_tropd.config import RolloutConfig
-    from megatron_tropd.generation import open_model
+    from megatron_tropd.evaluation.generation import open_model
     from megatron_tropd.kernels.benchmarks.measure import copy_bandwidth
-    from megatron_tropd.prompts import load_prompts
+    from megatron_tropd.prompts.source import load_prompts
     from megatron_tropd.recipe import load_recipe
 
     stage = open_stage()

@@ -59,11 +59,11 @@ def plan(keys: list[str], longest_prompt: int) -> dict[str, Any]:
 
     The seconds are those of responses of the greatest length, on an H100.
     """
-    from megatron_tropd.layer_specs import uses_transformer_engine
-    from megatron_tropd.model import load_hf_config
-    from megatron_tropd.plan_job import Job
-    from megatron_tropd.plan_memory import memory
-    from megatron_tropd.plan_time import step_seconds
+    from megatron_tropd.mcore.layer_specs import uses_transformer_engine
+    from megatron_tropd.models.build import load_hf_config
+    from megatron_tropd.planning.job import Job
+    from megatron_tropd.planning.memory import memory
+    from megatron_tropd.planning.seconds import step_seconds
     from megatron_tropd.recipe import load_recipe
 
     recipe = load_recipe(None, keys)

@@ -22,7 +22,7 @@ def follow(
     `report` gets all records each time that there are more, so that what was measured is safe if time runs out.
     Raises SystemExit if the run fails, or ends before `steps`.
     """
-    from megatron_tropd.metrics import read_records
+    from megatron_tropd.records.metrics import read_records
 
     metrics, records = run / "metrics.jsonl", []
     process = subprocess.Popen([sys.executable, "-m", "megatron_tropd", "train", str(recipe), *keys])

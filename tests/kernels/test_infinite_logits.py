@@ -7,7 +7,7 @@ import torch
 
 from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
 from megatron_tropd.kernels import full_divergence, vocab_parallel_logprobs, vocab_parallel_topk
-from megatron_tropd.objectives import build_objective
+from megatron_tropd.objective.objectives import build_objective
 from megatron_tropd.types import LOSS_STUDENT, TeacherScores, TrainingBatch
 
 NONE = -math.inf

@@ -1,0 +1,1 @@
+"""Reading of data files: formats, layouts of rows, columns by role."""

@@ -1,0 +1,1 @@
+"""Accuracy on problems, and generation outside of training."""

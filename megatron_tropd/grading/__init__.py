@@ -1,0 +1,1 @@
+"""Comparison of answers: texts, numbers, forms and expressions."""

@@ -1,0 +1,1 @@
+"""Hugging Face folders: configurations, weight files, names of tensors."""

@@ -1,0 +1,1 @@
+"""Megatron models: building, converting, verifying, reading and writing weights."""

@@ -1,0 +1,1 @@
+"""NaN, infinity and spikes: found, named and skipped or refused."""

@@ -1,0 +1,1 @@
+"""The method: gate, outliers, guidance and divergences as a loss."""

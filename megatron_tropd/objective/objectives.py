@@ -1,0 +1,321 @@
+"""Objectives by name: student log-probs at {sampled token} + the teacher's top-k, and the teacher's scores -> loss.
+
+Plain PyTorch over [..., 1 + k], differentiated by autograd on top of one kernel (kernels/logprobs); a new method is an
+entry in methods.py and a few lines in this file, never a kernel. Formulas: arXiv 2606.01249, sections A (gate), B
+(outliers), C (guidance). The loss is exactly zero on all other tokens, whatever values they hold.
+
+A log-prob of -inf is no mistake: a teacher may rule a token out, or an API list but its most probable ones. Such a
+token lies outside the trust region, and no part of the loss that would be infinite there is taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
+from megatron_tropd.errors import UserError
+from megatron_tropd.methods import METHODS, Method
+from megatron_tropd.objective.token_statistics import gradient_shares, logit_gradient, loss_gradient, token_histograms
+from megatron_tropd.objective.trust_region import TrustGate, trust_gate
+from megatron_tropd.tokenizers.end_of_text import ABSENT
+from megatron_tropd.types import LOSS_GUIDANCE, LOSS_STUDENT, TeacherScores, TrainingBatch
+
+
+@dataclass
+class TokenDetails:
+    """Values of single tokens for samples and reports; all [b, s]."""
+
+    student_logprobs: torch.Tensor
+    teacher_logprobs: torch.Tensor
+    gate: TrustGate
+
+
+@dataclass
+class ObjectiveResult:
+    """A micro-batch's losses and statistics; name -> (sum, count) where a mean over the global batch is wanted."""
+
+    loss: torch.Tensor  # [b, s] fp32, zero on tokens without loss
+    metrics: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    maxima: dict[str, torch.Tensor] = field(default_factory=dict)
+    minima: dict[str, torch.Tensor] = field(default_factory=dict)
+    counts: dict[str, torch.Tensor] = field(default_factory=dict)  # histograms, [bins] each
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)  # [b, s] by kind of token: logit_gradient
+    details: TokenDetails | None = None
+
+
+def build_objective(config: ObjectiveConfig, guidance: GuidanceConfig, seed: int) -> Objective:
+    """Return the objective that the recipe names.
+
+    Raises:
+        UserError: an unknown name, or keys that contradict it.
+    """
+    method = METHODS.get(config.name)
+    if method is None:  # of a recipe made in Python; those that are read are checked there
+        raise UserError(f"objective.name={config.name!r} is unknown; choose one of {', '.join(METHODS)}.")
+    if not method.gated and (config.gate or config.outlier):
+        key = "gate" if config.gate else "outlier"
+        raise UserError(
+            f"objective.name={config.name} has no trust region, so objective.{key}={getattr(config, key)} has no "
+            f"meaning; remove the key or choose objective.name=tropd."
+        )
+    if method.outlier and config.outlier not in (None, method.outlier):
+        raise UserError(
+            f"objective.name={config.name} fixes objective.outlier={method.outlier}, but the recipe says "
+            f"{config.outlier}; remove the key, or choose tropd or fkl_outlier by what you want on outliers."
+        )
+    if method.divergence == "jsd" and not 0 < config.beta < 1:
+        raise UserError(
+            f"objective.beta={config.beta} makes no mixture for objective.name=jsd; give a number between 0 and 1. Its "
+            "limits are objective.name=fkl_full and rkl_full."
+        )
+    outlier = (method.outlier or config.outlier or "fkl") if method.gated else None
+    return Objective(config, method, outlier, config.gate or "bernoulli", guidance.beta, seed)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A pure function of log-probs, scores and batch; holds only settings."""
+
+    config: ObjectiveConfig
+    method: Method
+    outlier: str | None
+    gate: str
+    guidance_beta: float
+    seed: int
+
+    @property
+    def uses_guidance(self) -> bool:
+        """Whether responses may begin with a teacher's prefix."""
+        return self.method.guided
+
+    @property
+    def needs_rollout(self) -> bool:
+        """Whether the student writes responses; if not, it learns from given ones."""
+        return not self.method.data
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss reads the teacher's scores."""
+        return not self.method.data
+
+    @property
+    def divergence(self) -> str | None:
+        """Which exact divergence the loss is, for which it needs hidden states; None: it reads single tokens."""
+        return self.method.divergence
+
+    @property
+    def topk(self) -> int:
+        """How many of the teacher's most probable tokens the loss reads."""
+        return self.config.topk if self.outlier in ("fkl", "fkl_advantage") else 0
+
+    @property
+    def extremes(self) -> tuple[str, ...]:
+        """The names of `maxima` and, with a minus sign, of `minima` that `loss` returns."""
+        return ("advantage_max", "logprob_mismatch_max", "-advantage_min") if self.needs_teacher else ()
+
+    def ids(self, batch: TrainingBatch, scores: TeacherScores | None) -> torch.Tensor:
+        """Return the ids [b, s, 1 + k] at which the student is read: the sampled token, then the teacher's top-k."""
+        labels = batch.labels.unsqueeze(-1)
+        return labels if scores is None or not self.topk else torch.cat([labels, scores.topk_ids.long()], dim=-1)
+
+    def loss(
+        self,
+        student_logprobs: torch.Tensor,
+        scores: TeacherScores | None,
+        batch: TrainingBatch,
+        step: int,
+        student_entropy: torch.Tensor | None = None,
+        divergence: torch.Tensor | None = None,
+    ) -> ObjectiveResult:
+        """Return each token's loss, method.loss = student tokens: M K1 + (1 - M) outlier; prefix: -beta log pi_S.
+
+        Args:
+            student_logprobs: [b, s, 1 + k] fp32 trainer's log pi_S at `ids`, differentiable.
+            scores: the teacher's, of the same micro-batch and temperature; None if not `needs_teacher`.
+            batch: the micro-batch.
+            step: global step, an argument of the gate's random numbers.
+            student_entropy: [b, s], only reported.
+            divergence: [b, s] of the whole distributions, differentiable; where `self.divergence` names one.
+        """
+        is_student, is_guidance = batch.loss_kind == LOSS_STUDENT, batch.loss_kind == LOSS_GUIDANCE
+        if self.divergence:  # over distributions, whichever model wrote the token
+            is_student, is_guidance = is_student | is_guidance, torch.zeros_like(is_guidance)
+        beta = 1.0 if self.method.data else self.guidance_beta
+        given = _floored(torch.where(is_guidance, student_logprobs[..., 0], 0.0))
+        result = ObjectiveResult(loss=-beta * given)
+        if self.needs_teacher:
+            student = self._student_tokens(student_logprobs, scores, batch, step, is_student, divergence)
+            result = dataclasses.replace(student, loss=student.loss + result.loss)
+        result.metrics["loss_guidance"] = _total(-beta * given, is_guidance)
+        result.metrics["guidance_fraction"] = _total(is_guidance, is_student | is_guidance)
+        if not self.divergence:  # whose gradient is that of one kind of token
+            learned = is_guidance & (student_logprobs[..., 0] != -torch.inf)  # a floored one has no gradient
+            result.gradients["guidance"] = logit_gradient((beta * learned).unsqueeze(-1), given.unsqueeze(-1))
+            result.metrics |= gradient_shares(result.gradients)
+        if student_entropy is not None:
+            kept = is_student if self.needs_rollout else is_guidance
+            result.metrics["student_entropy"] = _total(torch.where(kept, student_entropy, 0.0), kept)
+        return result
+
+    def _student_tokens(self, logprobs, scores, batch, step: int, kept: torch.Tensor, divergence) -> ObjectiveResult:
+        """Parts A and B on the student's own tokens; `kept` [b, s] marks them."""
+        # Zeros off the loss tokens first: garbage times zero may be NaN, in the gradient even where the loss is masked.
+        sampled = torch.where(kept, logprobs[..., 0], 0.0)
+        teacher = torch.where(kept, scores.logprobs, 0.0)
+        gate = self._gate(sampled, teacher, batch, step)
+        trusted = gate.weight * kept
+        outlying = (1.0 - gate.weight) * kept
+        importance = self._importance(sampled, batch, kept)
+        ruled_out = kept & ((sampled == -torch.inf) | (teacher == -torch.inf))
+        details = TokenDetails(sampled.detach(), teacher, gate)
+        # From here on no infinity: what it would be multiplied by may be zero.
+        sampled = torch.where(sampled == -torch.inf, 0.0, sampled)
+        difference = torch.where(teacher == -torch.inf, -torch.inf, teacher - sampled).detach()
+        advantage = torch.where(ruled_out, 0.0, difference)
+
+        trust_loss = -importance * advantage * sampled  # K1, -sg(A) log pi_S(x)
+        if self.divergence:  # of distributions: nothing to weigh by how x was drawn
+            trust_loss = torch.where(kept, divergence, 0.0)
+        outlier_loss, forward_kl = self._outlier(logprobs, scores, sampled, difference, importance, kept)
+        trust_loss, outlier_loss = _weighed(trusted, trust_loss), _weighed(outlying, outlier_loss)
+        mismatch = torch.where(kept, details.student_logprobs - batch.old_logprobs, 0.0).abs()
+        comparable, matched = kept & ~ruled_out, kept & (mismatch < torch.inf)
+        metrics = {
+            "loss_trust": _total(trust_loss, trusted),
+            "loss_outlier": _total(outlier_loss, outlying),
+            "trust_fraction": _total(trusted, kept),
+            "outlier_fraction": _total(outlying, kept),
+            "mean_rho": _total(torch.where(kept, gate.rho, 0.0), kept),
+            "advantage": _total(torch.where(comparable, advantage, 0.0), comparable),
+            "reverse_kl": _total(torch.where(comparable, -advantage, 0.0), comparable),
+            "ruled_out_fraction": _total(ruled_out, kept),
+            "logprob_mismatch": _total(torch.where(matched, mismatch, 0.0), matched),
+            "importance_weight": _total(torch.where(kept, importance, 0.0), kept),
+        }
+        if forward_kl is not None:
+            metrics["outlier_forward_kl"] = _total(_weighed(outlying, forward_kl), outlying)
+        if scores.entropy is not None:
+            metrics["teacher_entropy"] = _total(torch.where(kept, scores.entropy, 0.0), kept)
+        read = (
+            slice(1, None) if self.outlier == "fkl" else slice(0, 1)
+        )  # either the teacher's top-k or the sampled token
+        return ObjectiveResult(
+            loss=trust_loss + outlier_loss,
+            metrics=metrics,
+            maxima={
+                "advantage_max": torch.where(comparable, advantage, -torch.inf).amax(),
+                "logprob_mismatch_max": torch.where(matched, mismatch, -torch.inf).amax(),
+            },
+            minima={"advantage_min": torch.where(comparable, advantage, torch.inf).amin()},
+            counts=token_histograms(
+                {"rho": (gate.rho, kept), "advantage": (advantage, comparable), "mismatch": (mismatch, matched)}
+            ),
+            gradients={
+                "trusted": logit_gradient(_weighed(trusted, importance * advantage)[..., None], sampled[..., None]),
+                "outlier": loss_gradient(outlier_loss, logprobs, kept, read),
+            },
+            details=details,
+        )
+
+    def _gate(self, sampled, teacher, batch: TrainingBatch, step: int) -> TrustGate:
+        gate = trust_gate(
+            sampled,
+            teacher,
+            self.gate,
+            self.config.gate_threshold,
+            seed=self.seed,
+            step=step,
+            sample_ids=batch.token_sample_ids,
+            positions=batch.position_ids + 1,  # of the label
+        )
+        if self.method.gated:
+            return gate
+        # Without a trust region all is in it, but for a token whose advantage would be infinite.
+        all_of_it = torch.ones_like(gate.weight)
+        return TrustGate(gate.rho, all_of_it if self.divergence else torch.where(teacher == -torch.inf, 0.0, all_of_it))
+
+    def _importance(self, sampled, batch: TrainingBatch, kept: torch.Tensor) -> torch.Tensor:
+        """Weight of the policy-gradient terms: min(pi_S / pi_old, C) (tis), or the ratio within [1/C, C] (icepop)."""
+        if self.config.importance == "off":
+            return torch.ones_like(sampled).detach()
+        difference = torch.where(sampled == -torch.inf, -torch.inf, sampled - batch.old_logprobs).detach()
+        ratio = torch.where(kept, difference, 0.0).exp()
+        cap = self.config.importance_cap
+        if self.config.importance == "tis":
+            return ratio.clamp(max=cap)
+        return torch.where((ratio <= cap) & (ratio >= 1.0 / cap), ratio, 0.0)
+
+    def _outlier(self, logprobs, scores, sampled, advantage, importance, kept):
+        """Part B: loss [b, s] of every token as if it were an outlier, and the forward KL where it was computed.
+
+        `advantage` is -inf where the teacher rules the token out; `sampled` is finite.
+        """
+        if self.outlier is None or self.outlier == "mask":
+            return torch.zeros_like(sampled), None
+        if self.outlier == "clip":
+            return -importance * advantage.clamp(min=self.config.clip) * sampled, None
+        student_topk = torch.where(kept.unsqueeze(-1), logprobs[..., 1:], -1.0)
+        teacher_topk = torch.where(kept.unsqueeze(-1), scores.topk_logprobs, -1.0)
+        forward_kl = topk_forward_kl(student_topk, teacher_topk, self.config.tail)
+        if self.outlier == "fkl":
+            return forward_kl, forward_kl.detach()
+        return importance * forward_kl.detach() * sampled, forward_kl.detach()  # A = -sg(KL)
+
+
+def topk_forward_kl(student_logprobs: torch.Tensor, teacher_logprobs: torch.Tensor, tail: str) -> torch.Tensor:
+    """Return the forward KL over the teacher's top-k, [..., k] x [..., k] -> [...], differentiable in the student.
+
+    truncated: sum_k p (log p - log q), as the paper prints it; may be negative, and keeps its gradient where it is.
+    renormalized: both distributions normalised within the k first (the authors' script).
+    tail: one more bucket for all the rest; the exact KL of two (k + 1)-way distributions, never negative.
+
+    Tokens to which the teacher gives nothing (fewer than k have any probability) count for nothing, and one to which
+    the student rules out counts as e^-10000, without a gradient.
+
+    Raises:
+        ValueError: `tail` is none of the three.
+    """
+    student_logprobs = _floored(student_logprobs)
+    supported = teacher_logprobs != -torch.inf
+    if tail == "renormalized":
+        student_logprobs = student_logprobs.log_softmax(-1)
+        # Where the teacher gives nothing to any of them there is nothing to normalise.
+        listed = torch.where(supported.any(-1, keepdim=True), teacher_logprobs, 0.0).log_softmax(-1)
+        teacher_logprobs = torch.where(supported, listed, -torch.inf)
+    kl = kl_terms(teacher_logprobs, student_logprobs).sum(-1)
+    if tail in ("truncated", "renormalized"):
+        return kl
+    if tail != "tail":
+        raise ValueError(f"tail {tail!r} is none of truncated, renormalized, tail")
+    student_rest, teacher_rest = _log_rest(student_logprobs), _log_rest(teacher_logprobs)
+    return kl + teacher_rest.exp() * (teacher_rest - student_rest)
+
+
+def kl_terms(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Return p (log p - log q) of log-probs; 0, in the gradients too, where p has no probability."""
+    possible = p != -torch.inf
+    difference = torch.where(possible, p, 0.0) - torch.where(possible, q, 0.0)
+    return torch.where(possible, p, -torch.inf).exp() * difference
+
+
+def _log_rest(logprobs: torch.Tensor) -> torch.Tensor:
+    """log(1 - sum exp(logprobs)), exact when the sum is nearly one; rounding beyond one counts as fp32's epsilon."""
+    covered = logprobs.logsumexp(-1).clamp(max=-torch.finfo(torch.float32).eps)
+    return torch.log(-torch.expm1(covered))
+
+
+def _floored(logprobs: torch.Tensor) -> torch.Tensor:
+    """A log-prob of -inf as a very low one; what is left of its gradient is zero."""
+    return torch.where(logprobs == -torch.inf, ABSENT, logprobs)
+
+
+def _weighed(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """weights * values, and 0 where the weight is, whatever the value."""
+    return torch.where(weights > 0, weights * values, 0.0)
+
+
+def _total(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return values.detach().sum(dtype=torch.float64), weights.sum(dtype=torch.float64)

@@ -1,0 +1,1 @@
+"""Process groups, layouts, and how batches are cut over them."""

@@ -1,0 +1,1 @@
+"""Memory and seconds of a recipe before it runs, and layouts that fit."""

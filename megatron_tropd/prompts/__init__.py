@@ -1,0 +1,1 @@
+"""Prompts, teacher responses, and the order in which prompts are drawn."""

@@ -1,0 +1,1 @@
+"""The student writes responses in Megatron's inference engine."""

@@ -1,0 +1,1 @@
+"""Files, folders, locks and pickles: what every stage writes and reads through."""

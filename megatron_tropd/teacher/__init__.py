@@ -1,0 +1,1 @@
+"""The frozen teacher: its hook, its dedicated ranks, and the exchange between layouts."""

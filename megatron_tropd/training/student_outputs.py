@@ -1,0 +1,87 @@
+"""The student's outputs in training: the few numbers per token that the objective reads, in place of logits.
+
+with read_student(student, batch, scores, objective, config):
+    output = model(...)                                         # [b, s, 1 + k + 1], or one more with a divergence
+outputs = StudentOutputs.unpack(output, with_divergence=False)
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_tropd.config import ObjectiveConfig
+from megatron_tropd.kernels import fused_linear_logprobs, vocab_parallel_logprobs
+from megatron_tropd.objective.objectives import Objective
+from megatron_tropd.types import LOSS_NONE, TeacherScores, TrainingBatch
+
+if TYPE_CHECKING:
+    from megatron_tropd.training.step import Student
+
+
+@dataclass
+class StudentOutputs:
+    """The student's numbers at every token, fp32; on the last stage."""
+
+    logprobs: torch.Tensor  # [b, s, 1 + k], differentiable unless there is a divergence
+    entropy: torch.Tensor  # [b, s], no gradient
+    divergence: torch.Tensor | None = None  # [b, s], differentiable
+
+    def pack(self) -> torch.Tensor:
+        """Return one tensor [..., 1 + k + 1 (+ 1)], of which Megatron's schedule knows how to take care."""
+        last = [] if self.divergence is None else [self.divergence.unsqueeze(-1)]
+        return torch.cat([self.logprobs, self.entropy.unsqueeze(-1), *last], dim=-1)
+
+    @classmethod
+    def unpack(cls, output: torch.Tensor, with_divergence: bool) -> StudentOutputs:
+        """Undo `pack`."""
+        divergence = None
+        if with_divergence:
+            output, divergence = output[..., :-1], output[..., -1]
+        return cls(output[..., :-1], output[..., -1].detach(), divergence)
+
+
+def read_student(
+    student: Student,
+    batch: TrainingBatch,
+    scores: TeacherScores | None,
+    objective: Objective,
+    config: ObjectiveConfig,
+) -> AbstractContextManager[None]:
+    """Return the context in which a forward pass of `batch` gives packed StudentOutputs on the last stage.
+
+    Args:
+        student: its hook, vocabulary and, for an objective over the whole vocabulary, `divergence`.
+        batch: the micro-batch.
+        scores: the teacher's of it.
+        objective: says at which ids the student is read, and whether a divergence is.
+        config: `objective.*` of the recipe (temperature and kernel are read here).
+    """
+    options = {
+        "temperature": config.temperature,
+        "with_entropy": True,
+        "mask": (batch.loss_kind != LOSS_NONE).t(),
+        "implementation": config.kernel,
+    }
+    vocabulary = (student.groups.tp, student.vocab_size)
+
+    def ids_to_read() -> torch.Tensor:  # [s, b, 1 + k]
+        return objective.ids(batch, scores).transpose(0, 1)
+
+    def from_logits(logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        ids = ids_to_read()
+        # Nothing else reads the logits: their gradient may overwrite them.
+        found = vocab_parallel_logprobs(logits, student.end.extend(ids), *vocabulary, inplace_backward=True, **options)
+        return StudentOutputs(student.end.merge(found[0], ids), found[1]).pack()
+
+    def from_hidden(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ids = ids_to_read()
+        divergence = student.divergence(hidden, weight, scores.hidden, batch.loss_kind != LOSS_NONE)
+        with torch.no_grad():  # the sampled tokens are only reported
+            found = fused_linear_logprobs(hidden, weight, student.end.extend(ids), *vocabulary, **options)
+        return StudentOutputs(student.end.merge(found[0], ids), found[1], divergence).pack()
+
+    return student.hook.replaced(from_hidden) if objective.divergence else student.hook.armed(from_logits)
