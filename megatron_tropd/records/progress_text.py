@@ -68,7 +68,7 @@ def sample_text(sample: dict[str, Any], width: int) -> Text:
     """Return a record of samples.jsonl in colours: outliers red, the teacher's prefix blue; cut after a few lines."""
     from rich.text import Text
 
-    text = Text(_last_line(sample["prompt"]) + "\n", style="dim")
+    text = Text().append(_last_line(sample["prompt"]) + "\n", style="dim")
     room = _SAMPLE_LINES * max(width - 4, 20)
     for token in sample["tokens"]:
         piece = token["text"].replace("\n", "⏎")
@@ -76,7 +76,7 @@ def sample_text(sample: dict[str, Any], width: int) -> Text:
         if room < 0:
             text.append(" …", style="dim")
             break
-        text.append(piece, style=_STYLES[token["kind"]] or "not dim")
+        text.append(piece, style=_STYLES[token["kind"]])
     return text
 
 
