@@ -193,10 +193,15 @@ class ObjectiveConfig:
     outlier: str | None = _key(
         None, "loss outside the region; default: the objective's own", ("fkl", "mask", "clip", "fkl_advantage")
     )
-    topk: int = _key(64, "number of the teacher's most probable tokens in the forward KL", low=1)
+    topk: int | None = _key(
+        None, "number of the teacher's most probable tokens in the forward KL; default: 64, for eopd 16", low=1
+    )
     tail: str = _key("truncated", "what happens to the mass outside the top-k", ("truncated", "renormalized", "tail"))
     clip: float = _key(-2.0, "tau of `clip`: lowest advantage, in nats")
     beta: float = _key(0.5, "the teacher's weight in the mixture of `jsd`", low=0, high=1)
+    ppo_clip: float = _key(0.2, "epsilon of `eopd`: bounds the ratio to the rollout's policy", above=0)
+    entropy_above: float = _key(0.8, "tau of `eopd`, in nats: above it the teacher is uncertain", low=0)
+    entropy_weight: float = _key(1.0, "lambda of `eopd`: weight of the forward KL on those tokens", low=0)
     temperature: float = _key(1.0, "divisor of both models' logits in every loss and gate", above=0)
     importance: str = _key("tis", "correction for the ratio pi_student / pi_old", ("off", "tis", "icepop"))
     importance_cap: float = _key(2.0, "C of the truncated importance weight", above=0)

@@ -20,6 +20,10 @@ class Method:
     guided: bool = False  # part C
     data: bool = False  # cross-entropy on given responses; no rollouts, no teacher
     divergence: str | None = None  # exact, over the whole vocabulary, in place of K1: of kernels.full_divergence
+    everywhere: bool = False  # part B's loss on every token, in place of part A
+    clipped: bool = False  # PPO's clipped ratio to the rollout's policy in K1, in place of an importance weight
+    uncertain: bool = False  # adds the top-k forward KL where the teacher's entropy exceeds objective.entropy_above
+    topk: int = 64  # default of objective.topk
 
 
 METHODS: dict[str, Method] = {
@@ -55,6 +59,21 @@ METHODS: dict[str, Method] = {
         "K1 on every token",
         "the plain on-policy baseline, for a student that is already close to its teacher",
         gated=False,
+    ),
+    "fkl_topk": Method(
+        "top-k forward KL on every token",
+        "the paper's negative control: its training collapses",
+        gated=False,
+        outlier="fkl",
+        everywhere=True,
+    ),
+    "eopd": Method(
+        "PPO-clipped K1 on every token, plus top-k forward KL where the teacher is uncertain (arXiv 2603.07079)",
+        "to keep the teacher's diversity at forks; a comparison of the paper's",
+        gated=False,
+        clipped=True,
+        uncertain=True,
+        topk=16,
     ),
     "rkl_full": Method(
         "the exact reverse KL of whole distributions",

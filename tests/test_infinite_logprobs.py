@@ -10,7 +10,8 @@ from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
 from megatron_tropd.counter_rng import STREAM_GATE, counter_uniform
 from megatron_tropd.methods import METHODS
 from megatron_tropd.objective.divergence import Divergence
-from megatron_tropd.objective.objectives import build_objective, topk_forward_kl
+from megatron_tropd.objective.forward_kl import topk_forward_kl
+from megatron_tropd.objective.objectives import build_objective
 from megatron_tropd.objective.token_statistics import summarise
 from megatron_tropd.objective.trust_region import GATES, trust_gate
 from megatron_tropd.tokenizers.end_of_text import EndOfText
@@ -57,7 +58,8 @@ def batch_of_all():
         torch.tensor([5]),
     )
     ids = torch.zeros(1, len(kinds), K, dtype=torch.int64)
-    scores = TeacherScores(torch.tensor([teacher]), ids, torch.tensor([teacher_topk]), torch.zeros(1, len(kinds)))
+    scores = TeacherScores(torch.tensor([teacher]), ids, torch.tensor([teacher_topk]))
+    scores.entropy = torch.full((1, len(kinds)), 3.0)  # above the threshold of every variant
     logprobs = torch.cat([torch.tensor([student])[..., None], torch.tensor([student_topk])], -1)
     return logprobs, scores, batch
 
@@ -81,19 +83,21 @@ def by_hand(config: ObjectiveConfig, place: int, token: tuple) -> tuple[float, l
         "threshold": float(rho >= config.gate_threshold and rho > 0),
     }[gate]
     if not method.gated:
-        weight = float(teacher > NONE)
+        weight = 0.0 if method.everywhere else float(teacher > NONE)
     ratio = 0.0 if student == NONE else math.inf if student - old > 700 else math.exp(student - old)
     importance = {"off": 1.0, "tis": min(ratio, CAP), "icepop": ratio if 1 / CAP <= ratio <= CAP else 0.0}
     importance = importance[config.importance]
     loss, gradient = 0.0, list(nothing)
     if weight and student > NONE and teacher > NONE:
         loss, gradient[0] = -importance * (teacher - student) * student, -importance * (teacher - student)
+    if config.name == "eopd":
+        return clipped_by_hand(config, student, teacher, old, student_topk, teacher_topk)
     outlier = method.outlier or config.outlier or "fkl"
     outside, outside_gradient = 0.0, list(nothing)
     if outlier == "clip" and method.gated and student > NONE:
         advantage = max(CLIP, teacher - student)
         outside, outside_gradient[0] = -importance * advantage * student, -importance * advantage
-    if outlier.startswith("fkl") and method.gated:
+    if outlier.startswith("fkl") and (method.gated or method.everywhere):
         outside, topk_gradient = kl_by_hand(student_topk, teacher_topk, config.tail)
         outside_gradient[1:] = topk_gradient
         if outlier == "fkl_advantage":
@@ -101,6 +105,20 @@ def by_hand(config: ObjectiveConfig, place: int, token: tuple) -> tuple[float, l
             outside = importance * outside * (student if student > NONE else 0.0)
     mixed = [weight * a + (1 - weight) * b for a, b in zip(gradient, outside_gradient, strict=True)]
     return weight * loss + (1 - weight) * outside, mixed
+
+
+def clipped_by_hand(config, student, teacher, old, student_topk, teacher_topk) -> tuple[float, list[float]]:
+    """EOPD of an uncertain teacher: PPO's K1 where both models know the token, and the forward KL in any case."""
+    kl, listed = kl_by_hand(student_topk, teacher_topk, config.tail)
+    loss, gradient = 0.0, 0.0
+    if student > NONE and teacher > NONE:
+        advantage = teacher - student
+        ratio = math.exp(student - old) if old > NONE else 1.0
+        bound = min(max(ratio, 1 - config.ppo_clip), 1 + config.ppo_clip)
+        loss = -min(ratio * advantage, bound * advantage)
+        if ratio * advantage <= bound * advantage and old > NONE:
+            gradient = -ratio * advantage
+    return loss + config.entropy_weight * kl, [gradient, *(config.entropy_weight * g for g in listed)]
 
 
 def kl_by_hand(student: list[float], teacher: list[float], tail: str) -> tuple[float, list[float]]:

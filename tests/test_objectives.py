@@ -12,17 +12,20 @@ from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
 from megatron_tropd.counter_rng import STREAM_GATE, counter_uniform
 from megatron_tropd.kernels import full_divergence, vocab_parallel_logprobs, vocab_parallel_topk
 from megatron_tropd.methods import METHODS
-from megatron_tropd.objective.objectives import build_objective, topk_forward_kl
+from megatron_tropd.objective.forward_kl import topk_forward_kl
+from megatron_tropd.objective.objectives import build_objective
 from megatron_tropd.types import LOSS_GUIDANCE, LOSS_NONE, LOSS_STUDENT, TeacherScores, TrainingBatch, UserError
 
 VOCAB, PADDED, B, S, K = 61, 64, 3, 7, 6
 SEED, STEP, BETA, CLIP, TAU, CAP = 11, 4, 0.3, -0.7, 0.4, 1.2
+EPS, ENTROPY, LAMBDA = 0.3, 2.0, 0.7  # of eopd; about half of the tokens lie above
 TAILS = ("truncated", "renormalized", "tail")
 
 
 def variants() -> list[ObjectiveConfig]:
     """Every gate with every outlier treatment, tail and importance correction, and every method by name."""
     fixed = {"topk": K, "clip": CLIP, "gate_threshold": TAU, "importance_cap": CAP}
+    fixed |= {"ppo_clip": EPS, "entropy_above": ENTROPY, "entropy_weight": LAMBDA}
     gated = [
         ObjectiveConfig(name="tropd", gate=gate, outlier=outlier, tail=tail, importance=importance, **fixed)
         for gate, outlier, tail, importance in itertools.product(
@@ -76,7 +79,7 @@ def expected(config: ObjectiveConfig, student, teacher, batch):
     rho = (x_t - x_s.detach()).exp().clamp(max=1.0)
     gate = config.gate or "bernoulli"
     if not method.gated:
-        m = torch.ones_like(rho)
+        m = torch.zeros_like(rho) if config.name == "fkl_topk" else torch.ones_like(rho)
     elif gate == "bernoulli":
         m = (counter_uniform(SEED, STREAM_GATE, STEP, batch.sample_ids[:, None], batch.position_ids + 1) < rho).double()
     elif gate == "threshold":
@@ -99,6 +102,11 @@ def expected(config: ObjectiveConfig, student, teacher, batch):
     if config.tail == "tail":
         rest_t, rest_s = 1 - top_t.exp().sum(-1), 1 - top_s.exp().sum(-1)
         kl = kl + rest_t * (rest_t.log() - rest_s.log())
+    if config.name == "eopd":
+        r, a = (x_s - batch.old_logprobs.double()).exp(), x_t - x_s.detach()
+        k1 = -torch.minimum(r * a, r.clamp(1 - EPS, 1 + EPS) * a)
+        entropy = -(log_t.exp() * log_t).sum(-1)
+        k1 = k1 + LAMBDA * (entropy > ENTROPY).double() * kl
     outside = {
         "fkl": kl,
         "mask": torch.zeros_like(kl),
@@ -185,6 +193,51 @@ def test_the_loss_of_a_clipped_outlier_by_hand():
     assert result.metrics["outlier_fraction"][0].item() == 1
 
 
+def _two_listed(student: list[float], teacher: list[float], entropy: float):
+    """A token that is the first of the two that the teacher lists; both models' log-probs of the two."""
+    _, scores, batch = one_token(student=student[0], teacher=teacher[0])
+    ids, listed = torch.tensor([[[0, 1]]]), torch.tensor([[teacher]])
+    scores = TeacherScores(scores.logprobs, ids, listed, torch.tensor([[entropy]]))
+    return torch.tensor([[[student[0], *student]]], requires_grad=True), scores, batch
+
+
+def test_the_forward_kl_on_every_token_by_hand():
+    student, teacher = [math.log(0.5), math.log(0.4)], [math.log(0.3), math.log(0.6)]
+    logprobs, scores, batch = _two_listed(student, teacher, entropy=0.1)
+    result = build_objective(ObjectiveConfig(name="fkl_topk"), GuidanceConfig(), 0).loss(logprobs, scores, batch, 0)
+    assert result.loss.item() == pytest.approx(0.3 * math.log(0.6) + 0.6 * math.log(1.5))
+    result.loss.sum().backward()
+    assert logprobs.grad.flatten().tolist() == pytest.approx([0.0, -0.3, -0.6])
+    assert result.metrics["outlier_fraction"][0].item() == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "policy", "gradient"),
+    [  # A = log 0.6 - log 0.5 > 0; r = 0.5 / old
+        (0.5, -math.log(1.2), -math.log(1.2)),  # r = 1: -A, and the gradient of r is r
+        (0.25, -1.2 * math.log(1.2), 0.0),  # r = 2 is clipped at 1.2
+        (0.625, -0.8 * math.log(1.2), -0.8 * math.log(1.2)),  # r = 0.8: the bound itself
+    ],
+)
+@pytest.mark.parametrize("entropy", [0.7, 0.9])
+def test_entropy_aware_distillation_by_hand(old, policy, gradient, entropy):
+    student, teacher = [math.log(0.5), math.log(0.4)], [math.log(0.6), math.log(0.3)]
+    logprobs, scores, batch = _two_listed(student, teacher, entropy)
+    batch.old_logprobs[:] = math.log(old)
+    result = build_objective(ObjectiveConfig(name="eopd"), GuidanceConfig(), 0).loss(logprobs, scores, batch, 0)
+    kl = 0.6 * math.log(1.2) + 0.3 * math.log(0.75) if entropy > 0.8 else 0.0
+    assert result.loss.item() == pytest.approx(policy + kl, abs=1e-6)
+    result.loss.sum().backward()
+    listed = [-0.6, -0.3] if entropy > 0.8 else [0.0, 0.0]
+    assert logprobs.grad.flatten().tolist() == pytest.approx([gradient, *listed], abs=1e-6)
+
+
+def test_how_many_tokens_a_method_lists_by_default():
+    built = {name: build_objective(ObjectiveConfig(name=name), GuidanceConfig(), 0).topk for name in METHODS}
+    assert (built["tropd"], built["fkl_topk"], built["eopd"], built["opd"]) == (64, 64, 16, 0)
+    assert build_objective(ObjectiveConfig(name="eopd", topk=5), GuidanceConfig(), 0).topk == 5
+
+
 def test_a_prefix_token_costs_beta_times_its_surprise():
     logprobs, scores, batch = one_token(student=-3.0, teacher=-0.1, kind=LOSS_GUIDANCE)
     result = build_objective(ObjectiveConfig(), GuidanceConfig(beta=0.01), 0).loss(
@@ -220,6 +273,7 @@ def test_a_batch_without_loss_tokens_gives_zero_and_a_finite_gradient(name):
     objective = build_objective(ObjectiveConfig(name=name, topk=K), GuidanceConfig(), SEED)
     garbage = torch.full((B, S, K), -torch.inf)
     scores = TeacherScores(torch.full((B, S), -torch.inf), torch.zeros(B, S, K, dtype=torch.int64), garbage)
+    scores.entropy = torch.full((B, S), torch.nan)
     leaf = torch.zeros(B, S, 1 + objective.topk, requires_grad=True)
     divergence = torch.where(batch.loss_kind == LOSS_NONE, leaf.sum(-1) * 0.0, torch.nan)
     result = objective.loss(leaf, scores, batch, STEP, divergence=divergence)

@@ -20,7 +20,7 @@ from megatron_tropd.recipe import shipped_recipes
 ROOT = Path(__file__).parents[1]
 TOP_LEVEL = {
     *("megatron_tropd", "examples", "kernels", "tools", "tests", "setup.py", "README.md"),
-    *("pyproject.toml", "LICENSE", "CHANGELOG.md", ".ci"),
+    *("pyproject.toml", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", ".ci", ".pre-commit-config.yaml"),
 }
 UNTRACKED = {"runs", "build", "dist", "megatron_tropd.egg-info"}
 

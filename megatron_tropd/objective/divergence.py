@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.kernels import fused_linear_full_divergence, fused_linear_logprobs
-from megatron_tropd.objective.objectives import kl_terms
+from megatron_tropd.objective.forward_kl import kl_terms
 from megatron_tropd.tokenizers.end_of_text import EndOfText
 
 

@@ -1,5 +1,13 @@
 """Objectives by name: student log-probs at {sampled token} + the teacher's top-k, and the teacher's scores -> loss.
 
+The method in five formulas; x the sampled token, l = log pi, sg stop-gradient, S student, T teacher (arXiv 2606.01249):
+
+    gate       rho = min(pi_T(x) / pi_S(x), 1),  M ~ Bernoulli(rho)                              (A, trust_region.py)
+    trusted    K1 = -sg(w A) l_S(x),  A = l_T(x) - l_S(x),  w = min(pi_S / pi_rollout, C)        (_student_tokens)
+    outlier    FKL = sum over v in TopK(pi_T) of pi_T(v) (l_T(v) - l_S(v))                       (B, forward_kl.py)
+    prefix     G = -beta l_S(x)  on the tokens that the teacher wrote                            (C, Objective.loss)
+    loss       mean over the loss tokens of the global batch of  M K1 + (1 - M) FKL,  or of G
+
 Plain PyTorch over [..., 1 + k], differentiated by autograd on top of one kernel (kernels/logprobs); a new method is an
 entry in methods.py and a few lines in this file, never a kernel. Formulas: arXiv 2606.01249, sections A (gate), B
 (outliers), C (guidance). The loss is exactly zero on all other tokens, whatever values they hold.
@@ -18,9 +26,9 @@ import torch
 from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
 from megatron_tropd.errors import UserError
 from megatron_tropd.methods import METHODS, Method
+from megatron_tropd.objective.forward_kl import floored, topk_forward_kl
 from megatron_tropd.objective.token_statistics import gradient_shares, logit_gradient, loss_gradient, token_histograms
 from megatron_tropd.objective.trust_region import TrustGate, trust_gate
-from megatron_tropd.tokenizers.end_of_text import ABSENT
 from megatron_tropd.types import LOSS_GUIDANCE, LOSS_STUDENT, TeacherScores, TrainingBatch
 
 
@@ -71,7 +79,7 @@ def build_objective(config: ObjectiveConfig, guidance: GuidanceConfig, seed: int
             f"objective.beta={config.beta} makes no mixture for objective.name=jsd; give a number between 0 and 1. Its "
             "limits are objective.name=fkl_full and rkl_full."
         )
-    outlier = (method.outlier or config.outlier or "fkl") if method.gated else None
+    outlier = (method.outlier or config.outlier or "fkl") if method.gated else method.outlier
     return Objective(config, method, outlier, config.gate or "bernoulli", guidance.beta, seed)
 
 
@@ -109,7 +117,8 @@ class Objective:
     @property
     def topk(self) -> int:
         """How many of the teacher's most probable tokens the loss reads."""
-        return self.config.topk if self.outlier in ("fkl", "fkl_advantage") else 0
+        reads = self.outlier in ("fkl", "fkl_advantage") or self.method.uncertain
+        return (self.config.topk or self.method.topk) if reads else 0
 
     @property
     def extremes(self) -> tuple[str, ...]:
@@ -144,7 +153,7 @@ class Objective:
         if self.divergence:  # over distributions, whichever model wrote the token
             is_student, is_guidance = is_student | is_guidance, torch.zeros_like(is_guidance)
         beta = 1.0 if self.method.data else self.guidance_beta
-        given = _floored(torch.where(is_guidance, student_logprobs[..., 0], 0.0))
+        given = floored(torch.where(is_guidance, student_logprobs[..., 0], 0.0))
         result = ObjectiveResult(loss=-beta * given)
         if self.needs_teacher:
             student = self._student_tokens(student_logprobs, scores, batch, step, is_student, divergence)
@@ -174,15 +183,19 @@ class Objective:
         # From here on no infinity: what it would be multiplied by may be zero.
         sampled = torch.where(sampled == -torch.inf, 0.0, sampled)
         difference = torch.where(teacher == -torch.inf, -torch.inf, teacher - sampled).detach()
-        advantage = torch.where(ruled_out, 0.0, difference)
+        advantage, comparable = torch.where(ruled_out, 0.0, difference), kept & ~ruled_out
 
         trust_loss = -importance * advantage * sampled  # K1, -sg(A) log pi_S(x)
         if self.divergence:  # of distributions: nothing to weigh by how x was drawn
             trust_loss = torch.where(kept, divergence, 0.0)
+        if self.method.clipped:
+            trust_loss = self._clipped(sampled, advantage, batch, comparable)
         outlier_loss, forward_kl = self._outlier(logprobs, scores, sampled, difference, importance, kept)
         trust_loss, outlier_loss = _weighed(trusted, trust_loss), _weighed(outlying, outlier_loss)
+        if self.method.uncertain:  # an addition, also where the teacher rules the sampled token out
+            trust_loss = trust_loss + self._where_uncertain(logprobs, scores, kept)
         mismatch = torch.where(kept, details.student_logprobs - batch.old_logprobs, 0.0).abs()
-        comparable, matched = kept & ~ruled_out, kept & (mismatch < torch.inf)
+        matched = kept & (mismatch < torch.inf)
         metrics = {
             "loss_trust": _total(trust_loss, trusted),
             "loss_outlier": _total(outlier_loss, outlying),
@@ -214,7 +227,9 @@ class Objective:
                 {"rho": (gate.rho, kept), "advantage": (advantage, comparable), "mismatch": (mismatch, matched)}
             ),
             gradients={
-                "trusted": logit_gradient(_weighed(trusted, importance * advantage)[..., None], sampled[..., None]),
+                "trusted": self._trusted_gradient(
+                    trust_loss, trusted, importance * advantage, sampled, logprobs, kept, scores, batch
+                ),
                 "outlier": loss_gradient(outlier_loss, logprobs, kept, read),
             },
             details=details,
@@ -233,6 +248,8 @@ class Objective:
         )
         if self.method.gated:
             return gate
+        if self.method.everywhere:
+            return TrustGate(gate.rho, torch.zeros_like(gate.weight))
         # Without a trust region all is in it, but for a token whose advantage would be infinite.
         all_of_it = torch.ones_like(gate.weight)
         return TrustGate(gate.rho, all_of_it if self.divergence else torch.where(teacher == -torch.inf, 0.0, all_of_it))
@@ -248,6 +265,32 @@ class Objective:
             return ratio.clamp(max=cap)
         return torch.where((ratio <= cap) & (ratio >= 1.0 / cap), ratio, 0.0)
 
+    def _clipped(self, sampled, advantage, batch: TrainingBatch, comparable: torch.Tensor) -> torch.Tensor:
+        """K1 as PPO clips it: -min(r A, clip(r, 1 - eps, 1 + eps) A) with r = pi_S / pi_rollout, differentiable."""
+        known = comparable & (batch.old_logprobs != -torch.inf)
+        ratio = torch.where(known, sampled - torch.where(known, batch.old_logprobs, 0.0), 0.0).exp()
+        clipped = ratio.clamp(1.0 - self.config.ppo_clip, 1.0 + self.config.ppo_clip)
+        return -torch.minimum(ratio * advantage, clipped * advantage)
+
+    def _where_uncertain(self, logprobs, scores, kept: torch.Tensor) -> torch.Tensor:
+        """EOPD's addition: lambda 1[H(pi_T) > tau] times the top-k forward KL."""
+        if scores.entropy is None:
+            raise ValueError(f"objective.name={self.config.name} needs the teacher's entropies (with_entropy)")
+        uncertain = kept & (scores.entropy > self.config.entropy_above)
+        return self.config.entropy_weight * _weighed(uncertain.float(), self._forward_kl(logprobs, scores, kept))
+
+    def _trusted_gradient(self, loss, weight, coefficient, sampled, logprobs, kept, scores, batch) -> torch.Tensor:
+        """The `logit_gradient` of the trusted tokens' loss."""
+        if self.method.clipped:
+            repeated = scores.topk_ids.long() == batch.labels.unsqueeze(-1) if self.topk else None
+            return loss_gradient(loss, logprobs, kept, slice(None), repeated)
+        return logit_gradient(_weighed(weight, coefficient)[..., None], sampled[..., None])
+
+    def _forward_kl(self, logprobs, scores, kept: torch.Tensor) -> torch.Tensor:
+        student_topk = torch.where(kept.unsqueeze(-1), logprobs[..., 1:], -1.0)
+        teacher_topk = torch.where(kept.unsqueeze(-1), scores.topk_logprobs, -1.0)
+        return topk_forward_kl(student_topk, teacher_topk, self.config.tail)
+
     def _outlier(self, logprobs, scores, sampled, advantage, importance, kept):
         """Part B: loss [b, s] of every token as if it were an outlier, and the forward KL where it was computed.
 
@@ -257,59 +300,10 @@ class Objective:
             return torch.zeros_like(sampled), None
         if self.outlier == "clip":
             return -importance * advantage.clamp(min=self.config.clip) * sampled, None
-        student_topk = torch.where(kept.unsqueeze(-1), logprobs[..., 1:], -1.0)
-        teacher_topk = torch.where(kept.unsqueeze(-1), scores.topk_logprobs, -1.0)
-        forward_kl = topk_forward_kl(student_topk, teacher_topk, self.config.tail)
+        forward_kl = self._forward_kl(logprobs, scores, kept)
         if self.outlier == "fkl":
             return forward_kl, forward_kl.detach()
         return importance * forward_kl.detach() * sampled, forward_kl.detach()  # A = -sg(KL)
-
-
-def topk_forward_kl(student_logprobs: torch.Tensor, teacher_logprobs: torch.Tensor, tail: str) -> torch.Tensor:
-    """Return the forward KL over the teacher's top-k, [..., k] x [..., k] -> [...], differentiable in the student.
-
-    truncated: sum_k p (log p - log q), as the paper prints it; may be negative, and keeps its gradient where it is.
-    renormalized: both distributions normalised within the k first (the authors' script).
-    tail: one more bucket for all the rest; the exact KL of two (k + 1)-way distributions, never negative.
-
-    Tokens to which the teacher gives nothing (fewer than k have any probability) count for nothing, and one to which
-    the student rules out counts as e^-10000, without a gradient.
-
-    Raises:
-        ValueError: `tail` is none of the three.
-    """
-    student_logprobs = _floored(student_logprobs)
-    supported = teacher_logprobs != -torch.inf
-    if tail == "renormalized":
-        student_logprobs = student_logprobs.log_softmax(-1)
-        # Where the teacher gives nothing to any of them there is nothing to normalise.
-        listed = torch.where(supported.any(-1, keepdim=True), teacher_logprobs, 0.0).log_softmax(-1)
-        teacher_logprobs = torch.where(supported, listed, -torch.inf)
-    kl = kl_terms(teacher_logprobs, student_logprobs).sum(-1)
-    if tail in ("truncated", "renormalized"):
-        return kl
-    if tail != "tail":
-        raise ValueError(f"tail {tail!r} is none of truncated, renormalized, tail")
-    student_rest, teacher_rest = _log_rest(student_logprobs), _log_rest(teacher_logprobs)
-    return kl + teacher_rest.exp() * (teacher_rest - student_rest)
-
-
-def kl_terms(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Return p (log p - log q) of log-probs; 0, in the gradients too, where p has no probability."""
-    possible = p != -torch.inf
-    difference = torch.where(possible, p, 0.0) - torch.where(possible, q, 0.0)
-    return torch.where(possible, p, -torch.inf).exp() * difference
-
-
-def _log_rest(logprobs: torch.Tensor) -> torch.Tensor:
-    """log(1 - sum exp(logprobs)), exact when the sum is nearly one; rounding beyond one counts as fp32's epsilon."""
-    covered = logprobs.logsumexp(-1).clamp(max=-torch.finfo(torch.float32).eps)
-    return torch.log(-torch.expm1(covered))
-
-
-def _floored(logprobs: torch.Tensor) -> torch.Tensor:
-    """A log-prob of -inf as a very low one; what is left of its gradient is zero."""
-    return torch.where(logprobs == -torch.inf, ABSENT, logprobs)
 
 
 def _weighed(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

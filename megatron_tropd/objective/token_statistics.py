@@ -100,7 +100,13 @@ def logit_gradient(coefficients: torch.Tensor, logprobs: torch.Tensor) -> torch.
     return (coefficients - probs * total).abs().sum(-1) + total.squeeze(-1).abs() * rest
 
 
-def loss_gradient(loss: torch.Tensor, logprobs: torch.Tensor, kept: torch.Tensor, read: slice) -> torch.Tensor:
+def loss_gradient(
+    loss: torch.Tensor,
+    logprobs: torch.Tensor,
+    kept: torch.Tensor,
+    read: slice,
+    repeated: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return the `logit_gradient` [b, s] of a loss by autograd; the graph stays. Zeros without a graph.
 
     Args:
@@ -108,12 +114,20 @@ def loss_gradient(loss: torch.Tensor, logprobs: torch.Tensor, kept: torch.Tensor
         logprobs: [b, s, j] of which the loss was computed.
         kept: [b, s] bool, the tokens that count.
         read: which of the j the loss reads.
+        repeated: [b, s, j - 1] bool, which of the others are the same id as the first.
     """
     if not (loss.requires_grad and logprobs.requires_grad):
         return torch.zeros_like(loss)
     (gradient,) = torch.autograd.grad(loss.sum(), logprobs, retain_graph=True)
     student = torch.where(kept.unsqueeze(-1), logprobs[..., read], -torch.inf)
-    return logit_gradient(gradient[..., read], student)
+    if repeated is None:
+        return logit_gradient(gradient[..., read], student)
+    first, others = gradient[..., :1], gradient[..., 1:]
+    is_repeated = repeated.any(-1, keepdim=True)
+    coefficients = torch.cat([torch.where(is_repeated, 0.0, first), others + repeated * first], -1)
+    return logit_gradient(
+        coefficients, torch.cat([student[..., :1].where(~is_repeated, -torch.inf), student[..., 1:]], -1)
+    )
 
 
 def gradient_shares(weights: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

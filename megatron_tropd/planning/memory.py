@@ -194,7 +194,7 @@ def _teacher_parts(job: Job, stage: int) -> dict[str, float]:
 def _token_bytes(job: Job) -> int:
     """Return the bytes of a batch's token with its scores."""
     hidden = job.teacher.hidden_size * BYTES[job.recipe.teacher.dtype] if job.method.divergence else 0
-    return 41 + hidden + 12 * (0 if hidden else job.recipe.objective.topk)
+    return 41 + hidden + 12 * (0 if hidden else job.recipe.objective.topk or job.method.topk)
 
 
 def _offloaded(recipe: Recipe) -> tuple[str, ...]:

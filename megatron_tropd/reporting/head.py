@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from megatron_tropd.methods import METHODS
 from megatron_tropd.reporting.run_records import RunRecords
 
 _OUTLIERS = {
@@ -18,14 +19,6 @@ _OUTLIERS = {
     "clip": "advantage clipped at {clip} on outliers",
 }
 _NAMED = 8  # skipped steps that are named
-_UNGATED = {
-    "opd": "on-policy distillation without a trust region",
-    "rkl_full": "reverse KL over the whole vocabulary",
-    "fkl_full": "forward KL over the whole vocabulary",
-    "jsd": "Jensen-Shannon divergence over the whole vocabulary",
-    "sft": "fine-tuning on given responses",
-    "seqkd": "fine-tuning on the teacher's responses",
-}
 
 
 def sentence(run: RunRecords) -> str:
@@ -138,12 +131,13 @@ def method(recipe: dict[str, Any]) -> str:
     name = recipe.get("objective.name")
     if name is None:
         return ""
-    if name in _UNGATED:
-        return f"{name}: {_UNGATED[name]}"
+    if name in METHODS and not METHODS[name].gated:
+        return f"{name}: {METHODS[name].what}"
     fixed = name.split("_")[-1] if name.endswith(("_mask", "_clip")) else None
     fixed = {"mask_outlier": "mask", "clip_outlier": "clip", "fkl_outlier": "fkl"}.get(name, fixed)
     outlier = fixed or recipe.get("objective.outlier") or "fkl"
-    values = {"topk": recipe.get("objective.topk"), "clip": recipe.get("objective.clip")}
+    topk = recipe.get("objective.topk") or METHODS[name].topk if name in METHODS else None
+    values = {"topk": topk, "clip": recipe.get("objective.clip")}
     gate = recipe.get("objective.gate") or "bernoulli"
     parts = [f"{gate} gate", _OUTLIERS.get(outlier, outlier).format(**values)]
     schedule = recipe.get("guidance.schedule")

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from helpers import run_distributed
 
 from megatron_tropd.kernels import full_divergence, fused_linear_logprobs, linear, vocab_parallel_logprobs
-from megatron_tropd.objective.objectives import topk_forward_kl
+from megatron_tropd.objective.forward_kl import topk_forward_kl
 
 VOCAB, WIDTH, ROWS = 13, 8, 6  # two shards of eight columns, three of them padding at the end
 
