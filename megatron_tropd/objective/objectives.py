@@ -171,12 +171,12 @@ class Objective:
 
     def _student_tokens(self, logprobs, scores, batch, step: int, kept: torch.Tensor, divergence) -> ObjectiveResult:
         """Parts A and B on the student's own tokens; `kept` [b, s] marks them."""
+        inputs = (logprobs, scores, batch, kept)
         # Zeros off the loss tokens first: garbage times zero may be NaN, in the gradient even where the loss is masked.
         sampled = torch.where(kept, logprobs[..., 0], 0.0)
         teacher = torch.where(kept, scores.logprobs, 0.0)
         gate = self._gate(sampled, teacher, batch, step)
-        trusted = gate.weight * kept
-        outlying = (1.0 - gate.weight) * kept
+        trusted, outlying = gate.weight * kept, (1.0 - gate.weight) * kept
         importance = self._importance(sampled, batch, kept)
         ruled_out = kept & ((sampled == -torch.inf) | (teacher == -torch.inf))
         details = TokenDetails(sampled.detach(), teacher, gate)
@@ -185,15 +185,17 @@ class Objective:
         difference = torch.where(teacher == -torch.inf, -torch.inf, teacher - sampled).detach()
         advantage, comparable = torch.where(ruled_out, 0.0, difference), kept & ~ruled_out
 
-        trust_loss = -importance * advantage * sampled  # K1, -sg(A) log pi_S(x)
         if self.divergence:  # of distributions: nothing to weigh by how x was drawn
             trust_loss = torch.where(kept, divergence, 0.0)
-        if self.method.clipped:
+        elif self.method.clipped:
             trust_loss = self._clipped(sampled, advantage, batch, comparable)
+        else:
+            trust_loss = -importance * advantage * sampled  # K1, -sg(A) log pi_S(x)
         outlier_loss, forward_kl = self._outlier(logprobs, scores, sampled, difference, importance, kept)
         trust_loss, outlier_loss = _weighed(trusted, trust_loss), _weighed(outlying, outlier_loss)
         if self.method.uncertain:  # an addition, also where the teacher rules the sampled token out
             trust_loss = trust_loss + self._where_uncertain(logprobs, scores, kept)
+        pull = _weighed(trusted, importance * advantage)  # K1's derivative in log pi_S(x), with the sign turned
         mismatch = torch.where(kept, details.student_logprobs - batch.old_logprobs, 0.0).abs()
         matched = kept & (mismatch < torch.inf)
         metrics = {
@@ -207,30 +209,23 @@ class Objective:
             "ruled_out_fraction": _total(ruled_out, kept),
             "logprob_mismatch": _total(torch.where(matched, mismatch, 0.0), matched),
             "importance_weight": _total(torch.where(kept, importance, 0.0), kept),
+            **_totals_where_known("outlier_forward_kl", forward_kl, outlying),
+            **_totals_where_known("teacher_entropy", scores.entropy, kept),
         }
-        if forward_kl is not None:
-            metrics["outlier_forward_kl"] = _total(_weighed(outlying, forward_kl), outlying)
-        if scores.entropy is not None:
-            metrics["teacher_entropy"] = _total(torch.where(kept, scores.entropy, 0.0), kept)
-        read = (
-            slice(1, None) if self.outlier == "fkl" else slice(0, 1)
-        )  # either the teacher's top-k or the sampled token
         return ObjectiveResult(
             loss=trust_loss + outlier_loss,
             metrics=metrics,
             maxima={
-                "advantage_max": torch.where(comparable, advantage, -torch.inf).amax(),
-                "logprob_mismatch_max": torch.where(matched, mismatch, -torch.inf).amax(),
+                "advantage_max": _largest(advantage, comparable),
+                "logprob_mismatch_max": _largest(mismatch, matched),
             },
-            minima={"advantage_min": torch.where(comparable, advantage, torch.inf).amin()},
+            minima={"advantage_min": -_largest(-advantage, comparable)},
             counts=token_histograms(
                 {"rho": (gate.rho, kept), "advantage": (advantage, comparable), "mismatch": (mismatch, matched)}
             ),
             gradients={
-                "trusted": self._trusted_gradient(
-                    trust_loss, trusted, importance * advantage, sampled, logprobs, kept, scores, batch
-                ),
-                "outlier": loss_gradient(outlier_loss, logprobs, kept, read),
+                "trusted": self._trusted_gradient(trust_loss, sampled, pull, inputs),
+                "outlier": self._outlier_gradient(outlier_loss, inputs),
             },
             details=details,
         )
@@ -279,12 +274,17 @@ class Objective:
         uncertain = kept & (scores.entropy > self.config.entropy_above)
         return self.config.entropy_weight * _weighed(uncertain.float(), self._forward_kl(logprobs, scores, kept))
 
-    def _trusted_gradient(self, loss, weight, coefficient, sampled, logprobs, kept, scores, batch) -> torch.Tensor:
-        """The `logit_gradient` of the trusted tokens' loss."""
+    def _trusted_gradient(self, loss, sampled, coefficient, inputs: tuple) -> torch.Tensor:
+        """The `logit_gradient` of the trusted tokens' loss; `inputs`: log-probs, scores, batch, kept tokens."""
+        logprobs, scores, batch, kept = inputs
         if self.method.clipped:
             repeated = scores.topk_ids.long() == batch.labels.unsqueeze(-1) if self.topk else None
             return loss_gradient(loss, logprobs, kept, slice(None), repeated)
-        return logit_gradient(_weighed(weight, coefficient)[..., None], sampled[..., None])
+        return logit_gradient(coefficient[..., None], sampled[..., None])
+
+    def _outlier_gradient(self, loss, inputs: tuple) -> torch.Tensor:
+        logprobs, _, _, kept = inputs
+        return loss_gradient(loss, logprobs, kept, slice(1, None) if self.outlier == "fkl" else slice(0, 1))
 
     def _forward_kl(self, logprobs, scores, kept: torch.Tensor) -> torch.Tensor:
         student_topk = torch.where(kept.unsqueeze(-1), logprobs[..., 1:], -1.0)
@@ -306,9 +306,17 @@ class Objective:
         return importance * forward_kl.detach() * sampled, forward_kl.detach()  # A = -sg(KL)
 
 
+def _largest(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    return torch.where(kept, values, -torch.inf).amax()
+
+
 def _weighed(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """weights * values, and 0 where the weight is, whatever the value."""
     return torch.where(weights > 0, weights * values, 0.0)
+
+
+def _totals_where_known(name: str, values: torch.Tensor | None, weights: torch.Tensor) -> dict[str, tuple]:
+    return {} if values is None else {name: _total(_weighed(weights, values), weights)}
 
 
 def _total(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
