@@ -22,6 +22,7 @@ class Method:
     divergence: str | None = None  # exact, over the whole vocabulary, in place of K1: of kernels.full_divergence
     everywhere: bool = False  # part B's loss on every token, in place of part A
     clipped: bool = False  # PPO's clipped ratio to the rollout's policy in K1, in place of an importance weight
+    returns: bool = False  # advantages are returns of whole responses (objective/policy_gradient.py)
     uncertain: bool = False  # adds the top-k forward KL where the teacher's entropy exceeds objective.entropy_above
     topk: int = 64  # default of objective.topk
 
@@ -74,6 +75,13 @@ METHODS: dict[str, Method] = {
         clipped=True,
         uncertain=True,
         topk=16,
+    ),
+    "topd": Method(
+        "PPO-clipped policy gradient on normalised returns of bounded rewards (TOP-D, arXiv 2607.04751)",
+        "where later tokens should count for earlier ones; needs several responses per prompt",
+        gated=False,
+        clipped=True,
+        returns=True,
     ),
     "rkl_full": Method(
         "the exact reverse KL of whole distributions",

@@ -35,7 +35,7 @@ MAY_CHANGE = (
     *("rollout.samples_per_prompt", "rollout.max_new_tokens", "rollout.temperature", "rollout.top_*", "rollout.stop"),
     "guidance.*",
     *("objective.name", "objective.gate*", "objective.outlier", "objective.topk", "objective.tail", "objective.clip"),
-    *("objective.ppo_clip", "objective.entropy_*"),
+    *("objective.alpha", "objective.ppo_clip", "objective.entropy_*"),
     *("objective.beta", "objective.temperature", "objective.importance*"),
     *("training.steps", "training.prompts_per_step", "training.lr", "training.min_lr", "training.lr_*"),
     *("training.weight_decay", "training.adam_*", "training.clip_grad", "training.seed"),

@@ -125,3 +125,4 @@ class TeacherScores:
     topk_logprobs: torch.Tensor  # [b, s, k] fp32, normalised over the whole true vocabulary
     entropy: torch.Tensor | None = None  # [b, s] fp32, nats
     hidden: torch.Tensor | None = None  # [b, s, h_teacher], only for full-vocabulary objectives
+    advantages: torch.Tensor | None = None  # [b, s] fp32, only for objectives over whole responses (Objective.prepare)

@@ -64,8 +64,11 @@ def batch_of_all():
     return logprobs, scores, batch
 
 
-def by_hand(config: ObjectiveConfig, place: int, token: tuple) -> tuple[float, list[float]]:
-    """Loss of one token and its gradient to the 1 + k log-probs, in Python's float64 and without one infinity."""
+def by_hand(config: ObjectiveConfig, place: int, token: tuple, given: float) -> tuple[float, list[float]]:
+    """Loss of one token and its gradient to the 1 + k log-probs, in Python's float64 and without one infinity.
+
+    `given`: the advantage of an objective over whole responses.
+    """
     kind, student, teacher, old, student_topk, teacher_topk = token
     nothing = [0.0] * (1 + K)
     method = METHODS[config.name]
@@ -91,7 +94,13 @@ def by_hand(config: ObjectiveConfig, place: int, token: tuple) -> tuple[float, l
     if weight and student > NONE and teacher > NONE:
         loss, gradient[0] = -importance * (teacher - student) * student, -importance * (teacher - student)
     if config.name == "eopd":
-        return clipped_by_hand(config, student, teacher, old, student_topk, teacher_topk)
+        advantage = teacher - student if student > NONE and teacher > NONE else 0.0
+        loss, gradient = clipped_by_hand(config, student, old, advantage)
+        kl, listed = kl_by_hand(student_topk, teacher_topk, config.tail)
+        return loss + config.entropy_weight * kl, [gradient, *(config.entropy_weight * g for g in listed)]
+    if method.returns:
+        loss, gradient = clipped_by_hand(config, student, old, given if student > NONE else 0.0)
+        return loss, [gradient, *[0.0] * K]
     outlier = method.outlier or config.outlier or "fkl"
     outside, outside_gradient = 0.0, list(nothing)
     if outlier == "clip" and method.gated and student > NONE:
@@ -107,18 +116,13 @@ def by_hand(config: ObjectiveConfig, place: int, token: tuple) -> tuple[float, l
     return weight * loss + (1 - weight) * outside, mixed
 
 
-def clipped_by_hand(config, student, teacher, old, student_topk, teacher_topk) -> tuple[float, list[float]]:
-    """EOPD of an uncertain teacher: PPO's K1 where both models know the token, and the forward KL in any case."""
-    kl, listed = kl_by_hand(student_topk, teacher_topk, config.tail)
-    loss, gradient = 0.0, 0.0
-    if student > NONE and teacher > NONE:
-        advantage = teacher - student
-        ratio = math.exp(student - old) if old > NONE else 1.0
-        bound = min(max(ratio, 1 - config.ppo_clip), 1 + config.ppo_clip)
-        loss = -min(ratio * advantage, bound * advantage)
-        if ratio * advantage <= bound * advantage and old > NONE:
-            gradient = -ratio * advantage
-    return loss + config.entropy_weight * kl, [gradient, *(config.entropy_weight * g for g in listed)]
+def clipped_by_hand(config, student: float, old: float, advantage: float) -> tuple[float, float]:
+    """PPO's clipped policy loss and its derivative in the student's log-prob."""
+    known = student > NONE and old > NONE
+    ratio = math.exp(min(student - old, 20)) if known else 1.0
+    bound = min(max(ratio, 1 - config.ppo_clip), 1 + config.ppo_clip)
+    is_free = known and student - old <= 20 and ratio * advantage <= bound * advantage
+    return -min(ratio * advantage, bound * advantage), -ratio * advantage if is_free else 0.0
 
 
 def kl_by_hand(student: list[float], teacher: list[float], tail: str) -> tuple[float, list[float]]:
@@ -147,10 +151,12 @@ def test_field_cases_a22_every_method_is_finite_at_infinite_logprobs_and_right(c
     logprobs, scores, batch = batch_of_all()
     objective = build_objective(config, GuidanceConfig(beta=BETA), SEED)
     leaf = logprobs[..., : 1 + objective.topk].requires_grad_()
+    scores = objective.prepare(batch, scores)
     result = objective.loss(leaf, scores, batch, STEP)
     result.loss.sum().backward()
     for place, (name, token) in enumerate(TOKENS.items()):
-        loss, gradient = by_hand(config, place, token)
+        given = scores.advantages[0, place].item() if scores.advantages is not None else 0.0
+        loss, gradient = by_hand(config, place, token, given)
         found = leaf.grad[0, place].tolist()
         # The gradient of a tail that is nearly nothing is rounded off: a millionth of fp32 over what is left.
         assert result.loss[0, place].item() == pytest.approx(loss, rel=2e-5, abs=2e-5), name
@@ -195,7 +201,7 @@ def test_the_shares_of_the_gradient_are_those_of_the_gradient_at_infinite_logpro
     logprobs, scores, batch = batch_of_all()
     objective = build_objective(config, GuidanceConfig(beta=BETA), SEED)
     leaf = logprobs[..., : 1 + objective.topk].requires_grad_()
-    result = objective.loss(leaf, scores, batch, STEP)
+    result = objective.loss(leaf, objective.prepare(batch, scores), batch, STEP)
     result.loss.sum().backward()
     trained = leaf.grad[0].abs().sum(-1) > 0
     for kind, weights in result.gradients.items():

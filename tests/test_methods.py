@@ -22,8 +22,8 @@ def test_each_name_is_explained_read_and_built(name):
 
 
 def test_a_name_that_nothing_implements_is_refused_with_the_nearest():
-    with pytest.raises(UserError, match=r"objective.name=topd .*did you mean tropd"):
-        load_recipe(None, ["objective.name=topd"])
+    with pytest.raises(UserError, match=r"objective.name=tropdd .*did you mean tropd"):
+        load_recipe(None, ["objective.name=tropdd"])
 
 
 def test_only_the_teacher_has_what_only_a_frozen_model_can_do():

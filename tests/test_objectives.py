@@ -14,10 +14,12 @@ from megatron_tropd.kernels import full_divergence, vocab_parallel_logprobs, voc
 from megatron_tropd.methods import METHODS
 from megatron_tropd.objective.forward_kl import topk_forward_kl
 from megatron_tropd.objective.objectives import build_objective
+from megatron_tropd.objective.policy_gradient import response_advantages
 from megatron_tropd.types import LOSS_GUIDANCE, LOSS_NONE, LOSS_STUDENT, TeacherScores, TrainingBatch, UserError
 
 VOCAB, PADDED, B, S, K = 61, 64, 3, 7, 6
 SEED, STEP, BETA, CLIP, TAU, CAP = 11, 4, 0.3, -0.7, 0.4, 1.2
+ALPHA, SAMPLES = 0.3, 100  # of topd: samples 5 and 77 answer one prompt, 900 another
 EPS, ENTROPY, LAMBDA = 0.3, 2.0, 0.7  # of eopd; about half of the tokens lie above
 TAILS = ("truncated", "renormalized", "tail")
 
@@ -25,7 +27,7 @@ TAILS = ("truncated", "renormalized", "tail")
 def variants() -> list[ObjectiveConfig]:
     """Every gate with every outlier treatment, tail and importance correction, and every method by name."""
     fixed = {"topk": K, "clip": CLIP, "gate_threshold": TAU, "importance_cap": CAP}
-    fixed |= {"ppo_clip": EPS, "entropy_above": ENTROPY, "entropy_weight": LAMBDA}
+    fixed |= {"ppo_clip": EPS, "entropy_above": ENTROPY, "entropy_weight": LAMBDA, "alpha": ALPHA}
     gated = [
         ObjectiveConfig(name="tropd", gate=gate, outlier=outlier, tail=tail, importance=importance, **fixed)
         for gate, outlier, tail, importance in itertools.product(
@@ -107,6 +109,10 @@ def expected(config: ObjectiveConfig, student, teacher, batch):
         k1 = -torch.minimum(r * a, r.clamp(1 - EPS, 1 + EPS) * a)
         entropy = -(log_t.exp() * log_t).sum(-1)
         k1 = k1 + LAMBDA * (entropy > ENTROPY).double() * kl
+    if config.name == "topd":
+        r = (x_s - batch.old_logprobs.double()).exp()
+        a = returns_by_hand(x_t.detach(), batch)
+        k1 = -torch.minimum(r * a, r.clamp(1 - EPS, 1 + EPS) * a)
     outside = {
         "fkl": kl,
         "mask": torch.zeros_like(kl),
@@ -115,6 +121,22 @@ def expected(config: ObjectiveConfig, student, teacher, batch):
     }[outlier]
     loss = torch.where(batch.loss_kind == LOSS_STUDENT, m * k1 + (1 - m) * outside, 0.0)
     return loss + torch.where(batch.loss_kind == LOSS_GUIDANCE, -BETA * x_s, 0.0)
+
+
+def returns_by_hand(x_t, batch):
+    """TOP-D's advantages in Python, token by token; the batch's samples 5 and 77 are of one prompt"""
+    returns = torch.zeros_like(x_t)
+    own = [[t for t in range(S) if batch.loss_kind[row, t] == LOSS_STUDENT] for row in range(B)]
+    reward = (ALPHA * (x_t - batch.old_logprobs.double()).exp() + 1 - ALPHA).log()
+    for row, places in enumerate(own):
+        for i, t in enumerate(places):
+            later = [reward[row, u].item() for u in places[i + 1 :]]
+            returns[row, t] = reward[row, t] + (sum(later) / len(later) if later else 0.0)
+    for rows in ((0, 2), (1,)):
+        values = torch.tensor([returns[row, t] for row in rows for t in own[row]], dtype=torch.float64)
+        for row in rows:
+            returns[row, own[row]] = (returns[row, own[row]] - values.mean()) / values.std(correction=0)
+    return returns
 
 
 def sharded_losses(size: int):
@@ -126,12 +148,13 @@ def sharded_losses(size: int):
     t_shard = teacher.chunk(size, -1)[rank].contiguous()
     results = []
     for config in variants():
-        objective = build_objective(config, GuidanceConfig(beta=BETA), SEED)
+        objective = build_objective(config, GuidanceConfig(beta=BETA), SEED, SAMPLES)
         sampled, entropy = vocab_parallel_logprobs(
             t_shard, batch.labels.t()[..., None], group, VOCAB, with_entropy=True, mask=mask
         )
         values, ids = vocab_parallel_topk(t_shard, K, group, VOCAB, mask=mask)
         scores = TeacherScores(sampled[..., 0].t(), ids.transpose(0, 1), values.transpose(0, 1), entropy.t())
+        scores = objective.prepare(batch, scores)
         leaf = student.chunk(size, -1)[rank].clone().requires_grad_()
         looked_up = objective.ids(batch, scores).transpose(0, 1)
         logprobs, _ = vocab_parallel_logprobs(leaf, looked_up, group, VOCAB, mask=mask)
@@ -232,6 +255,21 @@ def test_entropy_aware_distillation_by_hand(old, policy, gradient, entropy):
     assert logprobs.grad.flatten().tolist() == pytest.approx([gradient, *listed], abs=1e-6)
 
 
+def test_returns_of_two_responses_by_hand():
+    """Rewards 0 and log 1.5 in the first response, log 0.5 in the second; alpha = 0.5."""
+    ratios = torch.tensor([[1.0, 2.0], [0.0, 1.0]])  # 0: the teacher rules the token out
+    kept = torch.tensor([[True, True], [True, False]])
+    old = torch.zeros(2, 2)
+    a, b, c = 0.0 + math.log(1.5), math.log(1.5), math.log(0.5)
+    mean = (a + b + c) / 3
+    deviation = math.sqrt(((a - mean) ** 2 + (b - mean) ** 2 + (c - mean) ** 2) / 3)
+    found = response_advantages(old, ratios.log(), kept, torch.tensor([7, 7]), alpha=0.5)
+    expected = [(a - mean) / deviation, (b - mean) / deviation, (c - mean) / deviation, 0.0]
+    assert found.flatten().tolist() == pytest.approx(expected, abs=1e-6)
+    alone = response_advantages(old, ratios.log(), kept, torch.tensor([7, 8]), alpha=0.5)
+    assert alone.abs().max() == 0  # equal returns, and a single token: none is better
+
+
 def test_how_many_tokens_a_method_lists_by_default():
     built = {name: build_objective(ObjectiveConfig(name=name), GuidanceConfig(), 0).topk for name in METHODS}
     assert (built["tropd"], built["fkl_topk"], built["eopd"], built["opd"]) == (64, 64, 16, 0)
@@ -276,7 +314,7 @@ def test_a_batch_without_loss_tokens_gives_zero_and_a_finite_gradient(name):
     scores.entropy = torch.full((B, S), torch.nan)
     leaf = torch.zeros(B, S, 1 + objective.topk, requires_grad=True)
     divergence = torch.where(batch.loss_kind == LOSS_NONE, leaf.sum(-1) * 0.0, torch.nan)
-    result = objective.loss(leaf, scores, batch, STEP, divergence=divergence)
+    result = objective.loss(leaf, objective.prepare(batch, scores), batch, STEP, divergence=divergence)
     result.loss.sum().backward()
     assert result.loss.abs().max() == 0
     assert torch.isfinite(leaf.grad).all()

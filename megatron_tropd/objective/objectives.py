@@ -27,6 +27,7 @@ from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
 from megatron_tropd.errors import UserError
 from megatron_tropd.methods import METHODS, Method
 from megatron_tropd.objective.forward_kl import floored, topk_forward_kl
+from megatron_tropd.objective.policy_gradient import clipped_policy_loss, response_advantages
 from megatron_tropd.objective.token_statistics import gradient_shares, logit_gradient, loss_gradient, token_histograms
 from megatron_tropd.objective.trust_region import TrustGate, trust_gate
 from megatron_tropd.types import LOSS_GUIDANCE, LOSS_STUDENT, TeacherScores, TrainingBatch
@@ -54,8 +55,16 @@ class ObjectiveResult:
     details: TokenDetails | None = None
 
 
-def build_objective(config: ObjectiveConfig, guidance: GuidanceConfig, seed: int) -> Objective:
+def build_objective(
+    config: ObjectiveConfig, guidance: GuidanceConfig, seed: int, samples_per_prompt: int = 1
+) -> Objective:
     """Return the objective that the recipe names.
+
+    Args:
+        config: objective.* of the recipe.
+        guidance: its guidance.*.
+        seed: of the gate.
+        samples_per_prompt: responses to a prompt, among which returns are normalised.
 
     Raises:
         UserError: an unknown name, or keys that contradict it.
@@ -80,7 +89,8 @@ def build_objective(config: ObjectiveConfig, guidance: GuidanceConfig, seed: int
             "limits are objective.name=fkl_full and rkl_full."
         )
     outlier = (method.outlier or config.outlier or "fkl") if method.gated else method.outlier
-    return Objective(config, method, outlier, config.gate or "bernoulli", guidance.beta, seed)
+    gate = config.gate or "bernoulli"
+    return Objective(config, method, outlier, gate, guidance.beta, seed, samples_per_prompt)
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,7 @@ class Objective:
     gate: str
     guidance_beta: float
     seed: int
+    samples_per_prompt: int = 1
 
     @property
     def uses_guidance(self) -> bool:
@@ -129,6 +140,20 @@ class Objective:
         """Return the ids [b, s, 1 + k] at which the student is read: the sampled token, then the teacher's top-k."""
         labels = batch.labels.unsqueeze(-1)
         return labels if scores is None or not self.topk else torch.cat([labels, scores.topk_ids.long()], dim=-1)
+
+    def prepare(self, batch: TrainingBatch, scores: TeacherScores | None) -> TeacherScores | None:
+        """Return the scores with what needs whole responses, before the batch is cut into micro-batches and shares.
+
+        Args:
+            batch: all rows of this data-parallel rank; the responses to a prompt are among them.
+            scores: the teacher's, aligned with it; None on stages without the output layer.
+        """
+        if scores is None or not self.method.returns:
+            return scores
+        groups = batch.sample_ids // self.samples_per_prompt
+        kept = batch.loss_kind == LOSS_STUDENT
+        found = response_advantages(batch.old_logprobs, scores.logprobs, kept, groups, self.config.alpha)
+        return dataclasses.replace(scores, advantages=found)
 
     def loss(
         self,
@@ -185,12 +210,7 @@ class Objective:
         difference = torch.where(teacher == -torch.inf, -torch.inf, teacher - sampled).detach()
         advantage, comparable = torch.where(ruled_out, 0.0, difference), kept & ~ruled_out
 
-        if self.divergence:  # of distributions: nothing to weigh by how x was drawn
-            trust_loss = torch.where(kept, divergence, 0.0)
-        elif self.method.clipped:
-            trust_loss = self._clipped(sampled, advantage, batch, comparable)
-        else:
-            trust_loss = -importance * advantage * sampled  # K1, -sg(A) log pi_S(x)
+        trust_loss = self._trusted(details, sampled, advantage, importance, divergence, inputs)
         outlier_loss, forward_kl = self._outlier(logprobs, scores, sampled, difference, importance, kept)
         trust_loss, outlier_loss = _weighed(trusted, trust_loss), _weighed(outlying, outlier_loss)
         if self.method.uncertain:  # an addition, also where the teacher rules the sampled token out
@@ -198,6 +218,7 @@ class Objective:
         pull = _weighed(trusted, importance * advantage)  # K1's derivative in log pi_S(x), with the sign turned
         mismatch = torch.where(kept, details.student_logprobs - batch.old_logprobs, 0.0).abs()
         matched = kept & (mismatch < torch.inf)
+        shown = {"rho": (gate.rho, kept), "advantage": (advantage, comparable), "mismatch": (mismatch, matched)}
         metrics = {
             "loss_trust": _total(trust_loss, trusted),
             "loss_outlier": _total(outlier_loss, outlying),
@@ -220,9 +241,7 @@ class Objective:
                 "logprob_mismatch_max": _largest(mismatch, matched),
             },
             minima={"advantage_min": -_largest(-advantage, comparable)},
-            counts=token_histograms(
-                {"rho": (gate.rho, kept), "advantage": (advantage, comparable), "mismatch": (mismatch, matched)}
-            ),
+            counts=token_histograms(shown),
             gradients={
                 "trusted": self._trusted_gradient(trust_loss, sampled, pull, inputs),
                 "outlier": self._outlier_gradient(outlier_loss, inputs),
@@ -247,7 +266,8 @@ class Objective:
             return TrustGate(gate.rho, torch.zeros_like(gate.weight))
         # Without a trust region all is in it, but for a token whose advantage would be infinite.
         all_of_it = torch.ones_like(gate.weight)
-        return TrustGate(gate.rho, all_of_it if self.divergence else torch.where(teacher == -torch.inf, 0.0, all_of_it))
+        is_bounded = self.divergence or self.method.returns
+        return TrustGate(gate.rho, all_of_it if is_bounded else torch.where(teacher == -torch.inf, 0.0, all_of_it))
 
     def _importance(self, sampled, batch: TrainingBatch, kept: torch.Tensor) -> torch.Tensor:
         """Weight of the policy-gradient terms: min(pi_S / pi_old, C) (tis), or the ratio within [1/C, C] (icepop)."""
@@ -260,12 +280,18 @@ class Objective:
             return ratio.clamp(max=cap)
         return torch.where((ratio <= cap) & (ratio >= 1.0 / cap), ratio, 0.0)
 
-    def _clipped(self, sampled, advantage, batch: TrainingBatch, comparable: torch.Tensor) -> torch.Tensor:
-        """K1 as PPO clips it: -min(r A, clip(r, 1 - eps, 1 + eps) A) with r = pi_S / pi_rollout, differentiable."""
-        known = comparable & (batch.old_logprobs != -torch.inf)
-        ratio = torch.where(known, sampled - torch.where(known, batch.old_logprobs, 0.0), 0.0).exp()
-        clipped = ratio.clamp(1.0 - self.config.ppo_clip, 1.0 + self.config.ppo_clip)
-        return -torch.minimum(ratio * advantage, clipped * advantage)
+    def _trusted(
+        self, details: TokenDetails, sampled, advantage, importance, divergence, inputs: tuple
+    ) -> torch.Tensor:
+        """The loss [b, s] of every token as if it were trusted; `inputs` as in `_trusted_gradient`."""
+        _, scores, batch, kept = inputs
+        if self.divergence:  # of distributions: nothing to weigh by how x was drawn
+            return torch.where(kept, divergence, 0.0)
+        if self.method.clipped:
+            own = scores.advantages if self.method.returns else advantage
+            known = kept & (details.student_logprobs != -torch.inf)
+            return clipped_policy_loss(sampled, batch.old_logprobs, own, known, self.config.ppo_clip)
+        return -importance * advantage * sampled  # K1, -sg(A) log pi_S(x)
 
     def _where_uncertain(self, logprobs, scores, kept: torch.Tensor) -> torch.Tensor:
         """EOPD's addition: lambda 1[H(pi_T) > tau] times the top-k forward KL."""

@@ -108,7 +108,9 @@ def set_up(
     validate(recipe)
     _check_batch(recipe, groups)
     start = start or prepare(recipe, groups)
-    objective = build_objective(recipe.objective, recipe.guidance, recipe.training.seed)
+    objective = build_objective(
+        recipe.objective, recipe.guidance, recipe.training.seed, recipe.rollout.samples_per_prompt
+    )
     hf_path, hf_config, tokenizer = load_student_tokenizer(recipe)
     pin_date(recipe.tokenizer, tokenizer, lambda: start.checkpoint)
     files = check_teacher(recipe, tokenizer) if objective.needs_teacher else None

@@ -199,6 +199,7 @@ def train_step(
         chunk.train()
     multiple = student.groups.token_multiple(student.modules[0].config)
     split = split_batch(batch, student.groups, micro_batch_size, max_tokens, multiple)
+    scores = objective.prepare(batch, scores)
     with student.training_state():
         for chunk in student.chunks:
             chunk.zero_grad_buffer()
