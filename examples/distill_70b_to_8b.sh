@@ -155,9 +155,9 @@ main() {
   [[ -e $export/config.json ]] || TODO+="export "
 
   stage teacher "Converting the teacher to Megatron's distributed checkpoint" \
-    python tools/convert_hf_to_mcore.py --hf-path "$TEACHER" --output "$RUN/teacher" "${layout[@]}" "${verify[@]}"
+    python -m megatron_tropd convert hf-to-mcore --hf-path "$TEACHER" --output "$RUN/teacher" "${layout[@]}" "${verify[@]}"
   stage student "Converting the student" \
-    python tools/convert_hf_to_mcore.py --hf-path "$STUDENT" --output "$RUN/student" "${student_layout[@]}" \
+    python -m megatron_tropd convert hf-to-mcore --hf-path "$STUDENT" --output "$RUN/student" "${student_layout[@]}" \
     "${verify[@]}"
   stage responses "Writing the teacher's responses, whose beginnings will guide the student" \
     python -m megatron_tropd generate "${settings[@]}" --model teacher --temperature 0 --output "$RUN/responses.jsonl"
@@ -166,7 +166,7 @@ main() {
     python -m megatron_tropd evaluate "${settings[@]}" --checkpoint "$checkpoint/model" --problems "$PROBLEMS" \
     --output "$evaluation"
   stage export "Exporting the student to Hugging Face format" \
-    python tools/convert_mcore_to_hf.py --checkpoint "$checkpoint" --output "$export" "${student_layout[@]}"
+    python -m megatron_tropd convert mcore-to-hf --checkpoint "$checkpoint" --output "$export" "${student_layout[@]}"
 
   [[ $IS_FIRST == 0 ]] || megatron-tropd report "$RUN/train"
   say "== All stages are whole after $SECONDS s: $export, $evaluation, $RUN/train/report.html"

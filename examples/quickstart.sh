@@ -42,7 +42,7 @@ touch "$RUN/.quickstart"
 
 for model in teacher student; do
   echo "== Converting the $model from Hugging Face to Megatron's distributed checkpoint"
-  python tools/convert_hf_to_mcore.py --hf-path "examples/tiny/$model" --output "$RUN/$model" --verify
+  python -m megatron_tropd convert hf-to-mcore --hf-path "examples/tiny/$model" --output "$RUN/$model" --verify
 done
 
 echo "== Evaluating the teacher on unseen problems"
@@ -59,7 +59,7 @@ torchrun --nproc-per-node "$PROCESSES" -m megatron_tropd train tiny \
 
 echo "== Exporting the student to Hugging Face format"
 CHECKPOINT=$(ls -d "$RUN"/train/checkpoints/step_* | tail -n 1)
-python tools/convert_mcore_to_hf.py --checkpoint "$CHECKPOINT/model" --output "$RUN/student_hf"
+python -m megatron_tropd convert mcore-to-hf --checkpoint "$CHECKPOINT/model" --output "$RUN/student_hf"
 
 megatron-tropd report "$RUN/train"
 python examples/tiny/summarize.py --run "$RUN" --seconds $(($(date +%s) - STARTED))

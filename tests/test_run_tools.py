@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers import PATIENCE
 
 from megatron_tropd.records.metrics import MetricsWriter
@@ -65,3 +66,11 @@ def test_inspect_rollouts(tmp_path):
     assert "\033[34mWell\033[0m\033[32m then\033[0m\033[1;31m 7\033[0m" in coloured
     assert coloured.count("0.500") == 6
     assert _tool("inspect_rollouts.py", tmp_path, "--step", "7").returncode == 2
+
+
+@pytest.mark.parametrize(("name", "direction"), [("hf_to_mcore", "hf-to-mcore"), ("mcore_to_hf", "mcore-to-hf")])
+def test_the_converters_in_tools_are_the_commands_directions(name, direction):
+    command = [sys.executable, TOOLS / f"convert_{name}.py", "--output", "x"]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert f"error: convert {direction}: the following arguments are required: --" in refused.stderr

@@ -36,7 +36,7 @@ fi
 for model in teacher student; do
   if [[ ! -e $RUN/${model}_mcore/complete.json ]]; then
     echo "== Converting the $model from Hugging Face to Megatron's distributed checkpoint"
-    python tools/convert_hf_to_mcore.py --hf-path "$RUN/$model" --output "$RUN/${model}_mcore" --verify
+    python -m megatron_tropd convert hf-to-mcore --hf-path "$RUN/$model" --output "$RUN/${model}_mcore" --verify
   fi
 done
 
@@ -60,7 +60,7 @@ echo "== Distilling: the student writes, the teacher scores, the trust region de
 echo "== Exporting the student to Hugging Face format, and the student after"
 checkpoint=$(ls -d "$RUN"/distill/checkpoints/step_* | tail -n 1)
 [[ $RUN/student_hf -nt $checkpoint ]] || rm -rf "$RUN/student_hf" "$RUN/samples_after.jsonl" # of an earlier checkpoint
-[[ -e $RUN/student_hf ]] || python tools/convert_mcore_to_hf.py --checkpoint "$checkpoint" --output "$RUN/student_hf"
+[[ -e $RUN/student_hf ]] || python -m megatron_tropd convert mcore-to-hf --checkpoint "$checkpoint" --output "$RUN/student_hf"
 samples "$RUN/samples_after.jsonl" "$checkpoint/model"
 
 megatron-tropd report "$RUN/distill"

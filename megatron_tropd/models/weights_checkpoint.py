@@ -29,7 +29,7 @@ def check_checkpoint(path: str | Path, key: str = "checkpoint") -> None:
     """Raise UserError unless `path` is a whole weights checkpoint; `key` names it in the message."""
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{key}={path}: no such folder; make it with tools/convert_hf_to_mcore.py.")
+        raise UserError(f"{key}={path}: no such folder; make it with `megatron-tropd convert hf-to-mcore`.")
     if (path / "model" / MANIFEST).exists() and not (path / HF_FOLDER).exists():
         raise UserError(f"{key}={path} is a training checkpoint; its weights are in {path / 'model'}.")
     damage = find_damage(path)

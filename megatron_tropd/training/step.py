@@ -1,9 +1,19 @@
-"""The seam to Megatron: forward_step, loss_func, gradients, optimizer — one call a training step.
+"""The seam to Megatron: forward_step, loss_func, gradients, optimizer; one call per training step.
 
-The student's output layer is hooked, so that a micro-batch's `[s, b, V/tp]` logits become the `[s, b, 1 + k]` log-probs
-that the objective reads, or are not made at all (student_outputs.py). Megatron's schedule, DDP, finalize_model_grads
-and optimizer do the rest. `loss_func` returns Megatron's triple (loss sum, number of tokens, report) with
-calculate_per_token_loss, so every loss token of the global batch weighs the same.
+The life of a micro-batch, hop by hop (b rows, s tokens of a context-parallel share, V/tp a vocabulary shard):
+
+    train_step          batch, scores [B, S] -> Objective.prepare -> split_batch -> micro-batches [b, s]
+    run_schedule        Megatron's 1F1B or interleaved schedule calls, per micro-batch and stage:
+    forward_step        arms the output layer (student_outputs.read_student), runs the model: hidden [s, b, h]
+    output layer        logits [s, b, V/tp] -> OutputHook -> vocab_parallel_logprobs at Objective.ids
+                        -> StudentOutputs [s, b, 1 + k + 1]: log-probs of x and of the teacher's top-k, entropy;
+                        for a divergence the logits are never made: hidden and weight go to a fused operation
+    GPTModel            transposes to [b, s, ...]
+    loss_func           unpacks; Objective.loss -> loss [b, s]; returns (sum, number of loss tokens, report)
+    schedule            backward; finalize_model_grads divides by the global batch's loss tokens
+    reduce_reports      sums of all micro-batches and ranks -> metrics; _update steps the optimizer, or says why not
+
+With calculate_per_token_loss every loss token of the global batch weighs the same, whatever its micro-batch.
 """
 
 from __future__ import annotations
