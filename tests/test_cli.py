@@ -164,7 +164,7 @@ def test_one_rank_that_fails_ends_the_other():
     """Rank 1 is refused while rank 0 waits for it: the launcher must end both, and rank 1's reason must be shown."""
     script = f"""
 if [ "$RANK" = 1 ]; then exec {sys.executable} -m megatron_tropd train tiny training.steps=0; fi
-exec {sys.executable} -c 'from megatron_tropd import config, parallel; parallel.initialize(config.ModelConfig())'
+exec {sys.executable} -c 'from megatron_tropd import config, initialize; initialize(config.ModelConfig())'
 """
     refused = _call("--no-python", "bash", "-c", script, launcher=TORCHRUN)
     assert refused.returncode != 0

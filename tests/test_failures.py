@@ -17,7 +17,7 @@ TP2 = [f"{role}.tensor_model_parallel_size=2" for role in ("student", "teacher")
 
 
 def plant(target: str, marker: Path) -> None:
-    """Make `module.function` fail on rank 1, and the destruction of groups wait forever, as NCCL's does then."""
+    """Make `module:function` fail on rank 1, and the destruction of groups wait forever, as NCCL's does then."""
 
     def fail(*_, **__):
         raise RuntimeError("planted")
@@ -28,9 +28,10 @@ def plant(target: str, marker: Path) -> None:
 
     dist.destroy_process_group = block
     if os.environ["RANK"] == "1":
-        *module, name = target.split(".")
-        owner = importlib.import_module(".".join(["megatron_tropd", module[0]]))
-        for part in module[1:]:
+        module, _, path = target.partition(":")
+        *owners, name = path.split(".")
+        owner = importlib.import_module(f"megatron_tropd.{module}")
+        for part in owners:
             owner = getattr(owner, part)
         setattr(owner, name, fail)
 
@@ -44,21 +45,21 @@ def command_rank(arguments: list[str], target: str, marker: Path) -> int:
 
 
 def library_rank(overrides: list[str], target: str, marker: Path) -> None:
-    from megatron_tropd.training import loop as train
+    from megatron_tropd import train
 
     plant(target, marker)
     train(load_recipe(None, overrides))
 
 
 COMMANDS = {  # name -> (arguments, what fails on rank 1 while rank 0 waits for it)
-    "train": (["train", "{run}/recipe.yaml"], "train.train_step"),
+    "train": (["train", "{run}/recipe.yaml"], "training.loop:train_step"),
     "generate": (
         ["generate", "{run}/recipe.yaml", "--output", "{run}/responses.jsonl", "--max-new-tokens", "4"],
-        "rollout.RolloutEngine.generate",
+        "rollout.engine:RolloutEngine.generate",
     ),
     "convert": (
         ["convert", "hf-to-mcore", "--hf-path", "{material}/student", "--output", "{run}/student"],
-        "convert.load_hf_weights",
+        "models.convert:load_hf_weights",
     ),
 }
 
@@ -76,7 +77,7 @@ def test_a_command_that_fails_on_one_rank_leaves_at_once(command, material, tmp_
 def test_a_caller_of_train_gets_the_exception(material, tmp_path):
     overrides = overrides_of(material, tmp_path, *TP2)
     with pytest.raises(RuntimeError, match="rank 1 failed:(.|\n)*RuntimeError: planted"):
-        run_distributed(library_rank, 2, overrides, "train.train_step", tmp_path / "marker")
+        run_distributed(library_rank, 2, overrides, "training.loop:train_step", tmp_path / "marker")
     assert not (tmp_path / "marker").exists()
 
 
@@ -93,4 +94,4 @@ def apart_rank(overrides: list[str], target: str, marker: Path) -> None:
 def test_a_dedicated_teacher_that_fails_in_training_tells_the_student_why(material, tmp_path):
     overrides = overrides_of(material, tmp_path, "teacher.ranks=dedicated")
     with pytest.raises(RuntimeError, match="rank 0 failed:(.|\n)*another process failed: RuntimeError: planted"):
-        run_distributed(apart_rank, 2, overrides, "teacher.TeacherHook._run", tmp_path / "marker")
+        run_distributed(apart_rank, 2, overrides, "teacher.hook:TeacherHook._run", tmp_path / "marker")

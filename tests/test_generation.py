@@ -195,7 +195,7 @@ def test_records_of_earlier_versions_are_kept_where_their_ids_leave_no_doubt(tmp
     assert prepare_file(output, [Prompt("p0", text="a"), Prompt("p1", text="b")], origin, "response") == {"p0"}
     assert "without digests" in caplog.text
     assert output.read_text() == before
-    with pytest.raises(UserError, match="does not|do not say what they answer"):
+    with pytest.raises(UserError, match="does not|do not record their prompts"):
         prepare_file(output, [Prompt("q0", text="a")], origin, "response")
     output.write_text(json.dumps(old_record("1")) + "\n")
     with pytest.raises(UserError, match="line numbers fit any file"):

@@ -412,7 +412,7 @@ def test_field_cases_b15_experts_fused_by_transformers_5_are_read_exactly(hf, tm
 def test_field_cases_b14_a_quantised_config_is_named(hf, tmp_path, settings, method):
     folder = changed(hf / "llama", tmp_path / "model", config={"quantization_config": settings})
     message = refusal(folder, tmp_path)
-    assert f"quantised (quantization_config: {method})" in message
+    assert f"quantised weights (quantization_config: {method})" in message
     assert "dequantise it with transformers" in message
 
 
