@@ -36,6 +36,7 @@ def test_init_writes_a_recipe_that_train_accepts(tmp_path, capfd):
     recipe = load_recipe(output)
     validate(recipe)
     assert recipe.rollout.max_new_tokens == 128 - 32  # the whole context
+    assert recipe.training.micro_batch_size == 128  # of 128 tokens
     assert recipe.evaluation.problems == str(TINY / "problems.jsonl")
     assert recipe.guidance.responses is None  # the prompts carry the teacher's
     assert main(["train", str(output), "--dry-run"]) == 0

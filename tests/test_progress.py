@@ -43,6 +43,13 @@ def test_lines_hold_every_number_and_the_time_left(capsys):
     assert not third.endswith("left")
 
 
+@pytest.mark.parametrize("mode", ["lines", "panel", "none"])
+def test_a_run_is_introduced_whatever_shows_its_progress(mode, capsys):
+    open_progress(mode, interval=1.0, total=1, steps_done=0).introduce([("student", "small"), ("teacher", "large")])
+    expected = "" if mode == "none" else "student   small\nteacher   large\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_a_line_per_interval_and_always_the_last(capsys):
     lines = Lines(total=5, interval=3600.0)
     for step in range(5):

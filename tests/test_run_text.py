@@ -14,6 +14,7 @@ from megatron_tropd.cli import build_parser
 from megatron_tropd.recipe import load_recipe
 from megatron_tropd.training.run_text import end_text
 
+LAYOUT = [("student", "tensor", 1), ("student", "pipeline", 2), ("teacher", "tensor", 1)]
 SUMMARY = {
     "steps": 20,
     "finished": True,
@@ -46,6 +47,18 @@ def test_the_commands_parse_and_an_unfinished_run_is_continued_as_it_was_started
             words = shlex.split(command)
             build_parser().parse_args(words[words.index("megatron_tropd") + 1 if "-m" in words else 1 :])
     assert commands[0] == ("torchrun --nnodes 2 --nproc-per-node 8 -m megatron_tropd train tiny 'logging.dir=runs/a b'")
+
+
+def test_with_pipeline_stages_the_reporting_rank_introduces_the_run(tmp_path):
+    material = write_material(tmp_path / "material")
+    stages = [f"{role}.{key}_model_parallel_size={n}" for role, key, n in LAYOUT]
+    overrides = [*overrides_of(material, tmp_path / "run", *stages), "training.steps=1", "evaluation.interval=0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "megatron_tropd"]
+    command = [*launch, "train", "tiny", *overrides, "evaluation.problems=null", "training.lr_warmup_steps=0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\nstudent   ") == 1
+    assert "TP=1 PP=2" in done.stderr
 
 
 def test_a_run_introduces_itself_and_ctrl_c_saves_and_says_how_to_go_on(tmp_path):

@@ -28,6 +28,7 @@ from megatron_tropd.training.run_data import load_problems_of, open_prompts
 from megatron_tropd.training.run_teacher import check_teacher, load_student_tokenizer
 from megatron_tropd.validation import validate
 
+_TOKENS = 16_384  # of a micro-batch: enough rows of a matrix to keep a GPU busy
 _LEAST_ROOM = 16  # tokens that a response must have beside the longest prompt
 
 
@@ -67,7 +68,7 @@ def make_recipe(wishes: Wishes) -> str:
     recipe = load_recipe(None, _as_overrides(settings))
     gpu = Accelerator()
     gpu = replace(gpu, memory_gb=wishes.gpu_memory) if wishes.gpu_memory else gpu
-    choice = fastest(Job(found.student, found.teacher, recipe, wishes.gpus, found.prompts.longest, gpu=gpu))
+    choice = _choose(Job(found.student, found.teacher, recipe, wishes.gpus, found.prompts.longest, gpu=gpu))
     settings = _sorted(settings | choice.settings)
     recipe = load_recipe(None, _as_overrides(settings))
     validate(recipe)
@@ -76,6 +77,23 @@ def make_recipe(wishes: Wishes) -> str:
     build_objective(recipe.objective, recipe.guidance, recipe.training.seed)
     write_recipe(wishes.output, settings, heading=_heading(wishes, choice), notes=notes)
     return _next_steps(wishes, recipe, found, choice)
+
+
+def _choose(job: Job) -> Choice:
+    """Return the fastest layout with about `_TOKENS` per micro-batch, or with fewer where none fits so."""
+    rows = job.recipe.training.prompts_per_step * job.recipe.rollout.samples_per_prompt
+    size = max(1, min(_TOKENS // job.sequence, rows // job.gpus))
+    size = 1 << (size.bit_length() - 1)
+    while True:
+        training = replace(job.recipe.training, micro_batch_size=size)
+        try:
+            choice = fastest(replace(job, recipe=replace(job.recipe, training=training)))
+        except UserError:
+            if size == 1:
+                raise
+            size //= 2
+        else:
+            return replace(choice, settings={"training.micro_batch_size": size, **choice.settings})
 
 
 def _overrides(wishes: Wishes) -> list[str]:
@@ -130,6 +148,7 @@ def _settings(wishes: Wishes, recipe: Recipe, found: Found) -> tuple[dict[str, A
         "holds it after the longest prompt",
         "objective.name": f"{METHODS[wishes.method].what}; others: `megatron-tropd train --help-keys objective`",
         "training.prompts_per_step": f"an epoch is {-(-prompts // per_step):,} steps",
+        "training.micro_batch_size": f"sequences per forward pass: up to {_TOKENS:,} tokens, as far as memory allows",
         "logging.dir": "everything that the run writes; `megatron-tropd report` makes a page of it",
         "rollout.max_batch_size": "responses at once per replica; fewer need less memory for their KV cache",
     }

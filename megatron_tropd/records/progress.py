@@ -34,6 +34,9 @@ class Progress:
     ) -> None:
         self.close()
 
+    def introduce(self, parts: list[tuple[str, str]]) -> None:
+        """Print what is about to run, a line per (name, text); before the first step."""
+
     def stage(self, name: str) -> None:
         """Say what is being done now."""
 
@@ -47,7 +50,16 @@ class Progress:
         """Leave the terminal as it was."""
 
 
-class Lines(Progress):
+class _Shown(Progress):
+    """What prints at all. Not through logging, which is silent but on rank 0: the reporting rank is a last stage's."""
+
+    def introduce(self, parts: list[tuple[str, str]]) -> None:
+        """Print the lines."""
+        for name, text in parts:
+            _print(f"{name:<9} {text}")
+
+
+class Lines(_Shown):
     """One line per interval, for log files.
 
     Args:
@@ -81,7 +93,7 @@ def _print(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-class Panel(Progress):
+class Panel(_Shown):
     """A live panel of rich's; takes the parameters of Lines but for the interval."""
 
     def __init__(self, total: int, steps_done: int = 0):

@@ -102,14 +102,12 @@ def _train_in_parts(recipe: Recipe, partition: Partition) -> dict[str, Any]:
 def _train(run: Run) -> dict[str, Any]:
     training, logging_config = run.recipe.training, run.recipe.logging
     last_step = min(training.steps, training.exit_step or training.steps)
-    if run.reports and run.state.step < last_step:
-        start = record_start(run.folder, run.recipe, run.state.step)
-        for name, text in start_block(run, start, last_step):
-            logger.info("%-9s %s", name, text)
-    trackers = open_trackers(run.recipe, run.folder, run.state.step) if run.reports else []
-    writer = MetricsWriter(run.folder, start=run.state.step, trackers=trackers, enabled=run.reports)
     options = {"interval": logging_config.progress_interval, "steps_done": run.state.step, "enabled": run.reports}
     progress = open_progress(logging_config.progress, total=last_step, **options)
+    if run.reports and run.state.step < last_step:
+        progress.introduce(start_block(run, record_start(run.folder, run.recipe, run.state.step), last_step))
+    trackers = open_trackers(run.recipe, run.folder, run.state.step) if run.reports else []
+    writer = MetricsWriter(run.folder, start=run.state.step, trackers=trackers, enabled=run.reports)
     with TerminationFlag(tells=run.reports) as termination, progress:
         return _loop(run, termination, writer, progress, last_step)
 
