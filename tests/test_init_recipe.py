@@ -29,6 +29,7 @@ def _init(*options):
 def test_init_writes_a_recipe_that_train_accepts(tmp_path, capfd):
     output = tmp_path / "mine.yaml"
     options = ["--prompts", TINY / "prompts.jsonl", "--problems", TINY / "problems.jsonl", "--output", output]
+    options += ["--dtype", "float32"]
     assert _init(*options) == 0
     shown = capfd.readouterr().out
     assert "2,000 prompts of up to 32 tokens" in shown
@@ -37,6 +38,7 @@ def test_init_writes_a_recipe_that_train_accepts(tmp_path, capfd):
     validate(recipe)
     assert recipe.rollout.max_new_tokens == 128 - 32  # the whole context
     assert recipe.training.micro_batch_size == 128  # of 128 tokens
+    assert (recipe.student.dtype, recipe.teacher.dtype) == ("float32", "float32")
     assert recipe.evaluation.problems == str(TINY / "problems.jsonl")
     assert recipe.guidance.responses is None  # the prompts carry the teacher's
     assert main(["train", str(output), "--dry-run"]) == 0

@@ -21,7 +21,7 @@ def add_init(subcommands: Any) -> None:
         "  megatron-tropd init --teacher models/Qwen3-32B --student models/Qwen3-1.7B --prompts prompts.jsonl \\\n"
         "    --problems problems.jsonl --gpus 8\n"
         "  megatron-tropd init --teacher examples/tiny/teacher --student examples/tiny/student \\\n"
-        "    --prompts examples/tiny/prompts.jsonl --gpus 2 --output runs/mine.yaml\n\n"
+        "    --prompts examples/tiny/prompts.jsonl --gpus 2 --dtype float32 --output runs/mine.yaml\n\n"
         "It reads config.json, tokenizer, the names and shapes of the weights, and the prompts;\n"
         "it takes the layout that the planner finds fastest among those that fit, and prints the commands to run.\n"
         "Everything else in the recipe is the paper's; `--help-keys` of any other command explains every key.",
@@ -32,6 +32,12 @@ def add_init(subcommands: Any) -> None:
     parser.add_argument("--problems", metavar="FILE", help="problems with answers, on which accuracy is measured")
     parser.add_argument("--gpus", type=positive, metavar="N", help="number of GPUs, or of processes on a CPU")
     parser.add_argument("--gpu-memory", type=above_zero, metavar="GB", help="memory per GPU (default: 80)")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of both models (%(default)s; on a CPU float32 is faster)",
+    )
     names = [name for name, method in METHODS.items() if not method.data]
     parser.add_argument("--method", choices=names, default="tropd", help="objective.name (default: %(default)s)")
     parser.add_argument("--output", metavar="FILE", help="recipe to write (default: recipe.yaml); it must not exist")

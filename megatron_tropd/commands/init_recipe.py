@@ -42,6 +42,7 @@ class Wishes:
     gpus: int
     output: str
     method: str = "tropd"
+    dtype: str = "bfloat16"
     problems: str | None = None
     gpu_memory: float | None = None
 
@@ -99,6 +100,7 @@ def _choose(job: Job) -> Choice:
 def _overrides(wishes: Wishes) -> list[str]:
     overrides = [f"student.hf_path={wishes.student}", f"teacher.hf_path={wishes.teacher}"]
     overrides += [f"data.prompts={wishes.prompts}", f"objective.name={wishes.method}"]
+    overrides += [f"{role}.dtype={wishes.dtype}" for role in ("student", "teacher")]
     return overrides + ([f"evaluation.problems={wishes.problems}"] if wishes.problems else [])
 
 
@@ -129,7 +131,9 @@ def _settings(wishes: Wishes, recipe: Recipe, found: Found) -> tuple[dict[str, A
     per_step = min(recipe.training.prompts_per_step, 1 << (prompts.bit_length() - 1))
     settings: dict[str, Any] = {
         "student.hf_path": wishes.student,
+        "student.dtype": wishes.dtype,
         "teacher.hf_path": wishes.teacher,
+        "teacher.dtype": wishes.dtype,
         "data.prompts": wishes.prompts,
         "rollout.samples_per_prompt": recipe.rollout.samples_per_prompt,
         "rollout.max_new_tokens": recipe.rollout.max_new_tokens,
