@@ -18,8 +18,12 @@ OPTIONS = ["--teacher", str(TINY / "teacher"), "--student", str(TINY / "student"
 
 
 @pytest.fixture(autouse=True)
-def _in_the_checkout(monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[1])
+def _beside_the_examples(monkeypatch, tmp_path_factory):
+    """Work in a folder that has the checkout's examples, and no runs."""
+    folder = tmp_path_factory.mktemp("here")
+    (folder / "examples").symlink_to(Path(__file__).parents[1] / "examples")
+    (folder / "README.md").write_text("")
+    monkeypatch.chdir(folder)
 
 
 def _init(*options):
@@ -77,6 +81,13 @@ def test_init_refuses_what_train_would_refuse_and_writes_nothing(content, option
     error = capfd.readouterr().err
     assert message in error
     assert not output.exists()
+
+
+def test_init_gives_a_new_run_a_folder_of_its_name_that_no_run_has(tmp_path, capfd):
+    Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine_2").mkdir()
+    assert _init("--prompts", TINY / "prompts.jsonl", "--output", tmp_path / "mine.yaml") == 0
+    assert load_recipe(tmp_path / "mine.yaml").logging.dir == "runs/mine_3/train"
 
 
 def test_init_never_writes_over_a_file(tmp_path, capfd):

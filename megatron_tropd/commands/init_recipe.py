@@ -126,7 +126,7 @@ def _check_files(recipe: Recipe) -> Found:
 
 def _settings(wishes: Wishes, recipe: Recipe, found: Found) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the recipe's keys but for the layout, and comments in place of their help."""
-    runs = f"runs/{Path(wishes.output).stem}"
+    runs = _unused(f"runs/{Path(wishes.output).stem}")
     prompts, longest = len(found.prompts), found.prompts.longest
     per_step = min(recipe.training.prompts_per_step, 1 << (prompts.bit_length() - 1))
     settings: dict[str, Any] = {
@@ -165,6 +165,12 @@ def _settings(wishes: Wishes, recipe: Recipe, found: Found) -> tuple[dict[str, A
     if wishes.problems:
         settings |= {"evaluation.problems": wishes.problems, "evaluation.interval": 50}
     return settings, notes
+
+
+def _unused(folder: str) -> str:
+    """Return the folder's name, with a number where an earlier run has it."""
+    names = (folder, *(f"{folder}_{number}" for number in range(2, 1000)))
+    return next((name for name in names if not Path(name).exists()), folder)
 
 
 def _must_write_responses(recipe: Recipe, found: Found) -> bool:
