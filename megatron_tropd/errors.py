@@ -1,4 +1,4 @@
-"""The one exception of the package, apart from everything heavy so that the command line can name it at once."""
+"""The package's exception for user errors; imports nothing heavy, so that the command line starts at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dataclasses at which the stages meet, and the legend of shapes; no behaviour, no imports of ours.
+"""The dataclasses that the stages exchange, and the legend of shapes; no behaviour, no imports of the package.
 
 Shapes, in Megatron's dialect (all local to a rank unless said otherwise):
 

@@ -1,4 +1,4 @@
-"""What `megatron-tropd init` asks for on a terminal, at once: nothing heavy is imported here."""
+"""The questions of `megatron-tropd init` on a terminal; imports nothing heavy, so that they appear at once."""
 
 from __future__ import annotations
 

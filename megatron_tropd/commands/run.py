@@ -1,4 +1,4 @@
-"""What each command of the command line does, over parsed arguments.
+"""Runs each command with its parsed arguments.
 
 Imports that take seconds are made inside the command that needs them, so that `--help` answers at once.
 """

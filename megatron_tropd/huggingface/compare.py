@@ -1,4 +1,4 @@
-"""Whether two models compute the same function of the same weights, as far as their config.json files say.
+"""Compares two config.json files: do the models compute the same function of the same weights?
 
 difference(load_hf_config("models/Llama-3.1-8B"), load_hf_config("checkpoints/llama8b/hf"))     # None
 """

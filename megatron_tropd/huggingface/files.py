@@ -1,4 +1,4 @@
-"""Which files of a Hugging Face folder hold the model's weights, and their tensors, read slice by slice.
+"""Finds the weight files of a Hugging Face folder, and reads their tensors slice by slice.
 
 Adapters, optimizer states, `consolidated.safetensors` and subfolders are skipped, as in transformers. Experts that
 transformers 5 has fused into one tensor per layer are read under the names of the single experts.

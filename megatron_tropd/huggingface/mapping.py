@@ -1,4 +1,4 @@
-"""Which Hugging Face tensors make up which Megatron parameter, and how a tensor-parallel rank's shard is cut of them.
+"""Maps Hugging Face tensors to Megatron parameters, and cuts a tensor-parallel rank's shard of them.
 
 Pure functions of names and tensors: nothing of files, processes or models. `d` is the head width, `a` the query heads
 and `g` the key/value heads of the whole model; Megatron interleaves the fused projection by key/value group:

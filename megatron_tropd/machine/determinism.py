@@ -1,4 +1,4 @@
-"""`training.deterministic`: what makes a GPU compute the same bits from the same run again, at a price in speed.
+"""`training.deterministic`: makes a GPU compute the same bits in a repeated run, at a cost in speed.
 
 The same machines, layout and versions are assumed: other layouts add in another order. Megatron's part is the field
 `deterministic_mode` of the student's configuration.

@@ -1,4 +1,4 @@
-"""What a process runs on: versions of packages and whether they import, its GPUs, and its launcher's numbers.
+"""The environment of a process: versions of packages and whether they import, its GPUs, and its launcher's numbers.
 
 Only versions are judged here; `machine/preflight.py` checks the environment for a recipe.
 

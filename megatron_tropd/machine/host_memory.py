@@ -1,4 +1,4 @@
-"""How much host memory this process may still take: the machine's, or what the container's limit leaves of it."""
+"""Host memory that this process may still take: of the machine, or of the container's limit."""
 
 from __future__ import annotations
 

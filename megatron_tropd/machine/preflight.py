@@ -1,4 +1,4 @@
-"""What a recipe needs of the machine, checked before process groups are made and weights are read.
+"""Checks what a recipe needs of the machine, before process groups are made and weights are read.
 
 Pure functions of a recipe and an `Environment`; every rank of a node gets the same answer. Contradictions within
 a recipe are `validation.py`'s.

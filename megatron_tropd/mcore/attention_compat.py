@@ -1,4 +1,4 @@
-"""Which attention Megatron-Core's dynamic inference calls: flash-attn, or ours over the same paged cache.
+"""Chooses the attention of Megatron-Core's dynamic inference: flash-attn, or ours over the same paged cache.
 
 The third part of `megatron_compat`: nothing else touches the names under which Megatron's attention module holds
 flash-attn, in versions 0.16 to 0.19.

@@ -1,4 +1,4 @@
-"""Models that train, made ready for Megatron-Core's inference engines, 0.16 to 0.19, and given back.
+"""Switches training models to Megatron-Core's inference engines (0.16 to 0.19) and back.
 
 Part of the compatibility layer: nothing else switches a model's parallelism, dtype and caches for generation.
 """

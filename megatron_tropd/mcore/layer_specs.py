@@ -1,4 +1,4 @@
-"""Which classes layers are built of: Transformer Engine's on CUDA where it is importable, else Megatron's local ones.
+"""Chooses the classes of layers: Transformer Engine's on CUDA if it can be imported, else Megatron's local ones.
 
 Megatron's own specs, with a norm that knows sequence parallelism and an attention that knows packed sequences and
 context parallelism in the local ones.

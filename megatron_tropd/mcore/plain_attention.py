@@ -1,4 +1,4 @@
-"""Attention of PyTorch's own over packed sequences and context-parallel shares, where Transformer Engine is absent.
+"""PyTorch's attention over packed sequences and context-parallel shares, where Transformer Engine is absent.
 
 On CUDA padded sequences go to it, too: Megatron's local attention keeps [s, s] probabilities per head. On a CPU they go
 to Megatron's. With context parallelism the keys and values of a layer are gathered on every rank, their gradient

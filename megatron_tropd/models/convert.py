@@ -1,4 +1,4 @@
-"""Weights in and out: Hugging Face folders and Megatron distributed checkpoints that load under any TP and PP.
+"""Converts weights between Hugging Face folders and Megatron distributed checkpoints that load under any TP and PP.
 
 A weights checkpoint holds Megatron's files, `hf/` (config.json and tokenizer, so that it needs nothing else) and
 `complete.json`, its manifest. Under torchrun every process holds only its own part of the model.

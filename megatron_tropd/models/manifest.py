@@ -1,4 +1,4 @@
-"""Whole or not: a folder's list of files and sizes, written last, so that a folder cut short is recognised."""
+"""A folder's list of files and sizes, written last, so that an incomplete folder is recognised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Are Megatron's layers those of transformers? They are built from the files, both ways, and compared in fp32.
+"""Verifies Megatron's layers against transformers': both are built from the files and compared in fp32.
 
 The first and the last layers, one of each kind, the embedding and the output layer, in the model's own layout: cheap
 for any size. All layers of a kind are the same code; that all weights arrived is for `hf_weights.find_difference`.

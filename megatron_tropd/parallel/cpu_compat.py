@@ -1,4 +1,4 @@
-"""What lets Megatron-Core run on CPU over gloo; applied once, only where there is no CUDA, and never otherwise.
+"""Shims that let Megatron-Core run on CPU over gloo; applied once, and only where there is no CUDA.
 
 Megatron-Core names the device "cuda" in its schedules, optimizers and random-number tracker. Here those names are
 turned into the CPU: `torch.cuda`'s queries answer for the CPU, its streams and events are inert, and a function mode

@@ -1,4 +1,4 @@
-"""How a batch goes through a model's schedule, and how results come back: rows at a time, or packed by a token budget.
+"""Splits a batch into micro-batches, by rows or packed by a token budget, and joins their results.
 
 Packed, several sequences lie one after the other in the one row of a micro-batch (Megatron's `thd` format), without a
 batch's padding: what lies behind a sequence's last token with a loss is left out. The loss is that of the padded batch.

@@ -1,4 +1,4 @@
-"""How many tokens a micro-batch may hold: read by training, and by a plan that touches no device."""
+"""The token budget of a micro-batch, for training and for plans without a device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Process groups for the duration of a job: how they end, and what is done where a rank fails.
+"""Process groups for the duration of a job: how they end, also if a rank fails.
 
 with process_groups(recipe.student, seed=recipe.training.seed) as groups:
     model = build_model(hf_config, recipe.student, groups)

@@ -1,4 +1,4 @@
-"""torch's own attention over sequences laid one after the other (flash attention in torch), where it can run.
+"""torch's attention over concatenated sequences (its flash attention), where it can run.
 
 It is there from torch 2.10, on CUDA from compute capability 8.0, in half precision; elsewhere the callers attend
 sequence by sequence.

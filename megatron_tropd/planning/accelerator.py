@@ -1,4 +1,4 @@
-"""What a GPU and its links can do, one constant each with its derivation; measures nothing.
+"""The speed and memory of a GPU and its links, one constant each with its derivation; measures nothing.
 
 The defaults are an H100's in a node of eight with NVLink. planning/calibration.py reads those that were measured.
 

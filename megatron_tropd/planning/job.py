@@ -1,4 +1,4 @@
-"""What a plan is made for: two models, a recipe and a number of GPUs of a kind.
+"""The subject of a plan: two models, a recipe and a number of GPUs of one kind.
 
 job = Job(student_config, teacher_config, recipe, gpus=8)
 """

@@ -1,4 +1,4 @@
-"""What a GPU's memory holds beside PyTorch's tensors: CUDA context, workspaces, and buffers of NCCL by process groups.
+"""GPU memory beside PyTorch's tensors: CUDA context, workspaces, and NCCL's buffers by process group.
 
 runtime_parts(job, ("student", "teacher"))   # of a GPU that holds both models; bytes by part
 """

@@ -1,4 +1,4 @@
-"""What a model weighs and keeps on one rank of a layout: parameters, and activations as Megatron's layers keep them.
+"""Parameters and activations of a model on one rank of a layout, as Megatron's layers keep them.
 
 Functions of a Hugging Face config and a layout; planning/proposals.py makes a step's memory and time of them.
 """

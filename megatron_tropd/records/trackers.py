@@ -1,4 +1,4 @@
-"""Where people already look: TensorBoard, Weights & Biases and MLflow, each with the numbers of metrics.jsonl.
+"""Sends the numbers of metrics.jsonl to TensorBoard, Weights & Biases and MLflow.
 
 trackers = open_trackers(recipe, folder, first_step=0)
 for tracker in trackers: tracker.write(step, {"loss": 0.5, "evaluation/accuracy": 0.7})

@@ -1,4 +1,4 @@
-"""How much of a GPU's memory a rollout's key/value cache may take; CUDA only."""
+"""GPU memory that a rollout's key/value cache may take; CUDA only."""
 
 from __future__ import annotations
 

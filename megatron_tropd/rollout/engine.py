@@ -1,4 +1,4 @@
-"""RolloutEngine: the student's responses, written by the training weights themselves in Megatron's inference path.
+"""RolloutEngine: generates the student's responses with the training weights, in Megatron's inference path.
 
 Megatron-Core's dynamic engine (paged key/value cache, requests join and leave) on CUDA and on CPU; its static engine
 where asked for. Cache and CUDA graphs are made for each call and freed with it. Nothing of the loss is known here.

@@ -1,4 +1,4 @@
-"""Between a student and a teacher of different layouts: a batch's way to the teacher's ranks, and what comes back.
+"""Moves batches from student ranks to teacher ranks, and scores back, where their layouts differ.
 
 Both models share the same ranks and take turns, or have dedicated ranks. Each teacher replica scores its share of
 the global batch; the scores of the tokens with a loss then travel from the teacher's last stages to the student's last

@@ -1,4 +1,4 @@
-"""TeacherHook: a frozen teacher's scores of a batch, through a hook on its output layer in a forward-only schedule.
+"""TeacherHook: scores a batch with a frozen teacher, by a hook on its output layer in a forward-only schedule.
 
 The logits shard `[s, b, V/tp]` becomes sampled log-prob, top-k and entropy inside the forward pass of its micro-batch;
 full logits are neither gathered nor kept. It does not generate and has no optimizer.

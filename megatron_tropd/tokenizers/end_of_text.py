@@ -1,4 +1,4 @@
-"""End-of-text ids that differ between teacher and student are one event: its probability is the sum over all of them.
+"""Treats different EOS ids of teacher and student as one EOS token, whose probability is the sum over all of them.
 
 A base model ends with one token and the instructed teacher with another; read token by token, each would find the
 other's ending improbable. Where the two sets are equal there is nothing to merge, and nothing is computed.

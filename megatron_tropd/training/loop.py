@@ -1,4 +1,4 @@
-"""The training loop: one visible call a stage, none of a stage's logic.
+"""The training loop: one visible call per stage, and none of a stage's logic.
 
     prompts -> rollout -> batch -> teacher scores -> student update -> checkpoint
 

@@ -1,4 +1,4 @@
-"""Where a run begins: at step 0, after its newest complete checkpoint, or nowhere, because it has finished.
+"""Decides where a run begins: at step 0, after its newest complete checkpoint, or not at all if it has finished.
 
 `prepare` decides from files alone, before a model is built: it compares the checkpoint's recipe with the new one key
 by key (recipe_changes.py), and refuses what cannot be continued. `restore` loads the checkpoint and only then, when

@@ -1,4 +1,4 @@
-"""Everything a training run holds, built from its recipe in an order that finds mistakes before memory is spent.
+"""Builds everything that a training run needs from its recipe, in an order that finds mistakes before memory is spent.
 
 Configurations, tokenizers and prompt files come first, then models and weights, then a checkpoint to resume from.
 """
