@@ -48,9 +48,7 @@ def _differences(recipe: Recipe) -> list[str]:
 
 def _plan(recipe: Recipe) -> list[str]:
     """Return the plan for the processes that there are, or, without torchrun, for the fewest that hold the recipe."""
-    from megatron_tropd.models.build import load_hf_config
-    from megatron_tropd.models.convert import resolve_hf_path
-    from megatron_tropd.planning.job import Job
+    from megatron_tropd.planning.job import job_of
     from megatron_tropd.planning.text import summary
 
     if METHODS[recipe.objective.name].data:
@@ -59,10 +57,10 @@ def _plan(recipe: Recipe) -> list[str]:
     if gpus == 1:
         gpus = _fewest(recipe)
     try:
-        configs = [load_hf_config(resolve_hf_path(getattr(recipe, role), role)) for role in ("student", "teacher")]
+        job = job_of(recipe, gpus, recipe.data.max_prompt_tokens or 512)
     except UserError as error:
         return [f"no plan: {error}"]
-    lines = summary(Job(*configs, recipe, gpus, recipe.data.max_prompt_tokens or 512))
+    lines = summary(job)
     return [
         f"plan for {gpus} GPU(s) (H100, 80 GB; `megatron-tropd plan` takes others):",
         *(f"  {line}" for line in lines),

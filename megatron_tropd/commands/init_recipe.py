@@ -15,7 +15,6 @@ from megatron_tropd.config import Recipe
 from megatron_tropd.errors import UserError
 from megatron_tropd.huggingface.experts import experts_of
 from megatron_tropd.methods import METHODS, is_guided
-from megatron_tropd.models.checks import check_sizes
 from megatron_tropd.objective.objectives import build_objective
 from megatron_tropd.planning.accelerator import Accelerator
 from megatron_tropd.planning.choice import Choice, fastest
@@ -73,8 +72,6 @@ def make_recipe(wishes: Wishes) -> str:
     settings = _sorted(settings | choice.settings)
     recipe = load_recipe(None, _as_overrides(settings))
     validate(recipe)
-    for role in ("student", "teacher"):
-        check_sizes(getattr(found, role), getattr(recipe, role), role)
     build_objective(recipe.objective, recipe.guidance, recipe.training.seed)
     write_recipe(wishes.output, settings, heading=_heading(wishes, choice), notes=notes)
     return _next_steps(wishes, recipe, found, choice)

@@ -183,11 +183,9 @@ def plan(arguments: argparse.Namespace) -> int:
     require(recipe, "student.hf_path|student.checkpoint", "teacher.hf_path|teacher.checkpoint")
     for role in ("student", "teacher"):
         check_layout(role, getattr(recipe, role))
-    from megatron_tropd.models.build import load_hf_config
-    from megatron_tropd.models.convert import resolve_hf_path
     from megatron_tropd.planning.accelerator import Accelerator
     from megatron_tropd.planning.calibration import load_accelerator
-    from megatron_tropd.planning.job import Job
+    from megatron_tropd.planning.job import job_of
     from megatron_tropd.planning.text import describe
 
     if arguments.write:
@@ -198,9 +196,8 @@ def plan(arguments: argparse.Namespace) -> int:
     if arguments.gpu_memory:
         gpu = dataclasses.replace(gpu, memory_gb=arguments.gpu_memory)
 
-    configs = [load_hf_config(resolve_hf_path(getattr(recipe, role), role)) for role in ("student", "teacher")]
     prompt = arguments.prompt_tokens or recipe.data.max_prompt_tokens or 512
-    job = Job(*configs, recipe, arguments.gpus, prompt, gpu=gpu)
+    job = job_of(recipe, arguments.gpus, prompt, gpu=gpu)
     text, fits = describe(job)
     _print(text)
     if not arguments.write:

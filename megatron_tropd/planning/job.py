@@ -12,6 +12,8 @@ from megatron_tropd.config import Recipe
 from megatron_tropd.huggingface.experts import experts_of
 from megatron_tropd.mcore.kv_cache import decode_sizes, layout_obstacle
 from megatron_tropd.methods import METHODS, Method
+from megatron_tropd.models.build import load_hf_config
+from megatron_tropd.models.convert import resolve_hf_path
 from megatron_tropd.parallel.layout import model_ranks
 from megatron_tropd.parallel.packing import micro_batch_budget
 from megatron_tropd.parallel.partition import has_dedicated_teacher, student_size, teacher_size
@@ -83,3 +85,13 @@ class Job:
         """Sequences of a student replica in a step."""
         rollout = self.recipe.rollout
         return self.recipe.training.prompts_per_step * rollout.samples_per_prompt // self.replicas("student")
+
+
+def job_of(recipe: Recipe, gpus: int, prompt_tokens: int, **options: Any) -> Job:
+    """Return the job of a recipe, whose two models' config.json files are read; `options`: further fields of Job.
+
+    Raises:
+        UserError: a model's folder or checkpoint cannot be used.
+    """
+    configs = [load_hf_config(resolve_hf_path(getattr(recipe, role), role)) for role in ("student", "teacher")]
+    return Job(*configs, recipe, gpus, prompt_tokens, **options)

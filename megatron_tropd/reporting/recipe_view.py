@@ -5,11 +5,11 @@ An unknown key of an older run is shown as different.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 from megatron_tropd.config import Recipe
+from megatron_tropd.recipe import help_of
+from megatron_tropd.recipe_changes import settings_of
 from megatron_tropd.reporting.run_records import RunRecords
 
 _OF_THE_PLACE = {"logging.dir", "checkpoint.dir"}  # no choice of method: they differ whenever runs do
@@ -17,16 +17,7 @@ _OF_THE_PLACE = {"logging.dir", "checkpoint.dir"}  # no choice of method: they d
 
 def defaults() -> dict[str, tuple[Any, str]]:
     """Return key -> (default, documentation) of every recipe key."""
-    return dict(_leaves("", Recipe()))
-
-
-def _leaves(prefix: str, config: Any) -> Iterator[tuple[str, tuple[Any, str]]]:
-    for field in dataclasses.fields(config):
-        key, value = f"{prefix}{field.name}", getattr(config, field.name)
-        if dataclasses.is_dataclass(value):  # a section, or one within another
-            yield from _leaves(f"{key}.", value)
-        else:
-            yield key, (value, field.metadata["help"])
+    return {key: (value, help_of(key)) for key, value in settings_of(Recipe()).items()}
 
 
 def settings(run: RunRecords) -> list[dict[str, Any]]:

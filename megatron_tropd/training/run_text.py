@@ -17,8 +17,7 @@ from megatron_tropd.config import ModelConfig, Recipe
 from megatron_tropd.errors import UserError
 from megatron_tropd.mcore.layer_specs import uses_transformer_engine
 from megatron_tropd.methods import METHODS
-from megatron_tropd.models.build import load_hf_config
-from megatron_tropd.planning.job import Job
+from megatron_tropd.planning.job import job_of
 from megatron_tropd.planning.memory import memories
 from megatron_tropd.recipe_changes import settings_of
 from megatron_tropd.reporting.head import count, method
@@ -106,12 +105,10 @@ def _planned_gb(run: Run) -> str:
     if METHODS[recipe.objective.name].data:
         return "no plan without a teacher"
     try:
-        teacher = load_hf_config(recipe.teacher.hf_path or run.hf_path)
         processes = int(os.environ.get("WORLD_SIZE", 1))
-        student = load_hf_config(run.hf_path)
-        job = Job(student, teacher, recipe, processes, run.source.prompts.longest, fused=uses_transformer_engine())
+        job = job_of(recipe, processes, run.source.prompts.longest, fused=uses_transformer_engine())
         return f"{max(needed.peak for needed in memories(job)) / 1e9:.1f} GB planned for tensors"
-    except (UserError, AttributeError):  # a list of prompts, or a layout that the planner does not know
+    except UserError:  # a layout that the planner does not know
         return "no plan"
 
 
