@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_tropd.numbers.flags import STAGES, Finding, count_flags
-from megatron_tropd.objective.objectives import TokenDetails
+from megatron_tropd.objective.result import TokenDetails
 from megatron_tropd.objective.token_statistics import summarise
 from megatron_tropd.parallel.groups import ParallelGroups
 

@@ -19,7 +19,7 @@ token lies outside the trust region, and no part of the loss that would be infin
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -27,32 +27,12 @@ from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
 from megatron_tropd.errors import UserError
 from megatron_tropd.methods import METHODS, Method
 from megatron_tropd.objective.forward_kl import floored, topk_forward_kl
-from megatron_tropd.objective.policy_gradient import clipped_policy_loss, response_advantages
+from megatron_tropd.objective.policy_gradient import clipped_policy_loss, importance_weights, response_advantages
+from megatron_tropd.objective.result import ObjectiveResult, TokenDetails, total, totals_where_known, weighed
 from megatron_tropd.objective.token_statistics import gradient_shares, logit_gradient, loss_gradient, token_histograms
+from megatron_tropd.objective.tokens import StudentTokens
 from megatron_tropd.objective.trust_region import TrustGate, trust_gate
 from megatron_tropd.types import LOSS_GUIDANCE, LOSS_STUDENT, TeacherScores, TrainingBatch
-
-
-@dataclass
-class TokenDetails:
-    """Values of single tokens for samples and reports; all [b, s]."""
-
-    student_logprobs: torch.Tensor
-    teacher_logprobs: torch.Tensor
-    gate: TrustGate
-
-
-@dataclass
-class ObjectiveResult:
-    """A micro-batch's losses and statistics; name -> (sum, count) where a mean over the global batch is wanted."""
-
-    loss: torch.Tensor  # [b, s] fp32, zero on tokens without loss
-    metrics: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    maxima: dict[str, torch.Tensor] = field(default_factory=dict)
-    minima: dict[str, torch.Tensor] = field(default_factory=dict)
-    counts: dict[str, torch.Tensor] = field(default_factory=dict)  # histograms, [bins] each
-    gradients: dict[str, torch.Tensor] = field(default_factory=dict)  # [b, s] by kind of token: logit_gradient
-    details: TokenDetails | None = None
 
 
 def build_objective(
@@ -183,73 +163,76 @@ class Objective:
         if self.needs_teacher:
             student = self._student_tokens(student_logprobs, scores, batch, step, is_student, divergence)
             result = dataclasses.replace(student, loss=student.loss + result.loss)
-        result.metrics["loss_guidance"] = _total(-beta * given, is_guidance)
-        result.metrics["guidance_fraction"] = _total(is_guidance, is_student | is_guidance)
+        result.metrics["loss_guidance"] = total(-beta * given, is_guidance)
+        result.metrics["guidance_fraction"] = total(is_guidance, is_student | is_guidance)
         if not self.divergence:  # whose gradient is that of one kind of token
             learned = is_guidance & (student_logprobs[..., 0] != -torch.inf)  # a floored one has no gradient
             result.gradients["guidance"] = logit_gradient((beta * learned).unsqueeze(-1), given.unsqueeze(-1))
             result.metrics |= gradient_shares(result.gradients)
         if student_entropy is not None:
             kept = is_student if self.needs_rollout else is_guidance
-            result.metrics["student_entropy"] = _total(torch.where(kept, student_entropy, 0.0), kept)
+            result.metrics["student_entropy"] = total(torch.where(kept, student_entropy, 0.0), kept)
         return result
 
-    def _student_tokens(self, logprobs, scores, batch, step: int, kept: torch.Tensor, divergence) -> ObjectiveResult:
+    def _student_tokens(
+        self,
+        logprobs: torch.Tensor,
+        scores: TeacherScores,
+        batch: TrainingBatch,
+        step: int,
+        kept: torch.Tensor,
+        divergence: torch.Tensor | None,
+    ) -> ObjectiveResult:
         """Parts A and B on the student's own tokens; `kept` [b, s] marks them."""
-        inputs = (logprobs, scores, batch, kept)
-        # Zeros off the loss tokens first: garbage times zero may be NaN, in the gradient even where the loss is masked.
-        sampled = torch.where(kept, logprobs[..., 0], 0.0)
-        teacher = torch.where(kept, scores.logprobs, 0.0)
-        gate = self._gate(sampled, teacher, batch, step)
-        trusted, outlying = gate.weight * kept, (1.0 - gate.weight) * kept
-        importance = self._importance(sampled, batch, kept)
-        ruled_out = kept & ((sampled == -torch.inf) | (teacher == -torch.inf))
-        details = TokenDetails(sampled.detach(), teacher, gate)
-        # From here on no infinity: what it would be multiplied by may be zero.
-        sampled = torch.where(sampled == -torch.inf, 0.0, sampled)
-        difference = torch.where(teacher == -torch.inf, -torch.inf, teacher - sampled).detach()
-        advantage, comparable = torch.where(ruled_out, 0.0, difference), kept & ~ruled_out
-
-        trust_loss = self._trusted(details, sampled, advantage, importance, divergence, inputs)
-        outlier_loss, forward_kl = self._outlier(logprobs, scores, sampled, difference, importance, kept)
-        trust_loss, outlier_loss = _weighed(trusted, trust_loss), _weighed(outlying, outlier_loss)
+        tokens = self._read(logprobs, scores, batch, step, kept)
+        trusted, outlying = tokens.trusted, tokens.outlying
+        reward = tokens.advantage
+        trust_loss = weighed(trusted, self._trusted(tokens, reward, divergence))
+        outlier_loss, forward_kl = self._outlier(tokens)
+        outlier_loss = weighed(outlying, outlier_loss)
         if self.method.uncertain:  # an addition, also where the teacher rules the sampled token out
-            trust_loss = trust_loss + self._where_uncertain(logprobs, scores, kept)
-        pull = _weighed(trusted, importance * advantage)  # K1's derivative in log pi_S(x), with the sign turned
-        mismatch = torch.where(kept, details.student_logprobs - batch.old_logprobs, 0.0).abs()
-        matched = kept & (mismatch < torch.inf)
-        shown = {"rho": (gate.rho, kept), "advantage": (advantage, comparable), "mismatch": (mismatch, matched)}
+            trust_loss = trust_loss + self._where_uncertain(tokens)
+        pull = weighed(trusted, tokens.importance * reward)  # K1's derivative in log pi_S(x), with the sign turned
         metrics = {
-            "loss_trust": _total(trust_loss, trusted),
-            "loss_outlier": _total(outlier_loss, outlying),
-            "trust_fraction": _total(trusted, kept),
-            "outlier_fraction": _total(outlying, kept),
-            "mean_rho": _total(torch.where(kept, gate.rho, 0.0), kept),
-            "advantage": _total(torch.where(comparable, advantage, 0.0), comparable),
-            "reverse_kl": _total(torch.where(comparable, -advantage, 0.0), comparable),
-            "ruled_out_fraction": _total(ruled_out, kept),
-            "logprob_mismatch": _total(torch.where(matched, mismatch, 0.0), matched),
-            "importance_weight": _total(torch.where(kept, importance, 0.0), kept),
-            **_totals_where_known("outlier_forward_kl", forward_kl, outlying),
-            **_totals_where_known("teacher_entropy", scores.entropy, kept),
+            "loss_trust": total(trust_loss, trusted),
+            "loss_outlier": total(outlier_loss, outlying),
+            **tokens.metrics(),
+            **totals_where_known("outlier_forward_kl", forward_kl, outlying),
         }
         return ObjectiveResult(
             loss=trust_loss + outlier_loss,
             metrics=metrics,
-            maxima={
-                "advantage_max": _largest(advantage, comparable),
-                "logprob_mismatch_max": _largest(mismatch, matched),
-            },
-            minima={"advantage_min": -_largest(-advantage, comparable)},
-            counts=token_histograms(shown),
+            maxima=tokens.maxima(),
+            minima=tokens.minima(),
+            counts=token_histograms(tokens.shown),
             gradients={
-                "trusted": self._trusted_gradient(trust_loss, sampled, pull, inputs),
-                "outlier": self._outlier_gradient(outlier_loss, inputs),
+                "trusted": self._trusted_gradient(trust_loss, pull, tokens),
+                "outlier": self._outlier_gradient(outlier_loss, tokens),
             },
-            details=details,
+            details=TokenDetails(tokens.student, tokens.teacher, tokens.gate),
         )
 
-    def _gate(self, sampled, teacher, batch: TrainingBatch, step: int) -> TrustGate:
+    def _read(
+        self, logprobs: torch.Tensor, scores: TeacherScores, batch: TrainingBatch, step: int, kept: torch.Tensor
+    ) -> StudentTokens:
+        # Zeros off the loss tokens first: garbage times zero may be NaN, in the gradient even where the loss is masked.
+        sampled = torch.where(kept, logprobs[..., 0], 0.0)  # [b, s, 1 + k] -> [b, s], as all below
+        teacher = torch.where(kept, scores.logprobs, 0.0)
+        correction = (self.config.importance, self.config.importance_cap)
+        return StudentTokens(
+            logprobs=logprobs,
+            scores=scores,
+            batch=batch,
+            kept=kept,
+            # From here on no infinity: what it would be multiplied by may be zero.
+            sampled=torch.where(sampled == -torch.inf, 0.0, sampled),
+            student=sampled.detach(),
+            teacher=teacher,
+            importance=importance_weights(sampled, batch.old_logprobs, kept, *correction),
+            gate=self._gate(sampled, teacher, batch, step),
+        )
+
+    def _gate(self, sampled: torch.Tensor, teacher: torch.Tensor, batch: TrainingBatch, step: int) -> TrustGate:
         gate = trust_gate(
             sampled,
             teacher,
@@ -269,81 +252,48 @@ class Objective:
         is_bounded = self.divergence or self.method.returns
         return TrustGate(gate.rho, all_of_it if is_bounded else torch.where(teacher == -torch.inf, 0.0, all_of_it))
 
-    def _importance(self, sampled, batch: TrainingBatch, kept: torch.Tensor) -> torch.Tensor:
-        """Weight of the policy-gradient terms: min(pi_S / pi_old, C) (tis), or the ratio within [1/C, C] (icepop)."""
-        if self.config.importance == "off":
-            return torch.ones_like(sampled).detach()
-        difference = torch.where(sampled == -torch.inf, -torch.inf, sampled - batch.old_logprobs).detach()
-        ratio = torch.where(kept, difference, 0.0).exp()
-        cap = self.config.importance_cap
-        if self.config.importance == "tis":
-            return ratio.clamp(max=cap)
-        return torch.where((ratio <= cap) & (ratio >= 1.0 / cap), ratio, 0.0)
-
-    def _trusted(
-        self, details: TokenDetails, sampled, advantage, importance, divergence, inputs: tuple
-    ) -> torch.Tensor:
-        """The loss [b, s] of every token as if it were trusted; `inputs` as in `_trusted_gradient`."""
-        _, scores, batch, kept = inputs
-        if self.divergence:  # of distributions: nothing to weigh by how x was drawn
-            return torch.where(kept, divergence, 0.0)
+    def _trusted(self, tokens: StudentTokens, reward: torch.Tensor, divergence: torch.Tensor | None) -> torch.Tensor:
+        """The loss [b, s] of every token as if it were trusted."""
+        if divergence is not None:  # of distributions: nothing to weigh by how x was drawn
+            return torch.where(tokens.kept, divergence, 0.0)
         if self.method.clipped:
-            own = scores.advantages if self.method.returns else advantage
-            known = kept & (details.student_logprobs != -torch.inf)
-            return clipped_policy_loss(sampled, batch.old_logprobs, own, known, self.config.ppo_clip)
-        return -importance * advantage * sampled  # K1, -sg(A) log pi_S(x)
+            own = tokens.scores.advantages if self.method.returns else reward
+            known = tokens.kept & (tokens.student != -torch.inf)
+            return clipped_policy_loss(tokens.sampled, tokens.batch.old_logprobs, own, known, self.config.ppo_clip)
+        return -tokens.importance * reward * tokens.sampled  # K1, -sg(A) log pi_S(x)
 
-    def _where_uncertain(self, logprobs, scores, kept: torch.Tensor) -> torch.Tensor:
+    def _where_uncertain(self, tokens: StudentTokens) -> torch.Tensor:
         """EOPD's addition: lambda 1[H(pi_T) > tau] times the top-k forward KL."""
-        if scores.entropy is None:
+        entropy = tokens.scores.entropy
+        if entropy is None:
             raise ValueError(f"objective.name={self.config.name} needs the teacher's entropies (with_entropy)")
-        uncertain = kept & (scores.entropy > self.config.entropy_above)
-        return self.config.entropy_weight * _weighed(uncertain.float(), self._forward_kl(logprobs, scores, kept))
+        uncertain = tokens.kept & (entropy > self.config.entropy_above)
+        return self.config.entropy_weight * weighed(uncertain.float(), self._forward_kl(tokens))
 
-    def _trusted_gradient(self, loss, sampled, coefficient, inputs: tuple) -> torch.Tensor:
-        """The `logit_gradient` of the trusted tokens' loss; `inputs`: log-probs, scores, batch, kept tokens."""
-        logprobs, scores, batch, kept = inputs
-        if self.method.clipped:
-            repeated = scores.topk_ids.long() == batch.labels.unsqueeze(-1) if self.topk else None
-            return loss_gradient(loss, logprobs, kept, slice(None), repeated)
-        return logit_gradient(coefficient[..., None], sampled[..., None])
+    def _trusted_gradient(self, loss: torch.Tensor, pull: torch.Tensor, tokens: StudentTokens) -> torch.Tensor:
+        """The `logit_gradient` of the trusted tokens' loss."""
+        if not self.method.clipped:
+            return logit_gradient(pull[..., None], tokens.sampled[..., None])
+        repeated = tokens.scores.topk_ids.long() == tokens.batch.labels.unsqueeze(-1) if self.topk else None
+        return loss_gradient(loss, tokens.logprobs, tokens.kept, slice(None), repeated)
 
-    def _outlier_gradient(self, loss, inputs: tuple) -> torch.Tensor:
-        logprobs, _, _, kept = inputs
-        return loss_gradient(loss, logprobs, kept, slice(1, None) if self.outlier == "fkl" else slice(0, 1))
+    def _outlier_gradient(self, loss: torch.Tensor, tokens: StudentTokens) -> torch.Tensor:
+        listed = slice(1, None) if self.outlier == "fkl" else slice(0, 1)
+        return loss_gradient(loss, tokens.logprobs, tokens.kept, listed)
 
-    def _forward_kl(self, logprobs, scores, kept: torch.Tensor) -> torch.Tensor:
-        student_topk = torch.where(kept.unsqueeze(-1), logprobs[..., 1:], -1.0)
-        teacher_topk = torch.where(kept.unsqueeze(-1), scores.topk_logprobs, -1.0)
-        return topk_forward_kl(student_topk, teacher_topk, self.config.tail)
+    def _forward_kl(self, tokens: StudentTokens) -> torch.Tensor:
+        kept = tokens.kept.unsqueeze(-1)
+        student_topk = torch.where(kept, tokens.logprobs[..., 1:], -1.0)  # [b, s, k]
+        teacher_topk = torch.where(kept, tokens.scores.topk_logprobs, -1.0)
+        return topk_forward_kl(student_topk, teacher_topk, self.config.tail)  # [b, s]
 
-    def _outlier(self, logprobs, scores, sampled, advantage, importance, kept):
-        """Part B: loss [b, s] of every token as if it were an outlier, and the forward KL where it was computed.
-
-        `advantage` is -inf where the teacher rules the token out; `sampled` is finite.
-        """
+    def _outlier(self, tokens: StudentTokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Part B: loss [b, s] of every token as if it were an outlier, and the forward KL where it was computed."""
         if self.outlier is None or self.outlier == "mask":
-            return torch.zeros_like(sampled), None
+            return torch.zeros_like(tokens.sampled), None
         if self.outlier == "clip":
-            return -importance * advantage.clamp(min=self.config.clip) * sampled, None
-        forward_kl = self._forward_kl(logprobs, scores, kept)
+            return -tokens.importance * tokens.difference.clamp(min=self.config.clip) * tokens.sampled, None
+        forward_kl = self._forward_kl(tokens)
         if self.outlier == "fkl":
             return forward_kl, forward_kl.detach()
-        return importance * forward_kl.detach() * sampled, forward_kl.detach()  # A = -sg(KL)
-
-
-def _largest(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    return torch.where(kept, values, -torch.inf).amax()
-
-
-def _weighed(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """weights * values, and 0 where the weight is, whatever the value."""
-    return torch.where(weights > 0, weights * values, 0.0)
-
-
-def _totals_where_known(name: str, values: torch.Tensor | None, weights: torch.Tensor) -> dict[str, tuple]:
-    return {} if values is None else {name: _total(_weighed(weights, values), weights)}
-
-
-def _total(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return values.detach().sum(dtype=torch.float64), weights.sum(dtype=torch.float64)
+        return tokens.importance * forward_kl.detach() * tokens.sampled, forward_kl.detach()  # A = -sg(KL)

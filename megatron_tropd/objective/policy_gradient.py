@@ -1,4 +1,4 @@
-"""Policy gradients beyond K1: PPO's clipped ratio, and returns of whole responses as TOP-D has them (arXiv 2607.04751).
+"""Policy gradients: importance weights, PPO's clipped ratio, returns of whole responses as in TOP-D (arXiv 2607.04751).
 
     loss       -min(r A, clip(r, 1 - eps, 1 + eps) A),  r = pi_S / pi_rollout
     reward     r_t = log(alpha pi_T(x_t) / pi_rollout(x_t) + 1 - alpha)      bounded below by log(1 - alpha)
@@ -15,6 +15,28 @@ import torch
 
 _MOST_LOG_RATIO = 20.0  # beyond it, a ratio would overflow where the advantage is negative; it gets no gradient
 _LEAST_DEVIATION = 1e-6  # below it, all returns of a prompt are the same, and none is better
+
+
+@torch.no_grad()
+def importance_weights(
+    student_logprobs: torch.Tensor, old_logprobs: torch.Tensor, kept: torch.Tensor, kind: str, cap: float
+) -> torch.Tensor:
+    """Return w [b, s]: the ratio r = pi_S / pi_rollout, bounded; the weight of the policy-gradient terms.
+
+    Args:
+        student_logprobs: [b, s]; the ratio is 0 where they are -inf.
+        old_logprobs: [b, s] log pi of the rollout.
+        kept: [b, s] bool; the ratio of other tokens is 1.
+        kind: "tis": min(r, cap); "icepop": r within [1 / cap, cap], else 0; "off": 1.
+        cap: C, above 0.
+    """
+    if kind == "off":
+        return torch.ones_like(student_logprobs)
+    difference = torch.where(student_logprobs == -torch.inf, -torch.inf, student_logprobs - old_logprobs)
+    ratio = torch.where(kept, difference, 0.0).exp()
+    if kind == "tis":
+        return ratio.clamp(max=cap)
+    return torch.where((ratio <= cap) & (ratio >= 1.0 / cap), ratio, 0.0)
 
 
 def clipped_policy_loss(

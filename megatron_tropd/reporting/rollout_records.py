@@ -10,7 +10,7 @@ import math
 from functools import lru_cache
 from typing import Any
 
-from megatron_tropd.objective.objectives import TokenDetails
+from megatron_tropd.objective.result import TokenDetails
 from megatron_tropd.tokenizers.tokenizer import Tokenizer
 from megatron_tropd.types import Prompt, Rollouts, TeacherScores
 
