@@ -203,6 +203,9 @@ class ObjectiveConfig:
     ppo_clip: float = _key(0.2, "epsilon of `eopd` and `topd`: bounds the ratio to the rollout's policy", above=0)
     entropy_above: float = _key(0.8, "tau of `eopd`, in nats: above it the teacher is uncertain", low=0)
     entropy_weight: float = _key(1.0, "lambda of `eopd`: weight of the forward KL on those tokens", low=0)
+    entropy_share: float = _key(
+        0.2, "beta of `entropy_opd`: learned share of the tokens, of the highest entropy", above=0, high=1
+    )
     temperature: float = _key(1.0, "divisor of both models' logits in every loss and gate", above=0)
     importance: str = _key("tis", "correction for the ratio pi_student / pi_old", ("off", "tis", "icepop"))
     importance_cap: float = _key(2.0, "C of the truncated importance weight", above=0)

@@ -24,6 +24,7 @@ class Method:
     clipped: bool = False  # PPO's clipped ratio to the rollout's policy in K1, in place of an importance weight
     returns: bool = False  # advantages are returns of whole responses (objective/policy_gradient.py)
     uncertain: bool = False  # adds the top-k forward KL where the teacher's entropy exceeds objective.entropy_above
+    selects: str | None = None  # the loss is on tokens of high "entropy" only
     topk: int = 64  # default of objective.topk
 
 
@@ -60,6 +61,12 @@ METHODS: dict[str, Method] = {
         "K1 on every token",
         "the plain on-policy baseline, for a student that is already close to its teacher",
         gated=False,
+    ),
+    "entropy_opd": Method(
+        "K1 on the share of tokens with the student's highest entropies",
+        "to learn at forks only; a comparison of the paper's, and a second forward pass per step",
+        gated=False,
+        selects="entropy",
     ),
     "fkl_topk": Method(
         "top-k forward KL on every token",

@@ -126,3 +126,4 @@ class TeacherScores:
     entropy: torch.Tensor | None = None  # [b, s] fp32, nats
     hidden: torch.Tensor | None = None  # [b, s, h_teacher], only for full-vocabulary objectives
     advantages: torch.Tensor | None = None  # [b, s] fp32, only for objectives over whole responses (Objective.prepare)
+    weights: torch.Tensor | None = None  # [b, s] fp32, only for objectives on selected tokens (Objective.prepare)

@@ -45,6 +45,8 @@ TOKENS = {
     "of a prefix, impossible": (LOSS_GUIDANCE, NONE, NONE, 0.0, SOME, SOME),
 }
 
+ENTROPIES = torch.arange(len(TOKENS))[None] % 4.0  # of the student; tokens of all kinds are among the highest
+
 
 def batch_of_all():
     kinds, student, teacher, old, student_topk, teacher_topk = zip(*TOKENS.values(), strict=True)
@@ -67,7 +69,7 @@ def batch_of_all():
 def by_hand(config: ObjectiveConfig, place: int, token: tuple, given: float) -> tuple[float, list[float]]:
     """Loss of one token and its gradient to the 1 + k log-probs, in Python's float64 and without one infinity.
 
-    `given`: the advantage of an objective over whole responses.
+    `given`: the advantage of an objective over whole responses, or the weight of one on selected tokens.
     """
     kind, student, teacher, old, student_topk, teacher_topk = token
     nothing = [0.0] * (1 + K)
@@ -93,6 +95,8 @@ def by_hand(config: ObjectiveConfig, place: int, token: tuple, given: float) -> 
     loss, gradient = 0.0, list(nothing)
     if weight and student > NONE and teacher > NONE:
         loss, gradient[0] = -importance * (teacher - student) * student, -importance * (teacher - student)
+    if method.selects:
+        loss, gradient[0] = given * loss, given * gradient[0]
     if config.name == "eopd":
         advantage = teacher - student if student > NONE and teacher > NONE else 0.0
         loss, gradient = clipped_by_hand(config, student, old, advantage)
@@ -151,11 +155,12 @@ def test_field_cases_a22_every_method_is_finite_at_infinite_logprobs_and_right(c
     logprobs, scores, batch = batch_of_all()
     objective = build_objective(config, GuidanceConfig(beta=BETA), SEED)
     leaf = logprobs[..., : 1 + objective.topk].requires_grad_()
-    scores = objective.prepare(batch, scores)
+    scores = objective.prepare(batch, scores, STEP, ENTROPIES)
     result = objective.loss(leaf, scores, batch, STEP)
     result.loss.sum().backward()
     for place, (name, token) in enumerate(TOKENS.items()):
-        given = scores.advantages[0, place].item() if scores.advantages is not None else 0.0
+        whole = scores.weights if scores.advantages is None else scores.advantages
+        given = 1.0 if whole is None else whole[0, place].item()
         loss, gradient = by_hand(config, place, token, given)
         found = leaf.grad[0, place].tolist()
         # The gradient of a tail that is nearly nothing is rounded off: a millionth of fp32 over what is left.
@@ -201,7 +206,7 @@ def test_the_shares_of_the_gradient_are_those_of_the_gradient_at_infinite_logpro
     logprobs, scores, batch = batch_of_all()
     objective = build_objective(config, GuidanceConfig(beta=BETA), SEED)
     leaf = logprobs[..., : 1 + objective.topk].requires_grad_()
-    result = objective.loss(leaf, objective.prepare(batch, scores), batch, STEP)
+    result = objective.loss(leaf, objective.prepare(batch, scores, STEP, ENTROPIES), batch, STEP)
     result.loss.sum().backward()
     trained = leaf.grad[0].abs().sum(-1) > 0
     for kind, weights in result.gradients.items():

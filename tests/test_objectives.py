@@ -21,6 +21,7 @@ VOCAB, PADDED, B, S, K = 61, 64, 3, 7, 6
 SEED, STEP, BETA, CLIP, TAU, CAP = 11, 4, 0.3, -0.7, 0.4, 1.2
 ALPHA, SAMPLES = 0.3, 100  # of topd: samples 5 and 77 answer one prompt, 900 another
 EPS, ENTROPY, LAMBDA = 0.3, 2.0, 0.7  # of eopd; about half of the tokens lie above
+SHARE = 0.4  # of entropy_opd
 TAILS = ("truncated", "renormalized", "tail")
 
 
@@ -28,6 +29,7 @@ def variants() -> list[ObjectiveConfig]:
     """Every gate with every outlier treatment, tail and importance correction, and every method by name."""
     fixed = {"topk": K, "clip": CLIP, "gate_threshold": TAU, "importance_cap": CAP}
     fixed |= {"ppo_clip": EPS, "entropy_above": ENTROPY, "entropy_weight": LAMBDA, "alpha": ALPHA}
+    fixed |= {"entropy_share": SHARE}
     gated = [
         ObjectiveConfig(name="tropd", gate=gate, outlier=outlier, tail=tail, importance=importance, **fixed)
         for gate, outlier, tail, importance in itertools.product(
@@ -113,6 +115,8 @@ def expected(config: ObjectiveConfig, student, teacher, batch):
         r = (x_s - batch.old_logprobs.double()).exp()
         a = returns_by_hand(x_t.detach(), batch)
         k1 = -torch.minimum(r * a, r.clamp(1 - EPS, 1 + EPS) * a)
+    if config.name == "entropy_opd":
+        k1 = k1 * selected_by_hand(log_s.detach(), batch)
     outside = {
         "fkl": kl,
         "mask": torch.zeros_like(kl),
@@ -121,6 +125,17 @@ def expected(config: ObjectiveConfig, student, teacher, batch):
     }[outlier]
     loss = torch.where(batch.loss_kind == LOSS_STUDENT, m * k1 + (1 - m) * outside, 0.0)
     return loss + torch.where(batch.loss_kind == LOSS_GUIDANCE, -BETA * x_s, 0.0)
+
+
+def selected_by_hand(log_s, batch):
+    """Which tokens there is a loss on, and how much each of them weighs, in Python, token by token"""
+    places = [(row, t) for row in range(B) for t in range(S) if batch.loss_kind[row, t] == LOSS_STUDENT]
+    by_entropy = sorted(places, key=lambda place: (log_s[place].exp() * log_s[place]).sum().item())
+    chosen = by_entropy[: math.ceil(SHARE * len(places))]
+    weights = torch.zeros(B, S, dtype=torch.float64)
+    for place in chosen:
+        weights[place] = len(places) / len(chosen)
+    return weights
 
 
 def returns_by_hand(x_t, batch):
@@ -145,7 +160,9 @@ def sharded_losses(size: int):
     group, rank = dist.group.WORLD, dist.get_rank()
     student, teacher, batch = inputs()
     mask = (batch.loss_kind != LOSS_NONE).t()
-    t_shard = teacher.chunk(size, -1)[rank].contiguous()
+    s_shard, t_shard = (x.chunk(size, -1)[rank].contiguous() for x in (student, teacher))
+    ids = batch.labels.t()[..., None]
+    _, student_entropy = vocab_parallel_logprobs(s_shard, ids, group, VOCAB, with_entropy=True, mask=mask)
     results = []
     for config in variants():
         objective = build_objective(config, GuidanceConfig(beta=BETA), SEED, SAMPLES)
@@ -154,7 +171,7 @@ def sharded_losses(size: int):
         )
         values, ids = vocab_parallel_topk(t_shard, K, group, VOCAB, mask=mask)
         scores = TeacherScores(sampled[..., 0].t(), ids.transpose(0, 1), values.transpose(0, 1), entropy.t())
-        scores = objective.prepare(batch, scores)
+        scores = objective.prepare(batch, scores, STEP, student_entropy.t())
         leaf = student.chunk(size, -1)[rank].clone().requires_grad_()
         looked_up = objective.ids(batch, scores).transpose(0, 1)
         logprobs, _ = vocab_parallel_logprobs(leaf, looked_up, group, VOCAB, mask=mask)
@@ -270,6 +287,38 @@ def test_returns_of_two_responses_by_hand():
     assert alone.abs().max() == 0  # equal returns, and a single token: none is better
 
 
+@pytest.mark.parametrize(
+    ("options", "step", "losses"),
+    [  # rewards log 0.5, log 2, log 0.1; log pi_S = -1, -2, -3
+        ({"name": "entropy_opd", "entropy_share": 0.5}, 0, [1.5 * math.log(0.5), 3.0 * math.log(2), 0.0]),
+        ({"name": "entropy_opd", "entropy_share": 0.2}, 0, [3 * math.log(0.5), 0.0, 0.0]),
+    ],
+)
+def test_the_loss_of_selected_tokens_by_hand(options, step, losses):
+    student = torch.tensor([[-1.0, -2.0, -3.0]])
+    batch = TrainingBatch(
+        *(torch.zeros(1, 3, dtype=torch.int64) for _ in range(3)),
+        torch.full((1, 3), LOSS_STUDENT, dtype=torch.int8),
+        student.clone(),
+        torch.tensor([0]),
+    )
+    empty = torch.zeros(1, 3, 0)
+    rewards = torch.tensor([[0.5, 2.0, 0.1]]).log()
+    scores = TeacherScores(student + rewards, empty.long(), empty, torch.zeros(1, 3))
+    objective = build_objective(ObjectiveConfig(**options), GuidanceConfig(), 0)
+    scores = objective.prepare(batch, scores, step, torch.tensor([[3.0, 2.0, 1.0]]))
+    leaf = student.unsqueeze(-1).requires_grad_()
+    result = objective.loss(leaf, scores, batch, step)
+    assert result.loss[0].tolist() == pytest.approx(losses, abs=1e-6)
+    result.loss.sum().backward()
+    gradient = [loss / s for loss, s in zip(losses, student[0].tolist(), strict=True)]
+    assert leaf.grad.flatten().tolist() == pytest.approx(gradient, abs=1e-6)
+    if "selected_fraction" in result.metrics:
+        share, count = result.metrics["selected_fraction"]
+        assert (share.item(), count.item()) == (sum(w > 0 for w in scores.weights[0].tolist()), 3)
+    assert result.metrics["reverse_kl"][0].item() == pytest.approx(-math.log(0.1), abs=1e-6)  # of all tokens
+
+
 def test_how_many_tokens_a_method_lists_by_default():
     built = {name: build_objective(ObjectiveConfig(name=name), GuidanceConfig(), 0).topk for name in METHODS}
     assert (built["tropd"], built["fkl_topk"], built["eopd"], built["opd"]) == (64, 64, 16, 0)
@@ -314,7 +363,8 @@ def test_a_batch_without_loss_tokens_gives_zero_and_a_finite_gradient(name):
     scores.entropy = torch.full((B, S), torch.nan)
     leaf = torch.zeros(B, S, 1 + objective.topk, requires_grad=True)
     divergence = torch.where(batch.loss_kind == LOSS_NONE, leaf.sum(-1) * 0.0, torch.nan)
-    result = objective.loss(leaf, objective.prepare(batch, scores), batch, STEP, divergence=divergence)
+    prepared = objective.prepare(batch, scores, STEP, scores.entropy)
+    result = objective.loss(leaf, prepared, batch, STEP, divergence=divergence)
     result.loss.sum().backward()
     assert result.loss.abs().max() == 0
     assert torch.isfinite(leaf.grad).all()

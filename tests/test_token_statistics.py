@@ -105,7 +105,8 @@ def test_the_shares_are_those_of_the_gradient_in_the_logits(config):
     objective = build_objective(config, GuidanceConfig(beta=BETA), SEED)
     leaf = student[..., :VOCAB].clone().requires_grad_()
     logprobs = leaf.log_softmax(-1).transpose(0, 1).gather(-1, objective.ids(batch, scores))
-    result = objective.loss(logprobs, objective.prepare(batch, scores), batch, STEP)
+    student_entropy = -(leaf.detach().softmax(-1) * leaf.detach().log_softmax(-1)).sum(-1).t()
+    result = objective.loss(logprobs, objective.prepare(batch, scores, STEP, student_entropy), batch, STEP)
     result.loss.sum().backward()
     norms = leaf.grad.abs().sum(-1).t().double()  # [b, s]
     kinds = {"guidance": batch.loss_kind == LOSS_GUIDANCE}

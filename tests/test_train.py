@@ -233,7 +233,9 @@ def test_sigterm_saves_and_the_run_continues_exactly(processes, layout, material
     assert_same(records(cut), records(whole), tolerance=0.0)
 
 
-@pytest.mark.parametrize("name", ["opd", "tropd_mask", "clip_outlier", "fkl_topk", "eopd", "topd", "sft"])
+@pytest.mark.parametrize(
+    "name", ["opd", "tropd_mask", "clip_outlier", "fkl_topk", "eopd", "topd", "entropy_opd", "sft"]
+)
 def test_other_objectives_train(name, material, tmp_path):
     run_distributed(train_rank, 1, overrides_of(material, tmp_path, f"objective.name={name}", "training.steps=2"))
     assert all(r["loss"] is not None for r in records(tmp_path))

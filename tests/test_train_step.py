@@ -27,6 +27,11 @@ DIVERGENCES = [
     ("biased", "jsd", LAYOUTS["tp2"]),
     ("biased", "rkl_full", LAYOUTS["tp2_pp2_packed"]),
 ]
+# Objectives on tokens that are selected from the whole batch.
+SELECTIONS = [
+    ("tied", "entropy_opd", LAYOUTS["single"]),
+    ("tied", "entropy_opd", LAYOUTS["tp2_pp2_packed"]),
+]
 # The same and the expert-parallel size: as many replicas, each with the whole batch.
 EXPERT_LAYOUTS = {
     "experts": (1, 1, False, None, 1),
@@ -82,8 +87,11 @@ def load(config, groups, training: bool):
     return chunks
 
 
-def megatron_step(models, student_name, tp, pp, sequence_parallel, max_tokens, ep=1, name="tropd"):
-    """One step; returns the teacher's scores (last stage), metrics, and the weight gradients under HF names."""
+def megatron_step(models, student_name, tp, pp, sequence_parallel, max_tokens, ep=1, name="tropd", split=False):
+    """One step; returns the teacher's scores (last stage), metrics, and the weight gradients under HF names.
+
+    `split`: two replicas have a half of the batch each.
+    """
     from megatron_tropd.config import TrainingConfig
     from megatron_tropd.objective.divergence import Divergence
     from megatron_tropd.parallel import groups as parallel
@@ -99,13 +107,14 @@ def megatron_step(models, student_name, tp, pp, sequence_parallel, max_tokens, e
     teacher.attach(load(teacher_config, groups, training=False))
     before = [p.clone() for c in teacher.chunks for p in c.parameters()]
     training = TrainingConfig(steps=2, lr=0.0, clip_grad=0.0, micro_batch_size=2, weight_decay=0.0)
-    training.use_distributed_optimizer = ep == 1  # whose replicas hold but parts of the reduced gradients
+    training.use_distributed_optimizer = ep == 1 and not split  # whose replicas hold but parts of reduced gradients
     student = build_student(load(student_config, groups, training=True), training, groups, VOCAB_SIZE)
     if objective.divergence:
         weight = teacher.output_weight(student.vocabulary_width)
         settings = {"beta": config.beta, "temperature": config.temperature}
         student.divergence = Divergence(objective.divergence, weight, groups.tp, VOCAB_SIZE, **settings)
     batch = make_batch()
+    batch = batch.rows(2 * groups.dp_rank, 2 * groups.dp_rank + 2) if split else batch
     scores = teacher.score(batch, 2, max_tokens)
     result = train_step(student, batch, scores, objective, config, 5, 2, max_tokens)
     assert all(torch.equal(a, b) for a, b in zip(before, (p for c in teacher.chunks for p in c.parameters())))
@@ -151,7 +160,9 @@ def reference_step(models, student_name, name="tropd"):
     if objective.divergence:
         divergence = DEFINITIONS[objective.divergence](student_logprobs, logprobs, config.beta)
     read = student_logprobs.gather(-1, objective.ids(batch, scores))
-    result = objective.loss(read, scores, batch, step=5, divergence=divergence)
+    student_entropy = -(student_logprobs.exp() * student_logprobs).sum(-1)
+    prepared = objective.prepare(batch, scores, 5, student_entropy.detach())
+    result = objective.loss(read, prepared, batch, step=5, divergence=divergence)
     loss = result.loss.sum() / batch.num_loss_tokens
     loss.backward()
     return scores, loss.item(), dict(separate_experts({name: p.grad for name, p in student.named_parameters()}))
@@ -183,6 +194,25 @@ def test_divergences_over_the_whole_vocabulary_equal_float64_autograd(student, n
     compare(models, student, *sizes, name=name)
 
 
+@pytest.mark.parametrize(("student", "name", "sizes"), SELECTIONS, ids=str)
+def test_losses_on_selected_tokens_equal_float64_autograd(student, name, sizes, models):
+    compare(models, student, *sizes, name=name)
+
+
+def test_tokens_are_selected_from_the_batch_of_all_replicas(models):
+    _, loss, expected = reference_step(models, "tied", "entropy_opd")
+    norm = torch.stack([g.norm() for g in expected.values()]).norm().item()
+    results = run_distributed(megatron_step, 2, models, "tied", 1, 1, False, None, 1, "entropy_opd", True)
+    shares = {metrics["selected_fraction"] for _, metrics, _, _ in results}
+    for _, metrics, grad_norm, gradients in results:
+        assert metrics["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
+        assert grad_norm == pytest.approx(norm, rel=1e-5)
+        for tensor, gradient in gradients.items():
+            torch.testing.assert_close(gradient.double(), expected[tensor], rtol=1e-4, atol=1e-6)
+    assert len(shares) == 1
+    assert 0.2 <= shares.pop() < 0.3
+
+
 def compare(models, student, tp, pp, sequence_parallel, max_tokens, ep=1, name="tropd"):
     """Hold a step under a layout against float64."""
     expected_scores, expected_loss, expected_gradients = reference_step(models, student, name)
@@ -194,7 +224,7 @@ def compare(models, student, tp, pp, sequence_parallel, max_tokens, ep=1, name="
         ours, theirs = getattr(scores, name)[kept].double(), getattr(expected_scores, name)[kept]
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
     assert torch.equal(scores.topk_ids[kept].long(), expected_scores.topk_ids[kept])
-    assert metrics["loss"] == pytest.approx(expected_loss, rel=1e-5)
+    assert metrics["loss"] == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)  # of terms around 1
     ours = {}
     for *_, found in results:
         ours.update(found)

@@ -22,6 +22,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
 from megatron_tropd.errors import UserError
@@ -29,6 +30,7 @@ from megatron_tropd.methods import METHODS, Method
 from megatron_tropd.objective.forward_kl import floored, topk_forward_kl
 from megatron_tropd.objective.policy_gradient import clipped_policy_loss, importance_weights, response_advantages
 from megatron_tropd.objective.result import ObjectiveResult, TokenDetails, total, totals_where_known, weighed
+from megatron_tropd.objective.selection import select_tokens, selection_weights
 from megatron_tropd.objective.token_statistics import gradient_shares, logit_gradient, loss_gradient, token_histograms
 from megatron_tropd.objective.tokens import StudentTokens
 from megatron_tropd.objective.trust_region import TrustGate, trust_gate
@@ -121,19 +123,38 @@ class Objective:
         labels = batch.labels.unsqueeze(-1)
         return labels if scores is None or not self.topk else torch.cat([labels, scores.topk_ids.long()], dim=-1)
 
-    def prepare(self, batch: TrainingBatch, scores: TeacherScores | None) -> TeacherScores | None:
-        """Return the scores with what needs whole responses, before the batch is cut into micro-batches and shares.
+    def selects_by(self, step: int) -> str | None:
+        """What decides on which of the student's tokens there is a loss: "entropy", or None: on all."""
+        return self.method.selects
+
+    def prepare(
+        self,
+        batch: TrainingBatch,
+        scores: TeacherScores | None,
+        step: int = 0,
+        entropy: torch.Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> TeacherScores | None:
+        """Return the scores with what needs the whole batch, before it is cut into micro-batches and shares.
+
+        Collective over `group` where the method selects tokens.
 
         Args:
             batch: all rows of this data-parallel rank; the responses to a prompt are among them.
             scores: the teacher's, aligned with it; None on stages without the output layer.
+            step: global step.
+            entropy: [b, s] of the student, nats; where it `selects_by` entropy.
+            group: the data-parallel ranks; None: there is but this process.
         """
-        if scores is None or not self.method.returns:
+        by, kept = self.selects_by(step), batch.loss_kind == LOSS_STUDENT
+        if scores is None or not (by or self.method.returns):
             return scores
-        groups = batch.sample_ids // self.samples_per_prompt
-        kept = batch.loss_kind == LOSS_STUDENT
-        found = response_advantages(batch.old_logprobs, scores.logprobs, kept, groups, self.config.alpha)
-        return dataclasses.replace(scores, advantages=found)
+        if self.method.returns:
+            groups = batch.sample_ids // self.samples_per_prompt
+            found = response_advantages(batch.old_logprobs, scores.logprobs, kept, groups, self.config.alpha)
+            return dataclasses.replace(scores, advantages=found)
+        selected = select_tokens(entropy, kept, self.config, group)
+        return dataclasses.replace(scores, weights=selection_weights(selected, kept, group))
 
     def loss(
         self,
@@ -193,6 +214,8 @@ class Objective:
         if self.method.uncertain:  # an addition, also where the teacher rules the sampled token out
             trust_loss = trust_loss + self._where_uncertain(tokens)
         pull = weighed(trusted, tokens.importance * reward)  # K1's derivative in log pi_S(x), with the sign turned
+        if scores.weights is not None:
+            trust_loss, pull = weighed(scores.weights, trust_loss), weighed(scores.weights, pull)
         metrics = {
             "loss_trust": total(trust_loss, trusted),
             "loss_outlier": total(outlier_loss, outlying),

@@ -81,7 +81,7 @@ class StudentTokens:
     def metrics(self) -> dict[str, Total]:
         """Return totals for means over the global batch's tokens, by the names of metrics.jsonl."""
         kept, gate, scores = self.kept, self.gate, self.scores
-        return {
+        found = {
             "trust_fraction": total(self.trusted, kept),
             "outlier_fraction": total(self.outlying, kept),
             "mean_rho": total(torch.where(kept, gate.rho, 0.0), kept),
@@ -92,6 +92,9 @@ class StudentTokens:
             "importance_weight": total(torch.where(kept, self.importance, 0.0), kept),
             **totals_where_known("teacher_entropy", scores.entropy, kept),
         }
+        if scores.weights is not None:
+            found["selected_fraction"] = total(kept & (scores.weights > 0), kept)
+        return found
 
     def maxima(self) -> dict[str, torch.Tensor]:
         """Return the largest values, scalars; -inf where there is no token."""

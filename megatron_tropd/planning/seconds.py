@@ -114,6 +114,7 @@ def work(job: Job, role: str) -> Work:
     """Return the cost of the passes over a step's tokens: the teacher's forward pass, or both of the student's."""
     hf, model, gpu = getattr(job, role), getattr(job.recipe, role), job.gpu
     again = int(role == "student" and model.recompute == "full")
+    again += int(role == "student" and job.method.selects is not None)  # and one before it, for the entropies
     passes = 3 + again if role == "student" else 1  # a backward pass computes twice what a forward pass does
     trips = 2 + again if role == "student" else 1  # and sends as much
     pp, cp = model.pipeline_model_parallel_size, model.context_parallel_size

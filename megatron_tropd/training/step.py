@@ -2,7 +2,7 @@
 
 The life of a micro-batch, hop by hop (b rows, s tokens of a context-parallel share, V/tp a vocabulary shard):
 
-    train_step          batch, scores [B, S] -> Objective.prepare -> split_batch -> micro-batches [b, s]
+    train_step          batch, scores [B, S] -> split_batch, Objective.prepare -> micro-batches [b, s]
     run_schedule        Megatron's 1F1B or interleaved schedule calls, per micro-batch and stage:
     forward_step        arms the output layer (student_outputs.read_student), runs the model: hidden [s, b, h]
     output layer        logits [s, b, V/tp] -> OutputHook -> vocab_parallel_logprobs at Objective.ids
@@ -47,6 +47,7 @@ from megatron_tropd.objective.objectives import Objective
 from megatron_tropd.parallel.groups import ParallelGroups
 from megatron_tropd.parallel.micro_batches import Pairs, split_batch
 from megatron_tropd.tokenizers.end_of_text import EndOfText
+from megatron_tropd.training.entropies import prepare_scores
 from megatron_tropd.training.student_outputs import StudentOutputs, read_student
 from megatron_tropd.types import TeacherScores, TrainingBatch
 
@@ -209,7 +210,7 @@ def train_step(
         chunk.train()
     multiple = student.groups.token_multiple(student.modules[0].config)
     split = split_batch(batch, student.groups, micro_batch_size, max_tokens, multiple)
-    scores = objective.prepare(batch, scores)
+    scores = prepare_scores(student, split, batch, scores, objective, config, step)
     with student.training_state():
         for chunk in student.chunks:
             chunk.zero_grad_buffer()
