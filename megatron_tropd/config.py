@@ -179,6 +179,9 @@ class GuidanceConfig:
     )
 
 
+_MASKS = ("reward", "entropy", "none")
+
+
 @dataclass
 class ObjectiveConfig:
     """`objective.*`: parts A and B of the method."""
@@ -204,8 +207,18 @@ class ObjectiveConfig:
     entropy_above: float = _key(0.8, "tau of `eopd`, in nats: above it the teacher is uncertain", low=0)
     entropy_weight: float = _key(1.0, "lambda of `eopd`: weight of the forward KL on those tokens", low=0)
     entropy_share: float = _key(
-        0.2, "beta of `entropy_opd`: learned share of the tokens, of the highest entropy", above=0, high=1
+        0.2, "beta of `entropy_opd` and `reopold`: learned share of the tokens, of the highest entropy", above=0, high=1
     )
+    mixture: float = _key(
+        0.2, "lambda of `reopold`: rewards are floored at log(lambda / (1 - lambda)) nats", above=0, high=0.5
+    )
+    exploration_steps: int | None = _key(
+        None, "steps of `reopold` before refinement begins; default: half of training.steps", low=0
+    )
+    exploration_mask: str = _key(
+        "reward", "tokens that `reopold` learns at first: with a reward above the floor, or uncertain", _MASKS
+    )
+    refinement_mask: str = _key("entropy", "tokens that `reopold` learns after exploration", _MASKS)
     temperature: float = _key(1.0, "divisor of both models' logits in every loss and gate", above=0)
     importance: str = _key("tis", "correction for the ratio pi_student / pi_old", ("off", "tis", "icepop"))
     importance_cap: float = _key(2.0, "C of the truncated importance weight", above=0)

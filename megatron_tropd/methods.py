@@ -24,7 +24,8 @@ class Method:
     clipped: bool = False  # PPO's clipped ratio to the rollout's policy in K1, in place of an importance weight
     returns: bool = False  # advantages are returns of whole responses (objective/policy_gradient.py)
     uncertain: bool = False  # adds the top-k forward KL where the teacher's entropy exceeds objective.entropy_above
-    selects: str | None = None  # the loss is on tokens of high "entropy" only
+    floored: bool = False  # rewards are at least log(lambda / (1 - lambda)), lambda being objective.mixture
+    selects: str | None = None  # the loss is on tokens of high "entropy", or in "phases" on those of the recipe's masks
     topk: int = 64  # default of objective.topk
 
 
@@ -82,6 +83,13 @@ METHODS: dict[str, Method] = {
         clipped=True,
         uncertain=True,
         topk=16,
+    ),
+    "reopold": Method(
+        "K1 with floored rewards: first on tokens above the floor, later on uncertain ones (REOPOLD, arXiv 2603.11137)",
+        "where strongly negative rewards end exploration early; a comparison of the paper's",
+        gated=False,
+        floored=True,
+        selects="phases",
     ),
     "topd": Method(
         "PPO-clipped policy gradient on normalised returns of bounded rewards (TOP-D, arXiv 2607.04751)",

@@ -88,13 +88,16 @@ def by_hand(config: ObjectiveConfig, place: int, token: tuple, given: float) -> 
         "threshold": float(rho >= config.gate_threshold and rho > 0),
     }[gate]
     if not method.gated:
-        weight = 0.0 if method.everywhere else float(teacher > NONE)
+        weight = 0.0 if method.everywhere else float(teacher > NONE or method.floored)
     ratio = 0.0 if student == NONE else math.inf if student - old > 700 else math.exp(student - old)
     importance = {"off": 1.0, "tis": min(ratio, CAP), "icepop": ratio if 1 / CAP <= ratio <= CAP else 0.0}
     importance = importance[config.importance]
     loss, gradient = 0.0, list(nothing)
     if weight and student > NONE and teacher > NONE:
         loss, gradient[0] = -importance * (teacher - student) * student, -importance * (teacher - student)
+    if method.floored and weight and student > NONE:
+        advantage = max(teacher - student, math.log(config.mixture / (1 - config.mixture)))
+        loss, gradient[0] = -importance * advantage * student, -importance * advantage
     if method.selects:
         loss, gradient[0] = given * loss, given * gradient[0]
     if config.name == "eopd":

@@ -21,7 +21,7 @@ VOCAB, PADDED, B, S, K = 61, 64, 3, 7, 6
 SEED, STEP, BETA, CLIP, TAU, CAP = 11, 4, 0.3, -0.7, 0.4, 1.2
 ALPHA, SAMPLES = 0.3, 100  # of topd: samples 5 and 77 answer one prompt, 900 another
 EPS, ENTROPY, LAMBDA = 0.3, 2.0, 0.7  # of eopd; about half of the tokens lie above
-SHARE = 0.4  # of entropy_opd
+SHARE, MIXTURE = 0.4, 0.3  # of entropy_opd and reopold
 TAILS = ("truncated", "renormalized", "tail")
 
 
@@ -29,7 +29,7 @@ def variants() -> list[ObjectiveConfig]:
     """Every gate with every outlier treatment, tail and importance correction, and every method by name."""
     fixed = {"topk": K, "clip": CLIP, "gate_threshold": TAU, "importance_cap": CAP}
     fixed |= {"ppo_clip": EPS, "entropy_above": ENTROPY, "entropy_weight": LAMBDA, "alpha": ALPHA}
-    fixed |= {"entropy_share": SHARE}
+    fixed |= {"entropy_share": SHARE, "mixture": MIXTURE}
     gated = [
         ObjectiveConfig(name="tropd", gate=gate, outlier=outlier, tail=tail, importance=importance, **fixed)
         for gate, outlier, tail, importance in itertools.product(
@@ -42,7 +42,9 @@ def variants() -> list[ObjectiveConfig]:
             ("bernoulli", "threshold", "soft"), ("mask", "clip"), ("off", "tis", "icepop")
         )
     ]
-    return gated + [ObjectiveConfig(name=name, **fixed) for name in METHODS]
+    masks = ({"exploration_steps": STEP + 1}, {"refinement_mask": "none"}, {"refinement_mask": "reward"})
+    phases = [ObjectiveConfig(name="reopold", **mask, **fixed) for mask in masks]
+    return gated + [ObjectiveConfig(name=name, **fixed) for name in METHODS] + phases
 
 
 def inputs():
@@ -115,8 +117,10 @@ def expected(config: ObjectiveConfig, student, teacher, batch):
         r = (x_s - batch.old_logprobs.double()).exp()
         a = returns_by_hand(x_t.detach(), batch)
         k1 = -torch.minimum(r * a, r.clamp(1 - EPS, 1 + EPS) * a)
-    if config.name == "entropy_opd":
-        k1 = k1 * selected_by_hand(log_s.detach(), batch)
+    if config.name in ("entropy_opd", "reopold"):
+        floor = math.log(MIXTURE / (1 - MIXTURE)) if config.name == "reopold" else -math.inf
+        weight = weight * selected_by_hand(config, log_s.detach(), x_t, batch)
+        k1 = -weight * (x_t - x_s.detach()).clamp(min=floor) * x_s
     outside = {
         "fkl": kl,
         "mask": torch.zeros_like(kl),
@@ -127,12 +131,17 @@ def expected(config: ObjectiveConfig, student, teacher, batch):
     return loss + torch.where(batch.loss_kind == LOSS_GUIDANCE, -BETA * x_s, 0.0)
 
 
-def selected_by_hand(log_s, batch):
+def selected_by_hand(config, log_s, x_t, batch):
     """Which tokens there is a loss on, and how much each of them weighs, in Python, token by token"""
     places = [(row, t) for row in range(B) for t in range(S) if batch.loss_kind[row, t] == LOSS_STUDENT]
     by_entropy = sorted(places, key=lambda place: (log_s[place].exp() * log_s[place]).sum().item())
-    chosen = by_entropy[: math.ceil(SHARE * len(places))]
-    weights = torch.zeros(B, S, dtype=torch.float64)
+    is_exploring = config.name == "reopold" and (config.exploration_steps or 0) > STEP
+    mask = "entropy" if config.name == "entropy_opd" or not is_exploring else "reward"
+    mask = config.refinement_mask if config.refinement_mask != "entropy" else mask
+    rewards = x_t - batch.old_logprobs.double()
+    rewarded = [place for place in places if rewards[place].exp().item() >= MIXTURE / (1 - MIXTURE)]
+    chosen = {"entropy": by_entropy[: math.ceil(SHARE * len(places))], "reward": rewarded, "none": places}[mask]
+    weights = torch.zeros_like(x_t)
     for place in chosen:
         weights[place] = len(places) / len(chosen)
     return weights
@@ -289,12 +298,19 @@ def test_returns_of_two_responses_by_hand():
 
 @pytest.mark.parametrize(
     ("options", "step", "losses"),
-    [  # rewards log 0.5, log 2, log 0.1; log pi_S = -1, -2, -3
+    [  # rewards log 0.5, log 2, log 0.1, of which lambda = 0.2 floors the last at log 0.25; log pi_S = -1, -2, -3
         ({"name": "entropy_opd", "entropy_share": 0.5}, 0, [1.5 * math.log(0.5), 3.0 * math.log(2), 0.0]),
         ({"name": "entropy_opd", "entropy_share": 0.2}, 0, [3 * math.log(0.5), 0.0, 0.0]),
+        ({"name": "reopold"}, 1, [1.5 * math.log(0.5), 3.0 * math.log(2), 0.0]),
+        ({"name": "reopold"}, 2, [3 * math.log(0.5), 0.0, 0.0]),
+        ({"name": "reopold", "entropy_share": 1.0}, 2, [math.log(0.5), 2 * math.log(2), 3 * math.log(0.25)]),
+        ({"name": "reopold", "exploration_mask": "none"}, 1, [math.log(0.5), 2 * math.log(2), 3 * math.log(0.25)]),
+        ({"name": "reopold", "exploration_steps": 1}, 1, [3 * math.log(0.5), 0.0, 0.0]),
+        ({"name": "reopold", "exploration_mask": "none", "mixture": 0.5}, 0, [0.0, 2 * math.log(2), 0.0]),
     ],
 )
 def test_the_loss_of_selected_tokens_by_hand(options, step, losses):
+    """Three tokens in a training of four steps, so that reopold refines from step 2 on"""
     student = torch.tensor([[-1.0, -2.0, -3.0]])
     batch = TrainingBatch(
         *(torch.zeros(1, 3, dtype=torch.int64) for _ in range(3)),
@@ -305,7 +321,7 @@ def test_the_loss_of_selected_tokens_by_hand(options, step, losses):
     empty = torch.zeros(1, 3, 0)
     rewards = torch.tensor([[0.5, 2.0, 0.1]]).log()
     scores = TeacherScores(student + rewards, empty.long(), empty, torch.zeros(1, 3))
-    objective = build_objective(ObjectiveConfig(**options), GuidanceConfig(), 0)
+    objective = build_objective(ObjectiveConfig(**options), GuidanceConfig(), 0, steps=4)
     scores = objective.prepare(batch, scores, step, torch.tensor([[3.0, 2.0, 1.0]]))
     leaf = student.unsqueeze(-1).requires_grad_()
     result = objective.loss(leaf, scores, batch, step)

@@ -233,12 +233,21 @@ def test_sigterm_saves_and_the_run_continues_exactly(processes, layout, material
     assert_same(records(cut), records(whole), tolerance=0.0)
 
 
-@pytest.mark.parametrize(
-    "name", ["opd", "tropd_mask", "clip_outlier", "fkl_topk", "eopd", "topd", "entropy_opd", "sft"]
-)
+OTHERS = ["opd", "tropd_mask", "clip_outlier", "fkl_topk", "eopd", "topd", "entropy_opd", "sft"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_other_objectives_train(name, material, tmp_path):
     run_distributed(train_rank, 1, overrides_of(material, tmp_path, f"objective.name={name}", "training.steps=2"))
     assert all(r["loss"] is not None for r in records(tmp_path))
+
+
+def test_reopold_explores_then_refines(material, tmp_path):
+    run_distributed(train_rank, 1, overrides_of(material, tmp_path, "objective.name=reopold"))
+    found = records(tmp_path)
+    assert len(found) == 4
+    assert all(0.2 <= r["selected_fraction"] <= 0.25 for r in found[2:])  # the share of uncertain tokens, rounded up
+    assert all(r["selected_fraction"] > 0.25 for r in found[:2])
 
 
 def test_sft_lowers_the_loss(material, tmp_path):

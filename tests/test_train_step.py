@@ -30,7 +30,8 @@ DIVERGENCES = [
 # Objectives on tokens that are selected from the whole batch.
 SELECTIONS = [
     ("tied", "entropy_opd", LAYOUTS["single"]),
-    ("tied", "entropy_opd", LAYOUTS["tp2_pp2_packed"]),
+    ("biased", "reopold", LAYOUTS["tp2"]),
+    ("tied", "reopold", LAYOUTS["tp2_pp2_packed"]),
 ]
 # The same and the expert-parallel size: as many replicas, each with the whole batch.
 EXPERT_LAYOUTS = {
@@ -200,9 +201,9 @@ def test_losses_on_selected_tokens_equal_float64_autograd(student, name, sizes, 
 
 
 def test_tokens_are_selected_from_the_batch_of_all_replicas(models):
-    _, loss, expected = reference_step(models, "tied", "entropy_opd")
+    _, loss, expected = reference_step(models, "tied", "reopold")
     norm = torch.stack([g.norm() for g in expected.values()]).norm().item()
-    results = run_distributed(megatron_step, 2, models, "tied", 1, 1, False, None, 1, "entropy_opd", True)
+    results = run_distributed(megatron_step, 2, models, "tied", 1, 1, False, None, 1, "reopold", True)
     shares = {metrics["selected_fraction"] for _, metrics, _, _ in results}
     for _, metrics, grad_norm, gradients in results:
         assert metrics["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)

@@ -30,7 +30,7 @@ from megatron_tropd.methods import METHODS, Method
 from megatron_tropd.objective.forward_kl import floored, topk_forward_kl
 from megatron_tropd.objective.policy_gradient import clipped_policy_loss, importance_weights, response_advantages
 from megatron_tropd.objective.result import ObjectiveResult, TokenDetails, total, totals_where_known, weighed
-from megatron_tropd.objective.selection import select_tokens, selection_weights
+from megatron_tropd.objective.selection import reward_floor, select_tokens, selection_weights
 from megatron_tropd.objective.token_statistics import gradient_shares, logit_gradient, loss_gradient, token_histograms
 from megatron_tropd.objective.tokens import StudentTokens
 from megatron_tropd.objective.trust_region import TrustGate, trust_gate
@@ -38,7 +38,7 @@ from megatron_tropd.types import LOSS_GUIDANCE, LOSS_STUDENT, TeacherScores, Tra
 
 
 def build_objective(
-    config: ObjectiveConfig, guidance: GuidanceConfig, seed: int, samples_per_prompt: int = 1
+    config: ObjectiveConfig, guidance: GuidanceConfig, seed: int, samples_per_prompt: int = 1, steps: int = 0
 ) -> Objective:
     """Return the objective that the recipe names.
 
@@ -47,6 +47,7 @@ def build_objective(
         guidance: its guidance.*.
         seed: of the gate.
         samples_per_prompt: responses to a prompt, among which returns are normalised.
+        steps: of the whole training; half of them are the exploration of `reopold` unless the recipe says how many.
 
     Raises:
         UserError: an unknown name, or keys that contradict it.
@@ -72,7 +73,8 @@ def build_objective(
         )
     outlier = (method.outlier or config.outlier or "fkl") if method.gated else method.outlier
     gate = config.gate or "bernoulli"
-    return Objective(config, method, outlier, gate, guidance.beta, seed, samples_per_prompt)
+    explored = steps // 2 if config.exploration_steps is None else config.exploration_steps
+    return Objective(config, method, outlier, gate, guidance.beta, seed, samples_per_prompt, explored)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Objective:
     guidance_beta: float
     seed: int
     samples_per_prompt: int = 1
+    exploration_steps: int = 0
 
     @property
     def uses_guidance(self) -> bool:
@@ -124,8 +127,12 @@ class Objective:
         return labels if scores is None or not self.topk else torch.cat([labels, scores.topk_ids.long()], dim=-1)
 
     def selects_by(self, step: int) -> str | None:
-        """What decides on which of the student's tokens there is a loss: "entropy", or None: on all."""
-        return self.method.selects
+        """What decides on which of the student's tokens there is a loss: "entropy", "reward", or None: on all."""
+        if self.method.selects != "phases":
+            return self.method.selects
+        explores = step < self.exploration_steps
+        mask = self.config.exploration_mask if explores else self.config.refinement_mask
+        return None if mask == "none" else mask
 
     def prepare(
         self,
@@ -153,7 +160,7 @@ class Objective:
             groups = batch.sample_ids // self.samples_per_prompt
             found = response_advantages(batch.old_logprobs, scores.logprobs, kept, groups, self.config.alpha)
             return dataclasses.replace(scores, advantages=found)
-        selected = select_tokens(entropy, kept, self.config, group)
+        selected = select_tokens(by, scores.logprobs, batch.old_logprobs, entropy, kept, self.config, group)
         return dataclasses.replace(scores, weights=selection_weights(selected, kept, group))
 
     def loss(
@@ -208,6 +215,8 @@ class Objective:
         tokens = self._read(logprobs, scores, batch, step, kept)
         trusted, outlying = tokens.trusted, tokens.outlying
         reward = tokens.advantage
+        if self.method.floored:  # also where the teacher rules the token out
+            reward = tokens.difference.clamp(min=reward_floor(self.config.mixture))
         trust_loss = weighed(trusted, self._trusted(tokens, reward, divergence))
         outlier_loss, forward_kl = self._outlier(tokens)
         outlier_loss = weighed(outlying, outlier_loss)
@@ -272,7 +281,7 @@ class Objective:
             return TrustGate(gate.rho, torch.zeros_like(gate.weight))
         # Without a trust region all is in it, but for a token whose advantage would be infinite.
         all_of_it = torch.ones_like(gate.weight)
-        is_bounded = self.divergence or self.method.returns
+        is_bounded = self.divergence or self.method.returns or self.method.floored
         return TrustGate(gate.rho, all_of_it if is_bounded else torch.where(teacher == -torch.inf, 0.0, all_of_it))
 
     def _trusted(self, tokens: StudentTokens, reward: torch.Tensor, divergence: torch.Tensor | None) -> torch.Tensor:

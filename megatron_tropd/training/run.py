@@ -108,9 +108,8 @@ def set_up(
     validate(recipe)
     _check_batch(recipe, groups)
     start = start or prepare(recipe, groups)
-    objective = build_objective(
-        recipe.objective, recipe.guidance, recipe.training.seed, recipe.rollout.samples_per_prompt
-    )
+    training, samples = recipe.training, recipe.rollout.samples_per_prompt
+    objective = build_objective(recipe.objective, recipe.guidance, training.seed, samples, training.steps)
     hf_path, hf_config, tokenizer = load_student_tokenizer(recipe)
     pin_date(recipe.tokenizer, tokenizer, lambda: start.checkpoint)
     files = check_teacher(recipe, tokenizer) if objective.needs_teacher else None
