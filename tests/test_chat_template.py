@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import sentencepiece
-from tiny_models import CHAT_TEMPLATE, make_tokenizer
+from support.tiny_models import CHAT_TEMPLATE, make_tokenizer
 
 from megatron_tropd.errors import UserError
 from megatron_tropd.tokenizers.chat_template import ChatTemplate, read_template

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_distributed
-from test_train import assert_same, overrides_of, records, refused_rank, train_rank
-from test_train import material as material  # a fixture
-from test_train import single as single  # a fixture
+from support.helpers import run_distributed
+from support.train_runs import assert_same, overrides_of, records, refused_rank, train_rank
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import PATIENCE
+from support.helpers import PATIENCE
 
 from megatron_tropd.cli import build_parser, main
 from megatron_tropd.commands.arguments import STATUSES

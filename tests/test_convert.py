@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_distributed
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from safetensors.torch import load_file, save_file
-from tiny_models import KINDS, VOCAB_SIZE, load_transformers, write_model
+from support.helpers import run_distributed
+from support.tiny_models import KINDS, VOCAB_SIZE, load_transformers, write_model
 from transformers import AutoTokenizer
 
 from megatron_tropd.config import ModelConfig

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny_models import make_tokenizer
+from support.tiny_models import make_tokenizer
 
 from megatron_tropd.cli import main
 from megatron_tropd.prompts.data_view import visible

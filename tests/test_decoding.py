@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import sentencepiece
-from tiny_models import make_tokenizer
+from support.tiny_models import make_tokenizer
 from tokenizers import AddedToken
 
 from megatron_tropd.config import RolloutConfig

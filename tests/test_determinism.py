@@ -5,9 +5,8 @@ import os
 
 import pytest
 import torch
-from helpers import run_distributed
-from test_train import material as material  # a fixture
-from test_train import overrides_of
+from support.helpers import run_distributed
+from support.train_runs import overrides_of
 
 from megatron_tropd.errors import UserError
 from megatron_tropd.machine.determinism import make_deterministic

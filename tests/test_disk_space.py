@@ -8,10 +8,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from helpers import run_distributed
-from test_resume import refused, run, snapshot
-from test_train import material as material  # a fixture
-from test_train import overrides_of, records, refused_rank
+from support.helpers import run_distributed
+from support.single_runs import refused, run, snapshot
+from support.train_runs import overrides_of, records, refused_rank
 
 from megatron_tropd.errors import UserError
 from megatron_tropd.system.disk_space import check_checkpoints, check_room, folder_bytes, show

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import assert_close, run_distributed
+from support.helpers import assert_close, run_distributed
 
 from megatron_tropd.kernels.full_divergence.op import KINDS
 from megatron_tropd.kernels.full_divergence.reference import DEFINITIONS

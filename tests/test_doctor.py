@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import PATIENCE, run_distributed
-from test_environment import HIDE
+from support.helpers import PATIENCE, run_distributed
+from support.hidden_packages import HIDE
 
 from megatron_tropd import kernels
 from megatron_tropd.doctor.kernels import CASES

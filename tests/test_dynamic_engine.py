@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from helpers import run_distributed
-from tiny_models import make_tokenizer, write_model
+from support.helpers import run_distributed
+from support.tiny_models import make_tokenizer, write_model
 
 from megatron_tropd.config import ModelConfig, RolloutConfig
 from megatron_tropd.mcore import decode_graphs

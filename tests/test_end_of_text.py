@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from helpers import run_distributed
-from test_train import assert_same, overrides_of, records, train_rank
-from tiny_models import write_model
+from support.helpers import run_distributed
+from support.tiny_models import write_model
+from support.train_runs import assert_same, overrides_of, records, train_rank
 
 from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
 from megatron_tropd.objective.objectives import build_objective

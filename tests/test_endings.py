@@ -4,8 +4,8 @@ import json
 import logging
 
 import pytest
-from tiny_models import EOS_ID, VOCAB_SIZE, make_model, make_tokenizer
-from tiny_tokenizers import write_llama
+from support.tiny_models import EOS_ID, VOCAB_SIZE, make_model, make_tokenizer
+from support.tiny_tokenizers import write_llama
 from tokenizers import AddedToken
 
 from megatron_tropd.recipe import load_recipe

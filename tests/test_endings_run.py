@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_distributed
+from support.helpers import run_distributed
 
 from megatron_tropd.cli import main
 

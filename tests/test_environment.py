@@ -8,21 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.hidden_packages import HIDE
 
 from megatron_tropd.machine.environment import REQUIREMENTS, Environment, Package, gather, misfit, remedy
 
 # Run in a separate process: what imports depends on what was imported before.
-HIDE = """
-import sys
-class Hiding:
-    def __init__(self, finder):
-        self.finder = finder
-    def find_spec(self, name, path=None, target=None):
-        return None if name.split(".")[0] in {names} else self.finder.find_spec(name, path, target)
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-sys.meta_path[:] = map(Hiding, sys.meta_path)
-"""
 SHOW = """
 import json
 from megatron_tropd.machine.environment import gather

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import run_distributed
+from support.helpers import run_distributed
 
 from megatron_tropd.config import EvaluationConfig, ModelConfig, RolloutConfig
 from megatron_tropd.errors import UserError

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from helpers import run_distributed
+from support.helpers import run_distributed
 
 CASES = {  # (student tp, pp), (teacher tp, pp, vpp), rows a student replica
     "tp2_to_pp2": ((2, 1), (1, 2, None), 4),

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from helpers import run_distributed
-from test_train import material as material  # a fixture
-from test_train import overrides_of
+from support.helpers import run_distributed
+from support.train_runs import overrides_of
 
 from megatron_tropd.recipe import load_recipe, save_recipe
 

@@ -4,9 +4,9 @@ import importlib.util
 
 import pytest
 import torch
-from helpers import run_distributed
-from test_train_step import load, make_objective
-from tiny_models import VOCAB_SIZE, write_model
+from support.helpers import run_distributed
+from support.step_models import load, make_objective
+from support.tiny_models import VOCAB_SIZE, write_model
 
 from megatron_tropd.config import ModelConfig, TeacherConfig
 from megatron_tropd.errors import UserError

@@ -4,8 +4,8 @@ import json
 import os
 
 import pytest
-from helpers import run_distributed
-from tiny_models import write_model
+from support.helpers import run_distributed
+from support.tiny_models import write_model
 
 from megatron_tropd.errors import UserError
 from megatron_tropd.prompts.responses_file import Origin, finished_ids, prepare_file

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from grading_pairs import FIELD, OWN
 from hypothesis import given
 from hypothesis import strategies as st
+from support.grading_pairs import FIELD, OWN
 
 from megatron_tropd.errors import UserError
 from megatron_tropd.grading import worker as grading_worker

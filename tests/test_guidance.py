@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_models import make_tokenizer
+from support.tiny_models import make_tokenizer
 
 from megatron_tropd.config import GuidanceConfig
 from megatron_tropd.errors import UserError

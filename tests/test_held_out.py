@@ -8,9 +8,9 @@ import statistics
 
 import pytest
 import torch
-from helpers import run_distributed
-from test_train_step import layout, load
-from tiny_models import VOCAB_SIZE, write_model
+from support.helpers import run_distributed
+from support.step_models import layout, load
+from support.tiny_models import VOCAB_SIZE, write_model
 
 from megatron_tropd.training.held_out import interval, load_held_out
 from megatron_tropd.types import UserError

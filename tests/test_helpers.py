@@ -6,7 +6,7 @@ import sys
 import threading
 
 import pytest
-from helpers import PATIENCE, PRELOAD, run_distributed
+from support.helpers import PATIENCE, PRELOAD, run_distributed
 
 
 def missing_rank():

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_distributed
 from safetensors.torch import load_file, save_file
-from tiny_models import write_model
+from support.helpers import run_distributed
+from support.tiny_models import write_model
 
 from megatron_tropd.config import ModelConfig, TeacherConfig
 from megatron_tropd.errors import UserError

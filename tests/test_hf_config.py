@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_models import write_model
+from support.tiny_models import write_model
 
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.errors import UserError

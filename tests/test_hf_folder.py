@@ -4,7 +4,7 @@ import json
 
 import pytest
 import sentencepiece
-from tiny_models import BOS_ID, EOS_ID, PAD_ID, make_tokenizer
+from support.tiny_models import BOS_ID, EOS_ID, PAD_ID, make_tokenizer
 
 from megatron_tropd.errors import UserError
 from megatron_tropd.tokenizers.hf_folder import (

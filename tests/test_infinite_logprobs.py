@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_objectives import BETA, CAP, CLIP, SEED, STEP, K, variants
+from support.objective_cases import BETA, CAP, CLIP, SEED, STEP, K, variants
 
 from megatron_tropd.config import GuidanceConfig, ObjectiveConfig
 from megatron_tropd.counter_rng import STREAM_GATE, counter_uniform

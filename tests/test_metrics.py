@@ -4,7 +4,7 @@ import json
 import math
 
 import torch
-from helpers import run_distributed
+from support.helpers import run_distributed
 
 from megatron_tropd.errors import UserError
 from megatron_tropd.prompts.responses import Responses

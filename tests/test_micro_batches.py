@@ -4,9 +4,9 @@ import os
 
 import pytest
 import torch
-from helpers import run_distributed
 from hypothesis import given
 from hypothesis import strategies as st
+from support.helpers import run_distributed
 
 from megatron_tropd.parallel.micro_batches import Pairs, first_fit, split_batch, spread
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import run_distributed
-from tiny_models import KINDS, VOCAB_SIZE, make_model, write_model
+from support.helpers import run_distributed
+from support.tiny_models import KINDS, VOCAB_SIZE, make_model, write_model
 from transformers import AutoConfig
 
 from megatron_tropd.config import ModelConfig

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_distributed
 from safetensors.torch import load_file, save_file
-from test_train import APART, PP2, TP2, overrides_of
-from tiny_models import PAD_ID, write_model
+from support.helpers import run_distributed
+from support.tiny_models import PAD_ID, write_model
+from support.train_runs import APART, PP2, TP2, overrides_of
 
 from megatron_tropd.config import TrainingConfig
 from megatron_tropd.errors import UserError

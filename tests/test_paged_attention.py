@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close
+from support.helpers import assert_close
 
 from megatron_tropd.mcore import paged_attention
 from megatron_tropd.mcore.paged_attention import flash_attn_varlen_func, flash_attn_with_kvcache

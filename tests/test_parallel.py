@@ -4,7 +4,7 @@ import datetime
 
 import pytest
 import torch.distributed as dist
-from helpers import run_distributed
+from support.helpers import run_distributed
 
 from megatron_tropd.config import ModelConfig
 

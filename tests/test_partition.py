@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from helpers import run_distributed
+from support.helpers import run_distributed
 
 from megatron_tropd.errors import UserError
 from megatron_tropd.parallel.partition import has_dedicated_teacher, student_size, teacher_size

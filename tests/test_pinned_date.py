@@ -5,9 +5,9 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from helpers import run_distributed
-from test_train import overrides_of, train_rank
-from tiny_models import write_model
+from support.helpers import run_distributed
+from support.tiny_models import write_model
+from support.train_runs import overrides_of, train_rank
 
 from megatron_tropd.recipe import load_recipe
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import assert_close, run_distributed
+from support.helpers import assert_close, run_distributed
 
 from megatron_tropd.parallel.context_parallel import share_places
 

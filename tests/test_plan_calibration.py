@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from helpers import run_distributed
+from support.helpers import run_distributed
 from transformers import LlamaConfig
 
 from megatron_tropd.cli import main

@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from helpers import run_distributed
-from tiny_models import write_model
+from support.helpers import run_distributed
+from support.tiny_models import write_model
 
 from megatron_tropd.models.build import load_hf_config
 from megatron_tropd.planning.job import Job

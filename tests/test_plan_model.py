@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import run_distributed
-from tiny_models import write_model
+from support.helpers import run_distributed
+from support.tiny_models import write_model
 
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.models.build import load_hf_config

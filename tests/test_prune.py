@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import VOCAB_SIZE, write_model
+from support.tiny_models import VOCAB_SIZE, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TOOL = Path(__file__).parents[1] / "tools" / "prune_student.py"

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import run_distributed
+from support.helpers import run_distributed
 
 ROOT = Path(__file__).parent.parent
 

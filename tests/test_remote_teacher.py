@@ -4,9 +4,9 @@ import os
 
 import pytest
 import torch
-from helpers import run_distributed
-from test_train_step import layout, load, make_batch
-from tiny_models import VOCAB_SIZE, write_model
+from support.helpers import run_distributed
+from support.step_models import layout, load, make_batch
+from support.tiny_models import VOCAB_SIZE, write_model
 
 WIDTH = 72  # of a shard of the student's vocabulary, padded to 144
 

@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from report_runs import read, repeat_run
+from support.report_runs import read, repeat_run
 
 from megatron_tropd.cli import main
 from megatron_tropd.errors import UserError

@@ -7,8 +7,8 @@ import shutil
 import time
 
 import pytest
-from chromium import Chromium, find_chromium
-from report_runs import read
+from support.chromium import Chromium, find_chromium
+from support.report_runs import read
 
 from megatron_tropd.reporting.plots import PLOTS
 from megatron_tropd.reporting.report import write_report

@@ -7,22 +7,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import run_distributed
-from test_train import assert_same, overrides_of, records, refused_rank, train_rank
-from test_train import material as material  # a fixture
-from tiny_models import write_model
+from support.helpers import run_distributed
+from support.single_runs import refused, run, snapshot
+from support.tiny_models import write_model
+from support.train_runs import assert_same, overrides_of, records, train_rank
 
 from megatron_tropd.system.run_lock import RunLock
 
 COSINE = ("training.lr_schedule=cosine", "training.lr_warmup_steps=1")
-
-
-def run(material: Path, folder: Path, *options: str) -> dict:
-    return run_distributed(train_rank, 1, overrides_of(material, folder, *options))[0]
-
-
-def refused(material: Path, folder: Path, *options: str) -> str:
-    return run_distributed(refused_rank, 1, overrides_of(material, folder, *options))[0]
 
 
 def read_groups(folder: Path, step: int) -> list[dict]:
@@ -31,10 +23,6 @@ def read_groups(folder: Path, step: int) -> list[dict]:
 
     state = load_common_state_dict(str(folder / "checkpoints" / f"step_{step:06d}" / "optimizer"))
     return state["optimizer"].get("optimizer", state["optimizer"])["param_groups"]
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 OPTIMIZERS = {

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from helpers import run_distributed
-from tiny_models import EOS_ID, VOCAB_SIZE, make_model, make_tokenizer, write_model
+from support.helpers import run_distributed
+from support.tiny_models import EOS_ID, VOCAB_SIZE, make_model, make_tokenizer, write_model
 
 from megatron_tropd.config import ModelConfig, RolloutConfig
 from megatron_tropd.errors import UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny_models import make_tokenizer
+from support.tiny_models import make_tokenizer
 
 from megatron_tropd.errors import UserError
 from megatron_tropd.objective.objectives import build_objective

@@ -6,9 +6,9 @@ import signal
 import subprocess
 import sys
 
-from helpers import PATIENCE
-from report_runs import write_material
-from test_train import overrides_of
+from support.helpers import PATIENCE
+from support.report_runs import write_material
+from support.train_runs import overrides_of
 
 from megatron_tropd.cli import build_parser
 from megatron_tropd.recipe import load_recipe

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import PATIENCE
+from support.helpers import PATIENCE
 
 from megatron_tropd.records.metrics import MetricsWriter
 

@@ -9,10 +9,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import run_distributed
-from test_resume import refused, run
-from test_train import assert_same, records
-from test_train import material as material  # a fixture
+from support.helpers import run_distributed
+from support.single_runs import refused, run
+from support.train_runs import assert_same, records
 
 from megatron_tropd.errors import UserError
 from megatron_tropd.models.manifest import write_manifest

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny_models import write_model
+from support.tiny_models import write_model
 
 from megatron_tropd.objective.objectives import TokenDetails
 from megatron_tropd.objective.trust_region import TrustGate

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from helpers import run_distributed
 from safetensors.torch import load_file, save_file
-from tiny_models import load_transformers, write_model
+from support.helpers import run_distributed
+from support.tiny_models import load_transformers, write_model
 
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.errors import UserError

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_objectives import BETA, SEED, STEP, VOCAB, K, inputs, variants
+from support.objective_cases import BETA, SEED, STEP, VOCAB, K, inputs, variants
 
 from megatron_tropd.config import GuidanceConfig
 from megatron_tropd.methods import METHODS

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import sentencepiece
-from tiny_models import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE, make_tokenizer
-from tiny_tokenizers import edit_config, train_sentencepiece, write_byte_level, write_llama
+from support.tiny_models import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE, make_tokenizer
+from support.tiny_tokenizers import edit_config, train_sentencepiece, write_byte_level, write_llama
 
 from megatron_tropd.config import ModelConfig, TokenizerConfig
 from megatron_tropd.errors import UserError

@@ -5,7 +5,15 @@ import logging
 
 import pytest
 import sentencepiece
-from tiny_tokenizers import BOS, EOS, edit_config, train_sentencepiece, write_byte_level, write_llama, write_pieces
+from support.tiny_tokenizers import (
+    BOS,
+    EOS,
+    edit_config,
+    train_sentencepiece,
+    write_byte_level,
+    write_llama,
+    write_pieces,
+)
 from tokenizers import AddedToken, Tokenizer
 
 from megatron_tropd.errors import UserError

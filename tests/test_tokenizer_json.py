@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny_tokenizers import write_byte_level
+from support.tiny_tokenizers import write_byte_level
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from megatron_tropd.tokenizers import files as tokenizer_files

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import run_distributed
+from support.helpers import run_distributed
 
 from megatron_tropd.errors import UserError
 from megatron_tropd.machine.preflight import problems

@@ -5,86 +5,25 @@ import importlib
 import json
 import logging
 import os
-import re
-import shutil
 import signal
-from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import PATIENCE, open_store, run_distributed
-from tiny_models import write_model
-
-ROLES = ("student", "teacher")
-TP2, PP2 = ([f"{role}.{kind}_model_parallel_size=2" for role in ROLES] for kind in ("tensor", "pipeline"))
-APART = ["teacher.ranks=dedicated"]
-MEMORY = ("memory_rollout_gb", "memory_teacher_gb", "memory_update_gb")
-TIMES = ("seconds_rollout", "seconds_teacher", "seconds_update", "tokens_per_second", *MEMORY)
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory):
-    """A student, a teacher, prompts with the teacher's responses and problems."""
-    folder = tmp_path_factory.mktemp("material")
-    write_model(folder / "student", "llama_tied", seed=1)
-    write_model(folder / "teacher", "llama", seed=2, hidden_size=64)
-    write_model(folder / "experts", "mixtral", seed=1)
-    without_weights = shutil.ignore_patterns("*.safetensors")
-    shutil.copytree(folder / "teacher", folder / "unweighed", ignore=without_weights)
-    with open(folder / "prompts.jsonl", "w") as file:
-        for i in range(7):
-            prompt = {"id": f"p{i}", "messages": [{"role": "user", "content": f"add {i} and {3 * i}"}]}
-            file.write(json.dumps({**prompt, "answer": str(4 * i), "teacher_response": f"it is {4 * i} {'!' * i}"}))
-            file.write("\n")
-    return folder
-
-
-def overrides_of(material: Path, run: Path, *extra: str) -> list[str]:
-    return [
-        f"student.hf_path={material / 'student'}",
-        f"teacher.hf_path={material / 'teacher'}",
-        f"data.prompts={material / 'prompts.jsonl'}",
-        f"logging.dir={run}",
-        *("student.dtype=float32", "teacher.dtype=float32", "logging.tensorboard=false"),
-        *("rollout.max_new_tokens=12", "rollout.samples_per_prompt=2", "objective.topk=8", "guidance.beta=0.1"),
-        *("training.steps=4", "training.prompts_per_step=4", "training.micro_batch_size=2", "training.lr=1e-2"),
-        "checkpoint.save_interval=0",
-        *extra,
-    ]
-
-
-def train_rank(overrides: list[str]) -> dict:
-    from megatron_tropd import load_recipe, train
-
-    return train(load_recipe(None, overrides))
-
-
-def records(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def single(material, tmp_path_factory):
-    """The records of one process, against which every layout is held."""
-    run = tmp_path_factory.mktemp("single")
-    run_distributed(train_rank, 1, overrides_of(material, run))
-    return records(run)
-
-
-def assert_same(ours: list[dict], theirs: list[dict], tolerance: float) -> None:
-    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine.keys() == other.keys()
-        for key in mine.keys() - set(TIMES):
-            # Rounding may move a token over the edge of a bin, which is 21 % wide where quantiles are read off.
-            if key.endswith("_histogram"):
-                assert sum(mine[key]) == sum(other[key])
-                moved = max(map(abs, accumulate(a - b for a, b in zip(mine[key], other[key], strict=True))))
-                assert moved <= max(1, 0.02 * sum(other[key])), (mine["step"], key)
-                continue
-            relative = 0.25 if re.search(r"_p\d\d$", key) else tolerance
-            assert mine[key] == pytest.approx(other[key], rel=relative, abs=tolerance), (mine["step"], key)
+from support.helpers import PATIENCE, open_store, run_distributed
+from support.tiny_models import write_model
+from support.train_runs import (
+    APART,
+    PP2,
+    TIMES,
+    TP2,
+    assert_same,
+    overrides_of,
+    records,
+    refused_rank,
+    train_rank,
+    weights_of,
+)
 
 
 def test_a_single_process_reports_every_promised_number(single):
@@ -113,15 +52,6 @@ def test_bfloat16_with_fp32_main_weights_trains_close_to_float32(material, singl
     ours = records(tmp_path)
     assert ours[0]["loss_guidance"] == pytest.approx(single[0]["loss_guidance"], rel=0.05)
     assert all(0 <= r["logprob_mismatch"] < 0.2 for r in ours[1:])
-
-
-def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    import torch.distributed.checkpoint as dcp
-
-    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in metadata.items() if hasattr(m, "size")}
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-    return state
 
 
 # name -> (processes, options). tests/parity compares layouts with one process; here a resumed run is compared with an
@@ -303,14 +233,6 @@ BAD_INPUT = {
     "student.hf_path={material}/experts training.prompts_per_step=6 student.expert_model_parallel_size=3": "[1, 2, 4]",
     "student.hf_path={material}/experts student.tensor_model_parallel_size=2": "needs student.sequence_parallel=true",
 }
-
-
-def refused_rank(overrides: list[str]) -> str:
-    from megatron_tropd import UserError, load_recipe, train
-
-    with pytest.raises(UserError) as error:
-        train(load_recipe(None, overrides))
-    return str(error.value)
 
 
 def each_refused_rank(runs: dict[str, list[str]], ports: list[int]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close
+from support.helpers import assert_close
 
 from megatron_tropd.parallel import variable_length
 from megatron_tropd.parallel.variable_length import attends_variable_lengths, variable_length_attention

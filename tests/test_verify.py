@@ -7,8 +7,8 @@ import types
 
 import pytest
 import torch
-from helpers import run_distributed
-from tiny_models import load_transformers, write_model
+from support.helpers import run_distributed
+from support.tiny_models import load_transformers, write_model
 
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.errors import UserError

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers import PATIENCE
+from support.helpers import PATIENCE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_tropd.recipe import load_recipe

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tiny_models import BOS_ID, EOS_ID, PAD_ID, make_tokenizer
+from support.tiny_models import BOS_ID, EOS_ID, PAD_ID, make_tokenizer
 from transformers import GenerationConfig, LlamaConfig
 
 LLAMA_8B = {

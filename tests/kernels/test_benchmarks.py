@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import PATIENCE
+from support.helpers import PATIENCE
 
 from megatron_tropd.kernels.benchmarks.__main__ import run
 from megatron_tropd.kernels.benchmarks.cases import Case, Contestant

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import TOLERANCES, run_distributed
-from test_full_divergence import expected as expected_divergence
-from test_logprobs import count_collectives
+from support.collectives import count_collectives
+from support.divergence_cases import expected as expected_divergence
+from support.helpers import TOLERANCES, run_distributed
 
 from megatron_tropd.kernels import fused_linear_full_divergence, fused_linear_logprobs, linear
 from megatron_tropd.kernels.full_divergence.op import KINDS

@@ -3,51 +3,14 @@
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import assert_close, run_distributed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.collectives import count_collectives
+from support.helpers import assert_close, run_distributed
+from support.logprob_cases import CASES, DTYPES, VOCAB, case, reference
 
 from megatron_tropd.kernels import vocab_parallel_logprobs
 from megatron_tropd.kernels.sharding import CHUNK_ELEMENTS
-
-VOCAB, PADDED, ROWS = 61, 64, 9
-
-
-def reference(logits, ids, vocab_size, temperature, mask, upstream):
-    """float64: log-probs [n, j], entropy [n] and the gradient of the whole logits [n, V]."""
-    whole = logits.double().requires_grad_()
-    everything = (whole[:, :vocab_size] / temperature).log_softmax(-1)
-    picked = torch.where(mask[:, None], everything.gather(-1, ids), 0.0)
-    entropy = torch.where(mask, -(everything.exp() * everything).sum(-1), 0.0)
-    picked.backward(upstream.double())
-    return picked.detach(), entropy.detach(), whole.grad
-
-
-def case(name: str):
-    """Whole logits, ids, mask, temperature and upstream gradient by name."""
-    generator = torch.Generator().manual_seed(len(name))
-    logits = 3 * torch.randn(ROWS, PADDED, generator=generator)
-    ids = torch.randint(VOCAB, (ROWS, 5), generator=generator)
-    ids[:, 3] = ids[:, 0]  # a repeated id collects both gradients
-    mask = torch.ones(ROWS, dtype=torch.bool)
-    upstream = torch.randn(ROWS, 5, generator=generator)
-    temperature = 1.0
-    if name == "temperature":
-        temperature = 0.7
-    elif name == "masked":
-        mask[::2] = False
-    elif name == "all_masked":
-        mask[:] = False
-    elif name == "large":
-        logits[:, ::3] = 1e4
-        logits[:, 1::3] = -1e4
-    elif name == "padding_would_win":
-        logits[:, VOCAB:] = 1e4
-    return logits, ids, mask, temperature, upstream
-
-
-CASES = ("plain", "temperature", "masked", "all_masked", "large", "padding_would_win")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def rank_main(size: int):
@@ -78,37 +41,6 @@ def rank_main(size: int):
                 counts = (len(forward), len(backward))
                 results.append((name, dtype, picked.detach(), entropy, leaf.grad, counts))
     return results
-
-
-class count_collectives:
-    """Context manager that records the names of the torch.distributed collectives called inside."""
-
-    NAMES = (
-        "all_reduce",
-        "all_gather",
-        "all_gather_into_tensor",
-        "reduce_scatter_tensor",
-        "broadcast",
-        "all_to_all",
-        "all_to_all_single",
-    )
-
-    def __enter__(self):
-        self.calls, self.originals = [], {name: getattr(dist, name) for name in self.NAMES}
-        for name, original in self.originals.items():
-            setattr(dist, name, self.wrap(name, original))
-        return self.calls
-
-    def wrap(self, name, original):
-        def call(*args, **kwargs):
-            self.calls.append(name)
-            return original(*args, **kwargs)
-
-        return call
-
-    def __exit__(self, *exc):
-        for name, original in self.originals.items():
-            setattr(dist, name, original)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close
+from support.helpers import assert_close
 
 from megatron_tropd.kernels import paged_decode_attention
 from megatron_tropd.kernels.paged_attention import reference

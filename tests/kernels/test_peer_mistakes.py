@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import run_distributed
+from support.helpers import run_distributed
 
 from megatron_tropd.kernels import full_divergence, fused_linear_logprobs, linear, vocab_parallel_logprobs
 from megatron_tropd.objective.forward_kl import topk_forward_kl

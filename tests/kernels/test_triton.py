@@ -1,14 +1,13 @@
 """The Triton kernels against the chunked implementation's own float64 tests: in the interpreter on CPU, and on CUDA."""
 
 import pytest
-import test_full_divergence
-import test_logprobs
-import test_topk
 import torch
 import torch.distributed as dist
-from helpers import TOLERANCES, assert_close, run_distributed
+from support import divergence_cases, logprob_cases, topk_cases
+from support.helpers import TOLERANCES, assert_close, run_distributed
 
 from megatron_tropd import kernels
+from megatron_tropd.kernels.full_divergence.op import KINDS
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
@@ -22,12 +21,12 @@ TRITON = {"implementation": "triton"}
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", test_logprobs.CASES)
+@pytest.mark.parametrize("name", logprob_cases.CASES)
 def test_logprobs_entropy_and_gradient_equal_float64(name, device):
-    logits, ids, mask, temperature, upstream = test_logprobs.case(name)
-    for dtype in test_logprobs.DTYPES:
+    logits, ids, mask, temperature, upstream = logprob_cases.case(name)
+    for dtype in logprob_cases.DTYPES:
         whole = logits.clamp(-6e4, 6e4).to(dtype)
-        wanted = test_logprobs.reference(whole, ids, test_logprobs.VOCAB, temperature, mask, upstream)
+        wanted = logprob_cases.reference(whole, ids, logprob_cases.VOCAB, temperature, mask, upstream)
         for inplace in (False, True):
             leaf = whole.to(device, copy=True).requires_grad_()
             options = {"temperature": temperature, "mask": mask.to(device), "inplace_backward": inplace, **TRITON}
@@ -35,13 +34,13 @@ def test_logprobs_entropy_and_gradient_equal_float64(name, device):
                 leaf * 1,
                 ids.to(device),
                 None,
-                test_logprobs.VOCAB,
+                logprob_cases.VOCAB,
                 with_entropy=True,
                 with_max_probability=True,
                 **options,
             )
             picked.backward(upstream.to(device))
-            probabilities = (whole.double()[:, : test_logprobs.VOCAB] / temperature).softmax(-1).amax(-1) * mask
+            probabilities = (whole.double()[:, : logprob_cases.VOCAB] / temperature).softmax(-1).amax(-1) * mask
             torch.testing.assert_close(picked.double().cpu(), wanted[0], rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(entropy.double().cpu(), wanted[1], rtol=1e-5, atol=2e-5)
             torch.testing.assert_close(largest.double().cpu(), probabilities, rtol=1e-5, atol=1e-6)
@@ -49,20 +48,18 @@ def test_logprobs_entropy_and_gradient_equal_float64(name, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", test_full_divergence.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_divergence_and_gradient_equal_float64(kind, device):
-    for name in test_full_divergence.CASES:
-        student, teacher, mask, temperature, beta, upstream = test_full_divergence.case(name)
-        for dtype in test_full_divergence.DTYPES:
+    for name in divergence_cases.CASES:
+        student, teacher, mask, temperature, beta, upstream = divergence_cases.case(name)
+        for dtype in divergence_cases.DTYPES:
             of_dtype = (student.to(dtype), teacher.to(dtype))
             leaf = of_dtype[0].to(device, copy=True).requires_grad_()
             options = {"beta": beta, "temperature": temperature, "mask": mask.to(device), **TRITON}
-            loss = kernels.full_divergence(
-                leaf, of_dtype[1].to(device), kind, None, test_full_divergence.VOCAB, **options
-            )
+            loss = kernels.full_divergence(leaf, of_dtype[1].to(device), kind, None, divergence_cases.VOCAB, **options)
             loss.backward(upstream.to(device))
-            wanted = test_full_divergence.expected(
-                *of_dtype, kind, test_full_divergence.VOCAB, beta, temperature, mask, upstream
+            wanted = divergence_cases.expected(
+                *of_dtype, kind, divergence_cases.VOCAB, beta, temperature, mask, upstream
             )
             torch.testing.assert_close(loss.double().cpu(), wanted[0], rtol=1e-5, atol=1e-5)
             tolerance = TOLERANCES[dtype]
@@ -70,7 +67,7 @@ def test_divergence_and_gradient_equal_float64(kind, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", test_full_divergence.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_equal_models_have_no_divergence(kind, device):
     logits = torch.randn(4, 3000, device=device) * 5
     assert kernels.full_divergence(logits, logits.clone(), kind, None, 3000, beta=0.3, **TRITON).abs().max() == 0
@@ -78,20 +75,20 @@ def test_equal_models_have_no_divergence(kind, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_topk_ids_and_logprobs_equal_a_float64_sort(device):
-    mask = torch.arange(test_topk.ROWS) != 4
-    for logits in test_topk.cases().values():
+    mask = torch.arange(topk_cases.ROWS) != 4
+    for logits in topk_cases.cases().values():
         for dtype in (torch.float32, torch.bfloat16):
-            for k in (1, 8, test_topk.VOCAB):
+            for k in (1, 8, topk_cases.VOCAB):
                 values, ids = kernels.vocab_parallel_topk(
                     logits.to(dtype).to(device),
                     k,
                     None,
-                    test_topk.VOCAB,
+                    topk_cases.VOCAB,
                     temperature=1.7,
                     mask=mask.to(device),
                     **TRITON,
                 )
-                wanted = test_topk.expected(logits.to(dtype), k, 1.7, mask)
+                wanted = topk_cases.expected(logits.to(dtype), k, 1.7, mask)
                 assert torch.equal(ids.cpu(), wanted[1])
                 torch.testing.assert_close(values.double().cpu(), wanted[0], rtol=1e-5, atol=1e-5)
 
@@ -107,7 +104,7 @@ def test_rows_longer_than_a_block_and_repeated_ids_in_plenty(device):
     picked, entropy = kernels.vocab_parallel_logprobs(leaf, ids.to(device), None, vocab, with_entropy=True, **TRITON)
     picked.backward(upstream.to(device))
     every_row = torch.ones(rows, dtype=torch.bool)
-    wanted = test_logprobs.reference(logits, ids, vocab, 1.0, every_row, upstream)
+    wanted = logprob_cases.reference(logits, ids, vocab, 1.0, every_row, upstream)
     for ours, theirs in zip((picked.detach(), entropy, leaf.grad), wanted, strict=True):
         torch.testing.assert_close(ours.double().cpu(), theirs, rtol=1e-5, atol=1e-5)
     values, found = kernels.vocab_parallel_topk(logits.to(device), 64, None, vocab, **TRITON)
@@ -115,12 +112,12 @@ def test_rows_longer_than_a_block_and_repeated_ids_in_plenty(device):
     assert torch.equal(found.cpu(), best.indices)
     torch.testing.assert_close(values.double().cpu(), best.values, rtol=1e-5, atol=1e-5)
     teacher = 4 * torch.randn(rows, padded, generator=generator)
-    for kind in test_full_divergence.KINDS:
+    for kind in KINDS:
         leaf = logits.to(device, copy=True).requires_grad_()
         loss = kernels.full_divergence(leaf, teacher.to(device), kind, None, vocab, beta=0.3, **TRITON)
         loss.sum().backward()
         ones = torch.ones(rows)
-        wanted = test_full_divergence.expected(logits, teacher, kind, vocab, 0.3, 1.0, every_row, ones)
+        wanted = divergence_cases.expected(logits, teacher, kind, vocab, 0.3, 1.0, every_row, ones)
         torch.testing.assert_close(loss.double().cpu(), wanted[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(leaf.grad.double().cpu(), wanted[1], rtol=1e-5, atol=1e-6)
 
@@ -145,17 +142,17 @@ def test_fused_linear_operations_take_the_triton_passes(device):
 def rank_main(size):
     dist.init_process_group("gloo")
     group, rank = dist.group.WORLD, dist.get_rank()
-    logits, ids, mask, temperature, upstream = test_logprobs.case("masked")
+    logits, ids, mask, temperature, upstream = logprob_cases.case("masked")
     leaf = logits.chunk(size, 1)[rank].clone().requires_grad_()
     options = {"temperature": temperature, "mask": mask, **TRITON}
-    picked, _ = kernels.vocab_parallel_logprobs(leaf, ids, group, test_logprobs.VOCAB, **options)
+    picked, _ = kernels.vocab_parallel_logprobs(leaf, ids, group, logprob_cases.VOCAB, **options)
     picked.backward(upstream)
     shard = logits.chunk(size, 1)[rank].contiguous()
-    found = kernels.vocab_parallel_topk(shard, 40, group, test_logprobs.VOCAB, **options)[1]
-    student, teacher, mask, temperature, beta, upstream = test_full_divergence.case("plain")
+    found = kernels.vocab_parallel_topk(shard, 40, group, logprob_cases.VOCAB, **options)[1]
+    student, teacher, mask, temperature, beta, upstream = divergence_cases.case("plain")
     other = student.chunk(size, 1)[rank].clone().requires_grad_()
     loss = kernels.full_divergence(
-        other, teacher.chunk(size, 1)[rank].contiguous(), "jsd", group, test_full_divergence.VOCAB, **TRITON
+        other, teacher.chunk(size, 1)[rank].contiguous(), "jsd", group, divergence_cases.VOCAB, **TRITON
     )
     loss.backward(upstream)
     return picked.detach(), leaf.grad, found, loss.detach(), other.grad
@@ -165,14 +162,14 @@ def test_sharded_over_four_ranks_in_the_interpreter():
     if torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without CUDA")
     ranks = run_distributed(rank_main, 4, 4)
-    logits, ids, mask, temperature, upstream = test_logprobs.case("masked")
-    wanted = test_logprobs.reference(logits, ids, test_logprobs.VOCAB, temperature, mask, upstream)
+    logits, ids, mask, temperature, upstream = logprob_cases.case("masked")
+    wanted = logprob_cases.reference(logits, ids, logprob_cases.VOCAB, temperature, mask, upstream)
     torch.testing.assert_close(ranks[0][0].double(), wanted[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.cat([r[1] for r in ranks], 1).double(), wanted[2], rtol=1e-5, atol=1e-5)
-    assert torch.equal(ranks[0][2], test_topk.expected(logits, 40, temperature, mask)[1])
-    student, teacher, mask, temperature, beta, upstream = test_full_divergence.case("plain")
-    wanted = test_full_divergence.expected(
-        student, teacher, "jsd", test_full_divergence.VOCAB, beta, temperature, mask, upstream
+    assert torch.equal(ranks[0][2], topk_cases.expected(logits, 40, temperature, mask)[1])
+    student, teacher, mask, temperature, beta, upstream = divergence_cases.case("plain")
+    wanted = divergence_cases.expected(
+        student, teacher, "jsd", divergence_cases.VOCAB, beta, temperature, mask, upstream
     )
     torch.testing.assert_close(ranks[0][3].double(), wanted[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.cat([r[4] for r in ranks], 1).double(), wanted[1], rtol=1e-5, atol=1e-5)

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from helpers import run_distributed
 from layouts import EXPERT_LAYOUTS, LAYOUTS, OPTIONS, PP, WHOLE_LAYOUTS, in_tiers
-from test_train import TIMES, records, train_rank, weights_of
-from tiny_models import write_model
+from support.helpers import run_distributed
+from support.tiny_models import write_model
+from support.train_runs import TIMES, records, train_rank, weights_of
 
 TOLERANCE = 1e-5
 HELD_OUT = 5  # no multiple of replicas or micro-batches: some get rows that only fill up

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from helpers import PATIENCE
+from support.helpers import PATIENCE
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 

@@ -6,9 +6,9 @@ import json
 import random
 from pathlib import Path
 
-from helpers import run_distributed
-from test_train import overrides_of, train_rank
-from tiny_models import write_model
+from support.helpers import run_distributed
+from support.tiny_models import write_model
+from support.train_runs import overrides_of, train_rank
 
 
 def write_material(folder: Path) -> Path:
