@@ -41,6 +41,7 @@ def _files(*suffixes):
 SOURCES = [
     f for f in _files(".py") if f.parts[0] in ("megatron_tropd", "kernels", "tools", "examples") or len(f.parts) == 1
 ]
+TESTS = [f for f in _files(".py") if f.parts[0] == "tests"]
 DOCUMENTS = _files(".md")
 
 
@@ -95,6 +96,15 @@ def test_links_lead_somewhere(document):
         path = target.split("#")[0]
         if path and "://" not in target:
             assert (ROOT / document.parent / path).exists(), f"{document}: {target}"
+
+
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if d.name != "CHANGELOG.md"], ids=str)
+def test_tests_that_documents_name_exist(document):
+    text = _read(document)
+    for path in re.findall(r"\btests/[\w./]*\w", text):
+        assert (ROOT / path).exists(), f"{document}: {path}"
+    names = {f.name for f in TESTS}
+    assert set(re.findall(r"\btest_\w+\.py\b", text)) <= names, document
 
 
 def _quoted_commands(text):
@@ -227,6 +237,31 @@ def test_folders_are_one_level_deep_and_of_a_size_that_one_can_read():
         count = sum(f.parts[1] == folder and f.name != "__init__.py" for f in files)
         assert 2 <= count <= 12, f"{folder} has {count} files"
     assert sum(f.parts[0] == "megatron_tropd" and len(f.parts) == 2 for f in SOURCES) <= 14
+
+
+# The folders of tests/ that mirror none of the package: shared pieces, and tests of several folders or of none.
+OTHER_TESTS = {"benchmarks", "e2e", "gpu", "kernels", "parity", "support"}
+
+
+def test_tests_mirror_the_folders_of_the_package():
+    assert all(len(f.parts) <= 3 for f in TESTS)
+    assert {f.parts[1] for f in TESTS if len(f.parts) > 2} == FOLDERS.keys() | OTHER_TESTS
+    tested = {f.parts[1] for f in TESTS if f.name.startswith("test_")}
+    assert FOLDERS.keys() <= tested, f"no tests: {FOLDERS.keys() - tested}"
+    # A file would hide another: pytest imports by name alone. So would a package: tests/ is on the path, and Python has
+    # a `numbers`, Hugging Face a `tokenizers`.
+    packages = {f.parts[1] for f in TESTS if f.name == "__init__.py"}
+    assert packages == {"gpu", "support"}
+    names = [f.name for f in TESTS if f.parts[1] not in packages and f.name != "conftest.py"]
+    assert not {name for name in names if names.count(name) > 1}
+
+
+def test_what_tests_share_is_no_test():
+    """A test from which another file imports cannot change or move alone: shared pieces are in tests/support."""
+    for file in TESTS:
+        names = {part for module, name in _imports(file) for part in (*module.split("."), name or "")}
+        found = [name for name in names if name == "conftest" or name.startswith("test_")]
+        assert not found, f"{file} imports {found}"
 
 
 def test_imports_between_folders_go_one_way():

@@ -10,7 +10,7 @@ import pytest
 from megatron_tropd.recipe import load_recipe
 from megatron_tropd.reporting.provenance import FILE, commit, record_start
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

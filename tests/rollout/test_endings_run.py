@@ -10,7 +10,7 @@ from support.helpers import run_distributed
 
 from megatron_tropd.cli import main
 
-TINY = Path(__file__).parents[1] / "examples/tiny"
+TINY = Path(__file__).parents[2] / "examples/tiny"
 PROBLEMS, LENGTH = 64, 64
 TEACHERS_END, STUDENTS_END = 2, 3
 

@@ -13,7 +13,11 @@ RELEASES = {
     "4.51.3": ("tokenizers>=0.21,<0.22", "huggingface-hub>=0.34,<1.0"),
     "4.57.6": ("tokenizers>=0.22,<0.23", "huggingface-hub>=0.34,<1.0"),
 }
-FILES = ("test_hf_config", "test_hf_checks", "test_verify", "test_tensor_dtypes", "test_convert", "test_model")
+ROOT = Path(__file__).parents[2]
+FILES = {
+    "huggingface": ("test_hf_config", "test_hf_checks", "test_tensor_dtypes"),
+    "models": ("test_verify", "test_convert", "test_model"),
+}
 CACHE = Path(tempfile.gettempdir(), f"megatron_tropd_transformers_py{sys.version_info[0]}{sys.version_info[1]}")
 
 
@@ -36,7 +40,7 @@ def test_field_cases_b12_conversions_under(version):
     environment = {**os.environ, "PYTHONPATH": str(_installed(version)), "OMP_NUM_THREADS": "1"}
     which = [sys.executable, "-c", "import transformers; print(transformers.__version__)"]
     assert subprocess.run(which, env=environment, capture_output=True, text=True).stdout.strip() == version
-    files = [str(Path(__file__).with_name(f"{name}.py")) for name in FILES]
+    files = [f"tests/{folder}/{name}.py" for folder, names in FILES.items() for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", *files]
-    result = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]

@@ -21,7 +21,7 @@ from megatron_tropd.doctor.software import software_checks
 from megatron_tropd.machine.environment import Environment, Gpu, Package, gather
 from megatron_tropd.recipe import load_recipe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ROUNDS = "generate, score, update"
 DONE = ["process groups", *(f"kernel {name}" for name in kernels.__all__), "small models", ROUNDS, "checkpoint"]
 FAST = ["logging.dir=runs/doctor"]
@@ -193,7 +193,7 @@ def stumbling_rank():
 
 def test_a_rank_that_stumbles_ends_all_ranks_and_is_named():
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(Path(__file__))]
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert ended.returncode != 0  # gloo would wait for 30 minutes, longer than PATIENCE

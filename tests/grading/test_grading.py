@@ -268,7 +268,7 @@ def test_the_process_ends_when_its_parent_is_killed(tmp_path):
         "print(grader._worker._process.pid, flush=True)\n"
         "import time; time.sleep(600)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=tmp_path, env=environment)
     pid = int(parent.stdout.readline())
     assert Path(f"/proc/{pid}").exists()
@@ -285,7 +285,7 @@ def test_the_process_starts_in_any_folder_and_imports_no_torch(tmp_path, monkeyp
         assert grader.grade(r"\boxed{x+1}", "1+x")[1]
     code = "import sys, megatron_tropd.grading.worker as w; import mpmath; w.math_verify('\\\\sum_{k=1}^{3} k', '6');"
     code += "print([m for m in ('torch', 'megatron', 'transformers') if m in sys.modules])"
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     said = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "[]"
 

@@ -16,7 +16,7 @@ from megatron_tropd.errors import UserError
 from megatron_tropd.machine.environment import Environment, Gpu, Package
 from megatron_tropd.machine.preflight import check, problems
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 H100 = Gpu("NVIDIA H100 80GB HBM3", 85.0, (9, 0))
 V100 = Gpu("Tesla V100-SXM2-32GB", 34.0, (7, 0))
 PACKAGES = {

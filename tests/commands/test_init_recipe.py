@@ -21,7 +21,7 @@ OPTIONS = ["--teacher", str(TINY / "teacher"), "--student", str(TINY / "student"
 def _beside_the_examples(monkeypatch, tmp_path_factory):
     """Work in a folder that has the checkout's examples, and no runs."""
     folder = tmp_path_factory.mktemp("here")
-    (folder / "examples").symlink_to(Path(__file__).parents[1] / "examples")
+    (folder / "examples").symlink_to(Path(__file__).parents[2] / "examples")
     (folder / "README.md").write_text("")
     monkeypatch.chdir(folder)
 
