@@ -33,8 +33,16 @@ def _names_cuda(device: object) -> bool:
     return isinstance(device, torch.device) and device.type == "cuda"
 
 
+def _of_all(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """Return the group of all ranks for None, as torch's collectives do."""
+    group = dist.group.WORLD if group is None else group
+    assert group is not None  # torch.distributed runs: a collective was called
+    return group
+
+
 def _all_gather_uneven(tensor_list, tensor, group=None, async_op=False) -> None:
     """What NCCL does with tensors of different sizes, and gloo refuses: one broadcast a rank."""
+    group = _of_all(group)
     for rank, out in enumerate(tensor_list):
         if rank == group.rank():
             out.copy_(tensor)
@@ -43,6 +51,7 @@ def _all_gather_uneven(tensor_list, tensor, group=None, async_op=False) -> None:
 
 def _reduce_scatter_uneven(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False) -> None:
     """The same for sums: one reduction a rank."""
+    group = _of_all(group)
     for rank, part in enumerate(input_list):
         total = part.clone(memory_format=torch.contiguous_format)
         dist.reduce(total, dst=dist.get_global_rank(group, rank), op=op, group=group)
