@@ -17,7 +17,7 @@ def adds_products_in_fp32(torch_version: str) -> bool:
 
     torch.addmm has `out_dtype` since 2.8, and takes an fp32 matrix to add to since 2.10.
     """
-    major, minor = (int(part) for part in re.match(r"(\d+)\.(\d+)", torch_version).groups())
+    major, minor = (int(part) for part in re.findall(r"\d+", torch_version)[:2])
     return (major, minor) >= (2, 10)
 
 
@@ -48,12 +48,10 @@ class WeightGradient:
         """`needed`: whether the weight receives a gradient at all."""
         self.weight = weight
         # Megatron's DDP skips the parameter's own gradient when this flag says that main_grad has it already.
-        self.into_main = needed and getattr(weight, "main_grad", None) is not None
-        self.into_main = self.into_main and hasattr(weight, "grad_added_to_main_grad")
-        if self.into_main:
-            self.total = weight.main_grad
-        else:
-            self.total = torch.zeros_like(weight, dtype=torch.float32) if needed else None
+        marked = needed and hasattr(weight, "grad_added_to_main_grad")
+        main_grad: torch.Tensor | None = getattr(weight, "main_grad", None) if marked else None
+        self.into_main = main_grad is not None
+        self.total = torch.zeros_like(weight, dtype=torch.float32) if needed and main_grad is None else main_grad
 
     def add(self, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
         """Add gradient [c, V/tp]^T hidden [c, h]."""
@@ -70,7 +68,7 @@ class WeightGradient:
     def result(self) -> torch.Tensor | None:
         """Return what autograd should see: the gradient, or a placeholder that Megatron's DDP drops."""
         if self.into_main:
-            self.weight.grad_added_to_main_grad = True
+            self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # Megatron's, no Tensor declares it
             # Megatron's mark of a weight that is the embedding's too: what autograd adds up of the two is not dropped.
             is_shared = getattr(self.weight, "zero_out_wgrad", False)
             return torch.zeros_like(self.weight) if is_shared else torch.empty_like(self.weight)

@@ -59,7 +59,7 @@ class VocabShard:
 
 def exp_(z: torch.Tensor) -> torch.Tensor:
     """Overwrite fp32 `z` with e^z, exactly 0 below e^-87: on CPU an exp with a subnormal result is ten times slower."""
-    return F.threshold_(z.clamp_(min=-87.0).exp_(), 1.7e-38, 0.0)
+    return F.threshold(z.clamp_(min=-87.0).exp_(), 1.7e-38, 0.0, inplace=True)
 
 
 def as_rows(logits: torch.Tensor) -> torch.Tensor:

@@ -26,8 +26,10 @@ from megatron_tropd.kernels.benchmarks.cases import Case, Material, all_cases
 from megatron_tropd.kernels.benchmarks.measure import Measurement, copy_bandwidth, exponent, measure
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-COLUMNS = ("operation", "tokens × vocabulary", "implementation", "ms", "× PyTorch", "extra MiB", "× PyTorch")
-COLUMNS += ("moved / floor", "of copy")
+COLUMNS = (
+    *("operation", "tokens × vocabulary", "implementation", "ms", "× PyTorch", "extra MiB", "× PyTorch"),
+    *("moved / floor", "of copy"),
+)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ from megatron_tropd.kernels import (
     vocab_parallel_logprobs,
     vocab_parallel_topk,
 )
+
+Loss = Callable[..., torch.Tensor]  # of tensors
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Material:
         self.dtype, self.device = dtype, device
         generator = torch.Generator(device).manual_seed(0)
 
-        def draw(*shape):
+        def draw(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
         self.draw = draw
@@ -78,7 +81,7 @@ def backward(loss: torch.Tensor, leaves: list[torch.Tensor], upstream: torch.Ten
     torch.autograd.grad(loss, leaves, torch.ones_like(loss) if upstream is None else upstream)
 
 
-def compiled(function: Callable) -> Callable:
+def compiled(function: Loss) -> Loss:
     """torch.compile the naive forward; autograd compiles its backward."""
     torch.compiler.reset()  # else it gives up, silently, after it has compiled one function for eight sizes
     return torch.compile(function, dynamic=False)
@@ -88,15 +91,15 @@ def logprobs(m: Material) -> Case:
     """Gathered log-probs at 1 + k ids, forward and backward. Floor: read, read, write."""
     logits = m.draw(m.tokens, m.vocab).requires_grad_()
 
-    def ours(**options):
+    def ours(**options: Any) -> None:
         # Through a view, since a leaf cannot be overwritten; the numbers in it do not matter to the clock.
         picked = vocab_parallel_logprobs(logits.view_as(logits), m.ids, None, m.vocab, **options)[0]
         backward(picked, [logits], m.upstream)
 
-    def forward(z, ids):
+    def forward(z: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return z.float().log_softmax(-1).gather(-1, ids)
 
-    def naive(function):
+    def naive(function: Loss) -> None:
         backward(function(logits, m.ids), [logits], m.upstream)
 
     fast = compiled(forward)
@@ -123,7 +126,7 @@ def megatron_cross_entropy(m: Material, logits: torch.Tensor) -> Contestant:
     except Exception as error:
         return Contestant(f"{name}: {_reason(error)}", None)
 
-    def call():
+    def call() -> None:
         # It overwrites its input on the way, so it gets a copy, as in training it gets a layer's fresh product.
         backward(vocab_parallel_cross_entropy(logits[:, None] * 1.0, m.ids[:, :1]), [logits])
 
@@ -147,18 +150,18 @@ def divergence(m: Material, kind: str) -> Case:
     """A full divergence, forward and backward. Floor: read both, read both, write (jsd: read both once more)."""
     student, teacher = m.draw(m.tokens, m.vocab).requires_grad_(), m.draw(m.tokens, m.vocab)
 
-    def ours(**options):
+    def ours(**options: Any) -> None:
         loss = full_divergence(student.view_as(student), teacher, kind, None, m.vocab, **options)
         backward(loss, [student])
 
-    def forward(s, t):
+    def forward(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         p, q = s.float().log_softmax(-1), t.float().log_softmax(-1)
         if kind == "jsd":
             mixture = torch.logaddexp(p, q) - 0.6931471805599453
             return 0.5 * _kl(p, mixture) + 0.5 * _kl(q, mixture)
         return _kl(q, p) if kind == "forward_kl" else _kl(p, q)
 
-    def naive(function):
+    def naive(function: Loss) -> None:
         backward(function(student, teacher), [student])
 
     fast = compiled(forward)
@@ -178,7 +181,7 @@ def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-def model_optimizer(student, teacher, kind) -> Contestant:
+def model_optimizer(student: torch.Tensor, teacher: torch.Tensor, kind: str) -> Contestant:
     """Model-Optimizer's LogitsKLLoss, which has both KLs."""
     name = "Model-Optimizer LogitsKLLoss"
     if kind == "jsd":
@@ -189,11 +192,11 @@ def model_optimizer(student, teacher, kind) -> Contestant:
     return Contestant(name, lambda: backward(_per_token(loss(student[:, None], teacher[:, None])), [student]))
 
 
-def _per_token(result) -> torch.Tensor:
+def _per_token(result: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
-def _model_optimizer_loss(class_name: str, **options):
+def _model_optimizer_loss(class_name: str, **options: Any) -> Callable[..., Any] | str:
     """Return the loss object, or why there is none."""
     try:
         from modelopt.torch.distill.plugins import megatron as plugin
@@ -211,7 +214,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:60]}"
 
 
-def trl(student, teacher, kind) -> Contestant:
+def trl(student: torch.Tensor, teacher: torch.Tensor, kind: str) -> Contestant:
     """TRL's generalized JSD, beta 0 and 1 being the KLs."""
     name = "TRL generalized JSD"
     try:
@@ -220,7 +223,7 @@ def trl(student, teacher, kind) -> Contestant:
         return Contestant(f"{name}: {_reason(error)}", None)
     beta = {"forward_kl": 0, "reverse_kl": 1, "jsd": 0.5}[kind]
 
-    def call():
+    def call() -> None:
         loss = GKDTrainer.generalized_jsd_loss(student[None], teacher[None], beta=beta)
         backward(loss, [student])
 
@@ -231,17 +234,17 @@ def topk_divergence(m: Material) -> Case:
     """Forward KL over the teacher's top-k, renormalised: the teacher's selection, then forward and backward."""
     student, teacher = m.draw(m.tokens, m.vocab).requires_grad_(), m.draw(m.tokens, m.vocab)
 
-    def loss_of(student_logprobs, teacher_logprobs):
+    def loss_of(student_logprobs: torch.Tensor, teacher_logprobs: torch.Tensor) -> torch.Tensor:
         return F.kl_div(
             student_logprobs.log_softmax(-1), teacher_logprobs.log_softmax(-1), reduction="none", log_target=True
         ).sum(-1)
 
-    def ours():
+    def ours() -> None:
         values, ids = vocab_parallel_topk(teacher, m.k, None, m.vocab)
         picked = vocab_parallel_logprobs(student.view_as(student), ids, None, m.vocab)[0]
         backward(loss_of(picked, values), [student])
 
-    def naive():
+    def naive() -> None:
         values, ids = teacher.float().log_softmax(-1).topk(m.k)
         backward(loss_of(student.float().log_softmax(-1).gather(-1, ids), values), [student])
 
@@ -261,13 +264,13 @@ def fused_logprobs(m: Material) -> Case:
     """Log-probs from hidden states. Floor: the bytes of inputs and gradients."""
     hidden, weight = m.hidden_states().requires_grad_(), m.output_weight().requires_grad_()
 
-    def ours():
+    def ours() -> None:
         backward(fused_linear_logprobs(hidden, weight, m.ids, None, m.vocab)[0], [hidden, weight], m.upstream)
 
-    def forward(h, w, ids):
+    def forward(h: torch.Tensor, w: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return (h @ w.t()).float().log_softmax(-1).gather(-1, ids)
 
-    def naive(function):
+    def naive(function: Loss) -> None:
         backward(function(hidden, weight, m.ids), [hidden, weight], m.upstream)
 
     fast = compiled(forward)
@@ -281,10 +284,10 @@ def fused_logprobs(m: Material) -> Case:
     return Case("fused linear log-probs", m.tokens, m.vocab, floor, contestants)
 
 
-def products_only(m: Material, hidden, weight, models: int) -> Contestant:
+def products_only(m: Material, hidden: torch.Tensor, weight: torch.Tensor, models: int) -> Contestant:
     """The matrix products of the fused operation alone, in chunks of 1,024 tokens: the floor of its time."""
 
-    def call():
+    def call() -> None:
         with torch.no_grad():
             for chunk in hidden.split(1024):
                 for _ in range(2 * models):
@@ -300,11 +303,11 @@ def fused_jsd(m: Material) -> Case:
     hidden, weight = m.hidden_states().requires_grad_(), m.output_weight().requires_grad_()
     teacher_hidden, teacher_weight = m.hidden_states(), m.output_weight()
 
-    def ours():
+    def ours() -> None:
         loss = fused_linear_full_divergence(hidden, weight, teacher_hidden, teacher_weight, "jsd", None, m.vocab)
         backward(loss, [hidden, weight])
 
-    def naive():
+    def naive() -> None:
         p = (hidden @ weight.t()).float().log_softmax(-1)
         q = (teacher_hidden @ teacher_weight.t()).float().log_softmax(-1)
         mixture = torch.logaddexp(p, q) - 0.6931471805599453
@@ -317,7 +320,13 @@ def fused_jsd(m: Material) -> Case:
     return Case("fused linear JSD", m.tokens, m.vocab, floor, contestants)
 
 
-def liger(m: Material, hidden, weight, teacher_hidden, teacher_weight) -> Contestant:
+def liger(
+    m: Material,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+) -> Contestant:
     """Liger-Kernel's fused linear JSD: Triton, CUDA only."""
     name = "Liger-Kernel fused linear JSD"
     if m.device.type != "cuda":
@@ -328,7 +337,7 @@ def liger(m: Material, hidden, weight, teacher_hidden, teacher_weight) -> Contes
         return Contestant(f"{name}: {_reason(error)}", None)
     module = LigerFusedLinearJSD()
 
-    def call():
+    def call() -> None:
         backward(module(hidden, weight, teacher_hidden, teacher_weight, None), [hidden, weight])
 
     return Contestant(name, call, plain=False)

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_tropd.kernels import compile_examples
 
@@ -115,21 +116,30 @@ def compile_module(name: str, example: compile_examples.Example, architecture: i
 
     compiled: list[Compiled] = []
     module = importlib.import_module(name)
-    about = {"architecture": architecture, "example": example.name, "dtype": example.dtype_name}
-    about |= {"masked": example.masked, "vocab": example.vocab, "aligned": example.aligned}
+    describe = functools.partial(
+        Compiled,
+        architecture=architecture,
+        example=example.name,
+        dtype=example.dtype_name,
+        masked=example.masked,
+        vocab=example.vocab,
+        aligned=example.aligned,
+    )
     launch = JITFunction.run
 
-    def compile_only(kernel, *args, grid, warmup, **options):
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         values = kernel.signature.bind(*args, **{k: v for k, v in options.items() if k in kernel.arg_names}).arguments
         constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
         arguments = ", ".join(f"{name}={value}" for name, value in constants.items())
         narrow = getattr(module, "NARROW_LOADS", {}).get(kernel.__name__, "")
-        names = {"module": kernel.module, "kernel": kernel.__name__, "arguments": arguments, "narrow_because": narrow}
+        of_kernel = functools.partial(
+            describe, module=kernel.module, kernel=kernel.__name__, arguments=arguments, narrow_because=narrow
+        )
         try:
             binary = launch(kernel, *args, grid=grid, warmup=True, **options)
-            compiled.append(Compiled(**names, **about, **resources(binary.asm["cubin"], binary.metadata, architecture)))
+            compiled.append(of_kernel(**resources(binary.asm["cubin"], binary.metadata, architecture)))
         except Exception as error:  # whatever the compiler raises is the kernel's result
-            compiled.append(Compiled(**names, **about, error=f"{type(error).__name__}: {error}"))
+            compiled.append(of_kernel(error=f"{type(error).__name__}: {error}"))
 
     triton.runtime.driver.set_active(_NoDevice(architecture))
     JITFunction.run = compile_only
@@ -146,7 +156,7 @@ class _NoDevice:
     def __init__(self, architecture: int):
         self.architecture = architecture
 
-    def get_current_target(self):
+    def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cuda", self.architecture, 32)
@@ -158,7 +168,7 @@ class _NoDevice:
         return 0
 
 
-def resources(cubin: bytes, metadata, architecture: int) -> dict[str, int]:
+def resources(cubin: bytes, metadata: Any, architecture: int) -> dict[str, int]:
     """Return the fields of `Compiled` that machine code tells, given Triton's metadata of the kernel."""
     usage, code = _disassembled(cubin)
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
@@ -219,7 +229,7 @@ def table(results: list[Compiled]) -> Iterator[str]:
     yield f"| kernel | dtype | warps | {' | '.join(titles)} |"
     yield f"|{'---|' * (3 + len(titles))}"
 
-    def key(result: Compiled):
+    def key(result: Compiled) -> tuple[str, str]:
         folder = result.module.split(".")[-2]
         return f"{folder} `{result.kernel}` ({result.arguments})", result.dtype
 

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,25 +73,17 @@ class _Traffic(TorchDispatchMode):
 
     # Views and bookkeeping move nothing.
     _FREE = (
-        "view",
-        "reshape",
-        "slice",
-        "select",
-        "t",
-        "transpose",
-        "expand",
-        "unsqueeze",
-        "squeeze",
-        "detach",
-        "alias",
+        *("view", "reshape", "slice", "select", "t", "transpose", "expand", "unsqueeze", "squeeze", "detach", "alias"),
+        *("empty", "empty_like", "new_empty", "as_strided", "split", "unbind", "permute", "_unsafe_view"),
     )
-    _FREE += ("empty", "empty_like", "new_empty", "as_strided", "split", "unbind", "permute", "_unsafe_view")
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         if function._schema.name.removeprefix("aten::") not in self._FREE:
             flat = torch.utils._pytree.tree_leaves((args, kwargs, result))

@@ -6,16 +6,76 @@ and the two logits themselves (no copy). The teacher receives no gradient.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, Protocol
+
 import torch
 
 from megatron_tropd.kernels.sharding import VocabShard
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_tropd.kernels.full_divergence import chunked, triton
+
+
+class Passes(Protocol):
+    """The passes that an implementation provides; chunked.py describes their arguments."""
+
+    def statistics(
+        self, student: Tensor, teacher: Tensor, kind: str, mask: Tensor | None, shard: VocabShard, scale: float
+    ) -> Tensor:
+        """Return this shard's part of every row, [n, 5] fp32."""
+
+    def mixture_statistics(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        beta: float,
+        mask: Tensor | None,
+        stats: Tensor,
+        shard: VocabShard,
+        scale: float,
+    ) -> Tensor:
+        """Return this shard's part of jsd's second look, [n, 2] fp32."""
+
+    def write_gradient(
+        self,
+        out: Tensor,
+        student: Tensor,
+        teacher: Tensor,
+        kind: str,
+        beta: float,
+        mask: Tensor | None,
+        stats: Tensor,
+        divergence: Tensor,
+        gradient: Tensor,
+        shard: VocabShard,
+        scale: float,
+    ) -> None:
+        """Write the gradient of the student's logits into `out` [n, V/tp], which may be `student` itself."""
+
+
+if TYPE_CHECKING:  # mypy compares both modules with the protocol here
+    _CHUNKED: Passes = chunked
+    _TRITON: Passes = triton
 
 
 class FullDivergence(torch.autograd.Function):
     """student and teacher logits [n, V/tp] -> loss [n] fp32."""
 
     @staticmethod
-    def forward(ctx, student, teacher, mask, kind: str, beta: float, shard: VocabShard, scale: float, inplace, passes):
+    def forward(
+        ctx: Any,  # autograd's context, which takes any attribute
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        mask: torch.Tensor | None,
+        kind: str,
+        beta: float,
+        shard: VocabShard,
+        scale: float,
+        inplace: bool,
+        passes: Passes,
+    ) -> torch.Tensor:
         """`mask` [n] or None: rows to compute, the others give zeros; `passes`: the implementation's module."""
         gathered = shard.all_gather(passes.statistics(student, teacher, kind, mask, shard, scale))
         stats, loss = merge(gathered, kind, mask)
@@ -28,7 +88,7 @@ class FullDivergence(torch.autograd.Function):
         return loss.clone()  # `divergence` may be the same tensor, and is kept
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient of the student's logits shard."""
         student, teacher, mask, stats, divergence = ctx.saved_tensors
         kind, beta, shard, scale, inplace, passes = ctx.settings

@@ -55,7 +55,7 @@ def full_divergence(
     student, teacher = as_rows(student_logits), as_rows(teacher_logits.detach())
     shard = VocabShard.of(student.size(1), group, vocab_size)
     VocabShard.of(teacher.size(1), group, vocab_size)
-    if shard.size > 1 and teacher.size(1) != student.size(1):
+    if group is not None and shard.size > 1 and teacher.size(1) != student.size(1):
         teacher = recut_shards(teacher, student.size(1), group, dim=1)
     flat_mask = None if mask is None else mask.reshape(-1)
     passes = choose("full_divergence", "full_divergence", implementation, student.device)

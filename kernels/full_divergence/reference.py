@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from megatron_tropd.kernels.logprobs.reference import all_logprobs
 
 
-def divergence(student, teacher, kind, group, vocab_size, beta, temperature, mask):
+def divergence(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    kind: str,
+    group: dist.ProcessGroup | None,
+    vocab_size: int,
+    beta: float,
+    temperature: float,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
     """Return the loss [n] fp32; student and teacher logits [n, V/tp], mask [n] or None."""
     student_logprobs = all_logprobs(student, group, vocab_size, temperature)
     teacher_logprobs = all_logprobs(teacher, group, vocab_size, temperature).detach()

@@ -6,11 +6,17 @@ since its mixture needs both log-sum-exps first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
-from megatron_tropd.kernels.full_divergence.function import merge, merge_mixture
+from megatron_tropd.kernels.full_divergence.function import Passes, merge, merge_mixture
 from megatron_tropd.kernels.linear import Logits, WeightGradient, token_chunks
 from megatron_tropd.kernels.sharding import VocabShard
+
+# (student logits, teacher logits, mask or None, rows) of a chunk -> its statistics
+_Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, slice], torch.Tensor]
 
 
 class FusedLinearFullDivergence(torch.autograd.Function):
@@ -18,12 +24,22 @@ class FusedLinearFullDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, teacher_hidden, teacher_weight, mask, kind, beta, shard: VocabShard, scale: float, passes
-    ):
+        ctx: Any,  # autograd's context, which takes any attribute
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        teacher_hidden: torch.Tensor,
+        teacher_weight: torch.Tensor,
+        mask: torch.Tensor | None,
+        kind: str,
+        beta: float,
+        shard: VocabShard,
+        scale: float,
+        passes: Passes,
+    ) -> torch.Tensor:
         """`mask` [n] or None: rows to compute; `passes`: the module of full_divergence's implementation."""
         student, teacher = Logits(hidden, weight), Logits(teacher_hidden, teacher_weight)
 
-        def over_chunks(columns: int, compute) -> torch.Tensor:
+        def over_chunks(columns: int, compute: _Compute) -> torch.Tensor:
             """Gather `compute(student logits, teacher logits, mask, rows)` of every chunk: [tp, n, columns]."""
             local = hidden.new_empty((hidden.size(0), columns), dtype=torch.float32)
             for chunk in token_chunks(hidden.size(0), weight.size(0), hidden.device):
@@ -44,7 +60,7 @@ class FusedLinearFullDivergence(torch.autograd.Function):
         return loss.clone()  # `divergence` may be the same tensor, and is kept
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return this shard's part of the student's hidden states' gradient, and the gradient of its weight's shard."""
         hidden, weight, teacher_hidden, teacher_weight, mask, stats, divergence = ctx.saved_tensors
         kind, beta, shard, scale, passes = ctx.settings

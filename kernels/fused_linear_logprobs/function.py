@@ -5,10 +5,12 @@ Kept for backward: hidden states, weight (both by reference), ids, log-probs and
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from megatron_tropd.kernels.linear import Logits, WeightGradient, token_chunks
-from megatron_tropd.kernels.logprobs.function import merge
+from megatron_tropd.kernels.logprobs.function import Passes, merge
 from megatron_tropd.kernels.sharding import VocabShard
 
 
@@ -16,7 +18,17 @@ class FusedLinearLogprobs(torch.autograd.Function):
     """hidden [n, h], weight [V/tp, h], ids [n, j] -> log-probs [n, j] fp32; entropy, largest probability [n]."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, ids, mask, shard: VocabShard, scale: float, with_entropy: bool, passes):
+    def forward(
+        ctx: Any,  # autograd's context, which takes any attribute
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        shard: VocabShard,
+        scale: float,
+        with_entropy: bool,
+        passes: Passes,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """`mask` [n] or None: rows to compute; `passes`: the module of vocab_parallel_logprobs' implementation."""
         logits = Logits(hidden, weight)
         local = hidden.new_empty((hidden.size(0), 2 + with_entropy + ids.size(1)), dtype=torch.float32)
@@ -30,7 +42,9 @@ class FusedLinearLogprobs(torch.autograd.Function):
         return logprobs, entropy, largest
 
     @staticmethod
-    def backward(ctx, gradient, _entropy_gradient, _largest_gradient):
+    def backward(
+        ctx: Any, gradient: torch.Tensor, _entropy_gradient: object, _largest_gradient: object
+    ) -> tuple[torch.Tensor | None, ...]:
         """Return this shard's part of the hidden states' gradient, and the gradient of the weight's shard."""
         hidden, weight, ids, mask, top, rest, logprobs = ctx.saved_tensors
         shard, scale, passes = ctx.settings

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 import torch.distributed as dist
 
@@ -9,8 +11,40 @@ from megatron_tropd.kernels.fused_linear_logprobs import reference
 from megatron_tropd.kernels.fused_linear_logprobs.function import FusedLinearLogprobs
 from megatron_tropd.kernels.implementations import choose
 from megatron_tropd.kernels.linear import check_linear
-from megatron_tropd.kernels.logprobs.function import as_outputs
+from megatron_tropd.kernels.logprobs.function import LogProbs, WithMaxProbability, as_outputs
 from megatron_tropd.kernels.sharding import VocabShard, check_leading
+
+
+@overload
+def fused_linear_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    vocab_size: int,
+    *,
+    temperature: float = ...,
+    with_entropy: bool = ...,
+    with_max_probability: Literal[False] = ...,
+    mask: torch.Tensor | None = ...,
+    implementation: str = ...,
+) -> LogProbs: ...
+
+
+@overload
+def fused_linear_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    vocab_size: int,
+    *,
+    temperature: float = ...,
+    with_entropy: bool = ...,
+    with_max_probability: Literal[True],
+    mask: torch.Tensor | None = ...,
+    implementation: str = ...,
+) -> WithMaxProbability: ...
 
 
 def fused_linear_logprobs(
@@ -25,7 +59,7 @@ def fused_linear_logprobs(
     with_max_probability: bool = False,
     mask: torch.Tensor | None = None,
     implementation: str = "auto",
-) -> tuple[torch.Tensor, ...]:
+) -> LogProbs | WithMaxProbability:
     """Return log softmax(hidden weight^T / temperature) at a few ids per token; logits are made chunk by chunk, twice.
 
     One packed all-gather forward, none backward. With tp > 1 the gradient of `hidden` is this shard's part: pass hidden

@@ -6,16 +6,65 @@ ids, log-probs, two numbers per row, and the logits themselves (no copy).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, Protocol
+
 import torch
 
 from megatron_tropd.kernels.sharding import VocabShard
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_tropd.kernels.logprobs import chunked, triton
+
+LogProbs = tuple[torch.Tensor, torch.Tensor | None]  # and entropies, where they are asked for
+WithMaxProbability = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
+
+
+class Passes(Protocol):
+    """The passes that an implementation provides; chunked.py describes their arguments."""
+
+    def statistics(
+        self, logits: Tensor, ids: Tensor, mask: Tensor | None, shard: VocabShard, scale: float, with_entropy: bool
+    ) -> Tensor:
+        """Return this shard's part of every row, [n, 2 + e + j] fp32."""
+
+    def write_gradient(
+        self,
+        out: Tensor,
+        logits: Tensor,
+        ids: Tensor,
+        mask: Tensor | None,
+        top: Tensor,
+        rest: Tensor,
+        logprobs: Tensor,
+        gradient: Tensor,
+        shard: VocabShard,
+        scale: float,
+    ) -> None:
+        """Write the gradient of the logits into `out` [n, V/tp], which may be `logits` itself."""
+
+
+if TYPE_CHECKING:  # mypy compares both modules with the protocol here
+    _CHUNKED: Passes = chunked
+    _TRITON: Passes = triton
 
 
 class GatheredLogprobs(torch.autograd.Function):
     """logits [n, V/tp], ids [n, j] -> log-probs [n, j] fp32; entropy and largest probability [n], without gradient."""
 
     @staticmethod
-    def forward(ctx, logits, ids, mask, shard: VocabShard, scale: float, with_entropy: bool, inplace: bool, passes):
+    def forward(
+        ctx: Any,  # autograd's context, which takes any attribute
+        logits: torch.Tensor,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        shard: VocabShard,
+        scale: float,
+        with_entropy: bool,
+        inplace: bool,
+        passes: Passes,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """`mask` [n] or None: rows to compute, the others give zeros; `passes`: the implementation's module."""
         local = passes.statistics(logits, ids, mask, shard, scale, with_entropy)
         top, rest, logprobs, entropy, largest = merge(shard.all_gather(local), mask, with_entropy)
@@ -25,7 +74,9 @@ class GatheredLogprobs(torch.autograd.Function):
         return logprobs, entropy, largest
 
     @staticmethod
-    def backward(ctx, gradient, _entropy_gradient, _largest_gradient):
+    def backward(
+        ctx: Any, gradient: torch.Tensor, _entropy_gradient: object, _largest_gradient: object
+    ) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient of the logits shard: sum_j g_j 1[v = id_j] - (sum_j g_j) softmax(v)."""
         logits, ids, mask, top, rest, logprobs = ctx.saved_tensors
         # In place every value is read before its place is written.
@@ -65,8 +116,10 @@ def as_outputs(
     shape: torch.Size,
     with_entropy: bool,
     with_max_probability: bool,
-) -> tuple[torch.Tensor, ...]:
+) -> LogProbs | WithMaxProbability:
     """Shape log-probs, entropy and largest probability of flat rows like the ids, [..., j] and [...], as asked for."""
-    logprobs, entropy, largest = result
-    outputs = (logprobs.view(shape), entropy.view(shape[:-1]) if with_entropy else None)
-    return (*outputs, largest.view(shape[:-1])) if with_max_probability else outputs
+    logprobs, entropy, largest = result  # [n, j], [n], [n]
+    shaped = entropy.view(shape[:-1]) if with_entropy and entropy is not None else None
+    if with_max_probability:
+        return logprobs.view(shape), shaped, largest.view(shape[:-1])
+    return logprobs.view(shape), shaped

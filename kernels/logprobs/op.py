@@ -2,13 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 import torch.distributed as dist
 
 from megatron_tropd.kernels.implementations import choose
 from megatron_tropd.kernels.logprobs import reference
-from megatron_tropd.kernels.logprobs.function import GatheredLogprobs, as_outputs
+from megatron_tropd.kernels.logprobs.function import GatheredLogprobs, LogProbs, WithMaxProbability, as_outputs
 from megatron_tropd.kernels.sharding import VocabShard, as_rows, check_leading
+
+
+@overload
+def vocab_parallel_logprobs(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    vocab_size: int,
+    *,
+    temperature: float = ...,
+    with_entropy: bool = ...,
+    with_max_probability: Literal[False] = ...,
+    mask: torch.Tensor | None = ...,
+    inplace_backward: bool = ...,
+    implementation: str = ...,
+) -> LogProbs: ...
+
+
+@overload
+def vocab_parallel_logprobs(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    vocab_size: int,
+    *,
+    temperature: float = ...,
+    with_entropy: bool = ...,
+    with_max_probability: Literal[True],
+    mask: torch.Tensor | None = ...,
+    inplace_backward: bool = ...,
+    implementation: str = ...,
+) -> WithMaxProbability: ...
 
 
 def vocab_parallel_logprobs(
@@ -23,7 +57,7 @@ def vocab_parallel_logprobs(
     mask: torch.Tensor | None = None,
     inplace_backward: bool = False,
     implementation: str = "auto",
-) -> tuple[torch.Tensor, ...]:
+) -> LogProbs | WithMaxProbability:
     """Return log softmax(logits / temperature) at a few ids per token.
 
     One packed all-gather forward, none backward. Statistics are fp32 whatever the dtype of the logits.

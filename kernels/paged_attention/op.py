@@ -6,9 +6,38 @@ width; a block table is [r, blocks per request], -1 where a request has no block
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Protocol
+
 import torch
 
 from megatron_tropd.kernels.implementations import choose
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_tropd.kernels.paged_attention import chunked, reference, triton
+
+
+class Passes(Protocol):
+    """What every implementation provides."""
+
+    def attend(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        lengths: Tensor,
+        block_table: Tensor,
+        scale: float,
+        window: int,
+    ) -> Tensor:
+        """Return softmax(q k^T scale) v, [r, a, d]."""
+
+
+if TYPE_CHECKING:  # mypy compares the modules with the protocol here
+    _CHUNKED: Passes = chunked
+    _TRITON: Passes = triton
+    _REFERENCE: Passes = reference
 
 
 @torch.no_grad()
@@ -53,5 +82,5 @@ def paged_decode_attention(
             f"{requests} queries need as many lengths and rows of the block table; got {tuple(lengths.shape)} and "
             f"{tuple(block_table.shape)}"
         )
-    passes = choose("paged_decode_attention", "paged_attention", implementation, q.device)
+    passes: Passes = choose("paged_decode_attention", "paged_attention", implementation, q.device)
     return passes.attend(q, k_cache, v_cache, lengths, block_table, width**-0.5 if scale is None else scale, window)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 
 
-def attend(q, k_cache, v_cache, lengths, block_table, scale, window):
+def attend(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    scale: float,
+    window: int,
+) -> torch.Tensor:
     """See op.paged_decode_attention; q [r, a, d], caches [p, z, g, d]."""
     out = torch.zeros_like(q)
     for row, length in enumerate(lengths.tolist()):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Protocol
+
 import torch
 import torch.distributed as dist
 
@@ -10,7 +12,24 @@ from megatron_tropd.kernels.sharding import VocabShard, as_rows
 from megatron_tropd.kernels.topk import reference
 from megatron_tropd.kernels.topk.ordering import merge
 
+if TYPE_CHECKING:
+    from megatron_tropd.kernels.topk import chunked, triton
+
 _LARGEST_EXACT_ID = 1 << 24  # ids travel as fp32
+
+
+class Passes(Protocol):
+    """The pass that an implementation provides; chunked.py describes its arguments."""
+
+    def statistics(
+        self, logits: torch.Tensor, k: int, mask: torch.Tensor | None, shard: VocabShard, scale: float
+    ) -> torch.Tensor:
+        """Return this shard's part of every row, [n, 2 + 2k] fp32."""
+
+
+if TYPE_CHECKING:  # mypy compares both modules with the protocol here
+    _CHUNKED: Passes = chunked
+    _TRITON: Passes = triton
 
 
 @torch.no_grad()

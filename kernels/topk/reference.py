@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from megatron_tropd.kernels.logprobs.reference import all_logprobs
 
 
-def topk(logits, k, group, vocab_size, temperature, mask):
+def topk(
+    logits: torch.Tensor,
+    k: int,
+    group: dist.ProcessGroup | None,
+    vocab_size: int,
+    temperature: float,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See op.vocab_parallel_topk; logits [n, V/tp], mask [n] or None."""
     everything = all_logprobs(logits, group, vocab_size, temperature)
     values, ids = torch.sort(everything, dim=-1, descending=True, stable=True)
