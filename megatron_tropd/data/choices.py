@@ -38,9 +38,8 @@ def read_choices(row: dict[str, Any]) -> dict[str, str] | None:
     choices = {label: str(text) for label, text in value.items()}
     check_encodable(choices, name)
     lettered = {label: _LETTERED.match(text) for label, text in choices.items()}
-    if all(match and match[1] == label for label, match in lettered.items()):
-        choices = {label: text[lettered[label].end() :] for label, text in choices.items()}
-    return choices
+    bare = {label: choices[label][match.end() :] for label, match in lettered.items() if match and match[1] == label}
+    return bare if len(bare) == len(choices) else choices
 
 
 def with_choices(question: str, choices: dict[str, str]) -> str:

@@ -5,12 +5,13 @@ repeated({"messages": [{"role": "user", "content": "2 + 2?"}], "prompt": "2 + 2?
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_tropd.data.messages import parse_nested
 
 
-def repeated(columns: dict[str, Any], also_in_text: list[Any] = ()) -> set[str]:
+def repeated(columns: dict[str, Any], also_in_text: Sequence[Any] = ()) -> set[str]:
     """Return the names of the columns that say nothing that another does not say.
 
     A question that a conversation's user asks, the beginning of a longer conversation, `text` that holds all of another

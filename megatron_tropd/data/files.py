@@ -13,7 +13,7 @@ import glob
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,7 +35,10 @@ class Rows(Protocol):
     path: str
     format: str
     unit: str  # what `number` counts: "line" or "row"
-    columns: list[str] | None  # None where each row has its own
+
+    @property
+    def columns(self) -> list[str] | None:
+        """The columns' names; None where each row has its own."""
 
     def __len__(self) -> int: ...
 
@@ -120,7 +123,7 @@ def _open_folder(path: Path, key: str) -> Rows:
     return ColumnRows(path, "datasets folder", _Mapped(dataset))
 
 
-def _guarded(path: Path, format: str, read: Any) -> Any:
+def _guarded(path: Path, format: str, read: Callable[[], Any]) -> Any:
     """Return read(); whatever pyarrow and `datasets` raise about a file becomes one line about it."""
     try:
         return read()
@@ -242,8 +245,10 @@ class ColumnRows:
 
     def __init__(self, path: Path, format: str, table: Any):
         """Wrap a _Mapped or a _Parquet."""
-        self.path, self.format, self.columns = str(path), format, list(table.columns)
-        self._table, self._data = table, None  # a Reader, once columns are selected
+        self.path, self.format = str(path), format
+        self.columns: list[str] = list(table.columns)
+        self._table = table
+        self._data: Reader | None = None  # set once columns are selected
 
     def __len__(self) -> int:
         return len(self._table)
@@ -269,6 +274,7 @@ class ColumnRows:
         """Yield each place with its row, or with what is wrong with it."""
         for start in range(0, len(self), _BATCH):
             places = range(start, min(start + _BATCH, len(self)))
+            rows: Sequence[dict[str, Any] | ValueError]
             try:
                 rows = (
                     _rows_of(self._data(places.start, places.stop)) if self._data is not None else [{} for _ in places]

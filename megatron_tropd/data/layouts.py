@@ -128,7 +128,7 @@ class RowReader:
         """Return the columns that are ours but for letter case and that the recipe does not name: ours -> theirs."""
         named = {part for name in self._chosen.values() for part in (name, name.split(".")[0])}
         present = set(columns)
-        found = {}
+        found: dict[str, str] = {}
         for name in columns:
             ours = BY_LOWER_CASE.get(name.strip().lower())
             if ours is not None and ours not in present and name not in named:
@@ -252,9 +252,11 @@ class RowReader:
         if text is None or (isinstance(text, str) and not text.strip()):
             return
         message = {"role": "system", "content": check_text(text, "system")}
-        if prompt.messages[0]["role"] != "system":
-            prompt.messages = [message, *prompt.messages]
-        elif prompt.messages[0]["content"] != text:
+        messages = prompt.messages
+        assert messages is not None  # only prompts of messages come here
+        if messages[0]["role"] != "system":
+            prompt.messages = [message, *messages]
+        elif messages[0]["content"] != text:
             raise ValueError("there is a system column and another system message in the conversation; remove one")
 
     def _read_template_fields(self, prompt: Prompt, row: dict[str, Any]) -> None:

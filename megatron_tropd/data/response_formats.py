@@ -41,8 +41,9 @@ def _choices_of_batch(row: dict[str, Any]) -> list[dict[str, Any]]:
             raise ValueError(f"the request {row['custom_id']!r} {result.get('type')}: ask again, or remove the line")
         message = result.get("message") or {}
         return [{"teacher_response": _text(message), "finish_reason": message.get("stop_reason")}]
-    body = response.get("body") if isinstance(response, dict) else None
-    if not isinstance(body, dict) or row.get("error") or body.get("error") or response.get("status_code", 200) >= 400:
+    reply = response if isinstance(response, dict) else {}
+    body = reply.get("body")
+    if not isinstance(body, dict) or row.get("error") or body.get("error") or reply.get("status_code", 200) >= 400:
         raise ValueError(
             f"the request {row['custom_id']!r} failed ({str(row.get('error') or (body or {}).get('error'))[:200]}): "
             "ask again, or remove the line"

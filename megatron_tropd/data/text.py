@@ -13,6 +13,7 @@ import bz2
 import codecs
 import csv
 import gzip
+import io
 import json
 import lzma
 import os
@@ -27,7 +28,8 @@ from typing import Any, BinaryIO
 
 from megatron_tropd.errors import UserError
 
-_COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+_Open = Callable[[BinaryIO], io.BufferedIOBase]
+_COMPRESSED: dict[bytes, _Open] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 _LIST_KEYS = ("data", "rows", "examples", "instances")  # of a JSON object around the list of rows
 
 

@@ -83,7 +83,7 @@ def _values(nodes: tuple[Node, ...]) -> list[tuple[Any, ...]]:
 
 
 def _numeric(node: Node, at: dict[str, Any], mp: Any) -> Any:
-    kind = node[0]
+    kind: str = node[0]
     if kind == "number":
         return mp.mpf(node[1].numerator) / node[1].denominator
     if kind == "name":

@@ -163,10 +163,10 @@ def _list(text: str, depth: int) -> Form | None:
     if "," not in outside and ";" not in outside and not re.search(r"and|or", text):
         return None
     # Words in \text are separators too, although they are inside braces.
-    visible = list(outside)
+    letters = list(outside)
     for match in re.finditer(r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}", text):
-        visible[match.start() : match.end()] = match[0]
-    visible = "".join(visible)
+        letters[match.start() : match.end()] = match[0]
+    visible = "".join(letters)
     pattern = _SEPARATOR
     if re.search(r",\s", visible) and re.search(r"\d,\d{3}(?!\d)", visible):  # 1,234, 5,678
         pattern = re.compile(_SEPARATOR.pattern.replace("[,;]", r"(?:,\s|;)"))
@@ -265,8 +265,10 @@ def _point(text: str, depth: int) -> Form | None:
 def _property(text: str, depth: int) -> Form:
     """Return the condition of `{x | x > 2}` where it is an inequality of that name alone."""
     match = re.fullmatch(r"⦃\s*([A-Za-z])\s*(?:∈\s*(?:\\mathbb\s*\{?\s*R\s*\}?|ℝ)\s*)?[|:]([^|:]*)⦄", text)
-    condition = read(match[2], depth + 1) if match else None
-    inequality = condition is not None and condition.kind == "relation" and set(condition.signs) <= set("<>≤≥")
+    if match is None:
+        return Form("text", text)
+    condition = read(match[2], depth + 1)
+    inequality = condition.kind == "relation" and set(condition.signs) <= set("<>≤≥")
     return condition if inequality and match[1] in [part.text for part in condition.parts] else Form("text", text)
 
 

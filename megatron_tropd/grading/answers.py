@@ -168,8 +168,9 @@ def stated_answer(text: str) -> str | None:
 
 def _of_sentence(text: str, start: int) -> str | None:
     """Return the answer that the sentence at `start` says: all of it, or the last quantity of prose."""
-    sentence = _SENTENCE.match(text, start)[0]
-    said = _REASON.split(sentence, maxsplit=1)[0].strip().strip("*` ").strip()
+    sentence = _SENTENCE.match(text, start)
+    assert sentence is not None  # the pattern matches an empty text, too
+    said = _REASON.split(sentence[0], maxsplit=1)[0].strip().strip("*` ").strip()
     if not said or len(said) > 300:
         return None
     form = read_answer(said)
@@ -200,7 +201,7 @@ def _last_quantity(text: str) -> str | None:
     if span:
         return span
     glued = _GLUED.match(after)
-    in_product = bool(glued) and glued[0] not in _NOT_A_FACTOR and len(glued[0]) <= 2
+    in_product = glued is not None and glued[0] not in _NOT_A_FACTOR and len(glued[0]) <= 2
     signed = number[0][0] == "-" and before.endswith("+")
     if in_product or signed or _PART_BEFORE.search(before) or _PART_AFTER.match(after):
         return _run(text, number) or number[0]
@@ -214,8 +215,8 @@ def _span(before: str, number: str, after: str) -> str | None:
     """Return the formula in dollars or LaTeX's parentheses that contains the number, after its last equality sign."""
     line, rest = before.rpartition("\n")[2], after.partition("\n")[0]
     for opening, closing in (("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
-        opened = line.rpartition(opening)[2] if opening in line else None
-        inside = opened is not None and (line.count("$") % 2 == 1 if opening == "$" else closing not in opened)
+        opened = line.rpartition(opening)[2]
+        inside = opening in line and (line.count("$") % 2 == 1 if opening == "$" else closing not in opened)
         if inside and closing in rest:
             formula = (opened + number + rest.partition(closing)[0]).strip().rstrip(".,")
             if _RUN.fullmatch(formula):

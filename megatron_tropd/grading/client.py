@@ -33,7 +33,7 @@ class GradingWorker:
 
     def __init__(self, seconds: float):
         self._seconds = seconds
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0  # a forked child must not speak through its parent's pipes
         self._buffer = b""
         self._known: dict[tuple[str, ...], Any] = {}
@@ -57,6 +57,8 @@ class GradingWorker:
         process, self._process = self._process, None
         if process is None or self._owner != os.getpid():
             return
+        assert process.stdin is not None  # _start opens both pipes
+        assert process.stdout is not None
         with contextlib.suppress(OSError):
             process.stdin.close()
         process.stdout.close()
@@ -72,6 +74,8 @@ class GradingWorker:
     def _request(self, request: dict[str, Any]) -> Any:
         if self._process is None or self._owner != os.getpid():
             self._start()
+        assert self._process is not None  # _start sets it, with both pipes
+        assert self._process.stdin is not None
         line = json.dumps({**request, "limit": self._seconds}).encode() + b"\n"
         try:
             self._process.stdin.write(line)
@@ -106,6 +110,8 @@ class GradingWorker:
 
     def _read_line(self, seconds: float) -> bytes | None:
         """Return the next line without its end; None where the process ended or the time is over."""
+        assert self._process is not None  # _start sets it, with both pipes
+        assert self._process.stdout is not None
         output = self._process.stdout.fileno()
         deadline = time.monotonic() + seconds
         while b"\n" not in self._buffer:

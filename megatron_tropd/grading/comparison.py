@@ -54,8 +54,9 @@ def _same_choice(labelled: str, other: str, other_form: Form, ask: Ask) -> bool:
     if content.endswith("}") and content.count("{") < content.count("}"):
         content = content[:-1]
     letter = match["round"] or match["bare"]
-    if re.fullmatch(r"\W*(?:\\text\w*\{)?\(?([A-J])\)?[.}]*", other):
-        return re.search(r"[A-J]", other)[0] == letter
+    chosen = re.fullmatch(r"\W*(?:\\text\w*\{)?\(?([A-J])\)?[.}]*", other)
+    if chosen:
+        return chosen[1] == letter
     in_dress = labelled.lstrip(" $").startswith("\\") or re.match(r"\s*\(?[A-J][).:]\s", labelled)
     return bool(in_dress and content) and _same(read_answer(content), other_form, ask)
 
@@ -71,13 +72,15 @@ def _same(left: Form, right: Form, ask: Ask) -> bool:
     if "relation" in (left.kind, right.kind):
         return _same_relation(left, right, ask)
     for one, other in ((left, right), (right, left)):
-        if one.kind == "number" and other.kind == "list" and list_of(one):
-            return _same_parts(list_of(one), other, ask)
+        listed = list_of(one) if one.kind == "number" and other.kind == "list" else None
+        if listed:
+            return _same_parts(listed, other, ask)
         if one.kind == "union" and other.kind == "list":
             intervals = [_interval(part) if part.kind == "relation" else part for part in other.parts]
             said_so = re.search(r"\bor\b", other.text) or any(part.kind == "relation" for part in other.parts)
-            if said_so and all(interval and interval.kind == "tuple" for interval in intervals):
-                return _same_parts(one, replace(other, parts=tuple(intervals)), ask)
+            tuples = tuple(interval for interval in intervals if interval and interval.kind == "tuple")
+            if said_so and len(tuples) == len(intervals):
+                return _same_parts(one, replace(other, parts=tuples), ask)
         if one.kind == "list" and _values(one, other):
             return _same_in_order(_values(one, other), other.parts, ask)
     if {left.kind, right.kind} <= {"list", "set"} or left.kind == right.kind == "union":

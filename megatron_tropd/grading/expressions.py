@@ -60,8 +60,9 @@ def exact(node: Node) -> Fraction | None:
         return node[1]
     if kind not in ("+", "*", "/", "^", "negative", "factorial"):
         return None
-    values = [exact(child) for child in node[1:]]
-    if any(value is None for value in values):
+    found = [exact(child) for child in node[1:]]
+    values = [value for value in found if value is not None]
+    if len(values) < len(found):
         return None
     if kind == "negative":
         return -values[0]

@@ -85,6 +85,7 @@ def expected_shapes(hf_config: Any) -> Iterator[tuple[str, Shape]]:
         else:
             names = [(router_name(hf_config.model_type), (experts.count, width))]
             sources = expert_names(hf_config.model_type)
+            assert sources is not None  # its family has experts
             for e in range(experts.count):
                 shapes = _mlp(experts.ffn, width).values()
                 names += [(name.format(e=e), shape) for name, shape in zip(sources, shapes, strict=True)]

@@ -27,7 +27,7 @@ def function_fields(hf_config: Any) -> dict[str, Any]:
     fields["head_dim"] = head_dim(hf_config)
     fields["hidden_act"] = "silu"  # swish is another name of it, and all others are refused
     known = (*UNDERSTOOD_FIELDS, "head_dim", "hidden_act", "number of experts")
-    unset = (False, 0, [], {}, "")  # an absent field of another version
+    unset: tuple[Any, ...] = (False, 0, [], {}, "")  # an absent field of another version
     return {k: v for k, v in fields.items() if k in known or k.startswith("rope ") or v not in unset}
 
 

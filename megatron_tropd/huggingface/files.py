@@ -55,10 +55,11 @@ def model_files(hf_path: str | Path) -> list[Path]:
         return [path / name for name in names]
     if single.exists():
         return [single]
-    parts = sorted(file for file in path.glob("model-*.safetensors") if _PART.match(file.name))
+    matches = {file: _PART.match(file.name) for file in sorted(path.glob("model-*.safetensors"))}
+    count_of = {file: match[2] for file, match in matches.items() if match}
+    parts, counts = list(count_of), set(count_of.values())
     if not parts:
         raise UserError(_no_files(path))
-    counts = {_PART.match(file.name)[2] for file in parts}
     if len(counts) > 1 or len(parts) != int(counts.copy().pop()):
         raise UserError(
             f"{path} holds {len(parts)} parts of a model that was split into {' or '.join(sorted(counts))}, first "

@@ -63,9 +63,10 @@ _RULES = {
     "mlp.linear_fc2.weight": Rule((_LAYER + "mlp.down_proj.weight",), "columns"),
 }
 _ROUTERS = {"mixtral": "block_sparse_moe.gate.weight", "qwen3_moe": "mlp.gate.weight"}
+_MIXTRAL, _QWEN3 = "block_sparse_moe.experts.{e}", "mlp.experts.{e}"
 _EXPERTS = {  # gate, up and down projection
-    "mixtral": tuple(f"block_sparse_moe.experts.{{e}}.{w}.weight" for w in ("w1", "w3", "w2")),
-    "qwen3_moe": tuple(f"mlp.experts.{{e}}.{p}_proj.weight" for p in ("gate", "up", "down")),
+    "mixtral": (f"{_MIXTRAL}.w1.weight", f"{_MIXTRAL}.w3.weight", f"{_MIXTRAL}.w2.weight"),
+    "qwen3_moe": (f"{_QWEN3}.gate_proj.weight", f"{_QWEN3}.up_proj.weight", f"{_QWEN3}.down_proj.weight"),
 }
 # Of Megatron's local layers, and of Transformer Engine's grouped ones.
 _EXPERT_NAME = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.)?linear_fc([12])\.weight(\d*)$")
@@ -83,7 +84,7 @@ def rule_of(name: str, layers: Sequence[int], tied: bool, model_type: str = "lla
         return Rule(("model.norm.weight",), "replicated")
     match = _NAME.match(name)
     rule = None if match is None else _RULES.get(match[2]) or _expert_rule(match[2], model_type)
-    if rule is None:
+    if match is None or rule is None:
         raise KeyError(f"no Hugging Face counterpart of Megatron's parameter {name}")
     layer = str(layers[int(match[1])])
     return Rule(tuple(source.replace("{i}", layer) for source in rule.sources), rule.kind, rule.expert)

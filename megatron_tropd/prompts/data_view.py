@@ -80,6 +80,7 @@ def _rendered(prompt: Prompt, tokenizer: Tokenizer | None, colours: bool) -> lis
     elif prompt.messages is not None:
         text = _printable("\n".join(f"[{m['role']}] {m['content'] or m.get('tool_calls')}" for m in prompt.messages))
     else:
+        assert prompt.text is not None  # the other kind of prompt
         text = _printable(prompt.text)
     lines = [f"  \u2502 {line}" for line in text.split("\n")]
     if prompt.teacher_response is not None:
@@ -92,13 +93,16 @@ def _rendered(prompt: Prompt, tokenizer: Tokenizer | None, colours: bool) -> lis
 
 def visible(ids: list[int], tokenizer: Tokenizer, marks: tuple[str, str] = ("", "")) -> str:
     """Return the text of token ids with special tokens written out between `marks`, the middle of a long one cut."""
-    pieces, runs = tokenizer.pieces(), []
+    pieces = tokenizer.pieces()
+    runs: list[str | list[int]] = []  # special tokens, and runs of others between them
     for token in ids:
-        is_special = not tokenizer.decode([token]) and token in pieces
-        if is_special or not runs or isinstance(runs[-1], str):
-            runs.append(f"{marks[0]}{pieces[token]}{marks[1]}" if is_special else [])
-        if not is_special:
-            runs[-1].append(token)
+        last = runs[-1] if runs else ""
+        if not tokenizer.decode([token]) and token in pieces:
+            runs.append(f"{marks[0]}{pieces[token]}{marks[1]}")
+        elif isinstance(last, str):
+            runs.append([token])
+        else:
+            last.append(token)
     parts = [run if isinstance(run, str) else _printable(tokenizer.decode(run)) for run in runs]
     length = sum(map(len, parts))
     if length <= _SHOWN_CHARACTERS:
@@ -131,11 +135,11 @@ def _totals(prompts: PromptSet, sample: list[Prompt], tokenizer: Tokenizer | Non
         )
     else:
         lines.append("tokens      not measured: give --tokenizer, or student.hf_path=FOLDER")
-    responses = [prompt for prompt in sample if prompt.teacher_response is not None]
+    responses = [prompt.teacher_response for prompt in sample if prompt.teacher_response is not None]
     if responses:
         lengths = ""
         if tokenizer is not None:
-            lengths = f"; tokens: {_quantiles([len(tokenizer.encode_response(p.teacher_response)) for p in responses])}"
+            lengths = f"; tokens: {_quantiles([len(tokenizer.encode_response(text)) for text in responses])}"
         lines.append(
             f"responses   {_count(prompts.responses, 'row')} with a teacher's, {prompts.cut:,} of them cut{lengths}"
         )

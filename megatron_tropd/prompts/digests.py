@@ -22,12 +22,12 @@ def digests(prompt: Prompt) -> tuple[int, int, int]:
     content = _plain_content(prompt.messages) if not (prompt.tools or prompt.chat_template_kwargs) else None
     if content is None:
         content = to_json([prompt.messages, prompt.text, prompt.tools, prompt.chat_template_kwargs])
-    content = content.encode()
-    state = hashlib.blake2b(content, digest_size=8)
+    encoded = content.encode()
+    state = hashlib.blake2b(encoded, digest_size=8)
     contents = state.digest()
     rest = (prompt.id, prompt.teacher_response, prompt.teacher_finish_reason, prompt.answer, prompt.domain)
     state.update("".join(["-" if value is None else f"{len(value)}:{value}" for value in rest]).encode())
-    size = len(content) + _AROUND * len(prompt.messages or ())
+    size = len(encoded) + _AROUND * len(prompt.messages or ())
     return size, int.from_bytes(state.digest(), "little"), int.from_bytes(contents, "little")
 
 

@@ -122,6 +122,7 @@ class Guidance:
         if prompt.id not in self._tokens:
             response = self._responses.get(prompt.id) if self._responses is not None else None
             text, finish_reason = response or (prompt.teacher_response, prompt.teacher_finish_reason)
+            assert text is not None  # `check` refused prompts without a response
             if len(self._tokens) >= _KEPT_RESPONSES:
                 self._tokens.clear()
             tokens = self._until_end(self.tokenizer.encode_response_to(prompt, text), prompt)

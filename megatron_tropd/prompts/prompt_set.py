@@ -94,7 +94,8 @@ class PromptSet(Sequence):
         self._again = [reader.again() for reader in self.readers]
         self._prefixes = [self._prefix(rows) for rows in self.files]
         self._file, self._place, self._size, self._shape = array("L"), array("L"), array("L"), array("L")
-        self._contents, self._digests, self._ids = array("Q"), array("Q"), []
+        self._contents, self._digests = array("Q"), array("Q")
+        self._ids: list[str] = []
         self._without_response: list[str] = []
         self._shapes: dict[tuple, int] = {}
         self._tokens: dict[int, list[int]] = {}
@@ -108,7 +109,7 @@ class PromptSet(Sequence):
     def __len__(self) -> int:
         return len(self._used)
 
-    def __getitem__(self, place: int) -> Prompt:
+    def __getitem__(self, place: int) -> Prompt:  # type: ignore[override]  # no slices: they would be read whole
         """Return a Prompt with its tokens; UserError if the template refuses it only now."""
         row = int(self._used[range(len(self))[place]])
         prompt = replace(self._prompt(row), index=place)
@@ -270,6 +271,7 @@ class PromptSet(Sequence):
 
     def _measure(self, rows: Iterable[int], lengths: dict[int, int], keeps: bool = False) -> list[int]:
         """Tokenize rows into `lengths`; return those that the template refuses, which become problems."""
+        assert self._tokenizer is not None  # without one nothing is measured
         todo, refused = [row for row in map(int, rows) if row not in lengths and row not in self._refused], []
         for row in self._progress(todo, len(todo), "tokenize"):
             try:
@@ -328,4 +330,4 @@ def _present(columns: ColumnsConfig, rows: Rows) -> ColumnsConfig:
     if isinstance(rows, TextRows):
         first = next((record for _, record in rows.scan() if isinstance(record, dict)), {})
         return replace(columns, **{role: None for role, _ in _missing(columns, first)})
-    return replace(columns, **{role: None for role, _ in _missing(columns, rows.columns)})
+    return replace(columns, **{role: None for role, _ in _missing(columns, rows.columns or ())})

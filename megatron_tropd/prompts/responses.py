@@ -108,7 +108,8 @@ class ResponseReader:
                     else ""
                 )
             )
-        reasons = [row[name] for name in (self.columns.finish_reason, *REASONS) if row.get(name) is not None]
+        named = (self.columns.finish_reason, *REASONS)
+        reasons = [row[column] for column in named if column is not None and row.get(column) is not None]
         return id_text(name), check_text(text, "teacher_response"), finish_reason(reasons[0] if reasons else None)
 
     def _value(self, row: dict[str, Any], role: str) -> Any:

@@ -126,8 +126,9 @@ def _is_about_room(error: BaseException | None) -> bool:
 
 def show(size: int) -> str:
     """Return a number of bytes in the largest unit that leaves a digit before the point."""
+    amount: float = size
     for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return f"{size} bytes" if unit == "bytes" else f"{size:.3g} {unit}"
-        size /= 1000
+        if amount < 1000 or unit == "GB":
+            return f"{size} bytes" if unit == "bytes" else f"{amount:.3g} {unit}"
+        amount /= 1000
     raise AssertionError

@@ -79,6 +79,7 @@ class Tokenizer:
             UserError: a chat prompt, and the tokenizer has no chat template or it refuses the messages.
         """
         if prompt.messages is None:
+            assert prompt.text is not None  # the other kind of prompt
             return prompt.text
         if self.template is None:
             raise UserError(

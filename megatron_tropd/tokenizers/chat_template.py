@@ -81,6 +81,7 @@ class ChatTemplate:
         if name not in self._parts:
             self._parts[name] = self._wants_parts(name, messages, merged)
             self._check_opening(name, merged)
+        text: str | None
         try:
             text = self._render(name, messages, tools, merged)
         except Exception as error:
@@ -173,12 +174,16 @@ class ChatTemplate:
         Raises:
             UserError: the template shows what is said in neither form.
         """
-        forms = {False: list(_QUESTIONS), True: [[{"type": "text", "text": text}] for text in _QUESTIONS]}
+        forms: dict[bool, list[Any]] = {
+            False: list(_QUESTIONS),
+            True: [[{"type": "text", "text": text}] for text in _QUESTIONS],
+        }
         renders = False
         for parts, contents in forms.items():
             chats = [[{**message, "content": content} for message in messages] for content in contents]
-            texts = [self._attempt(name, chat, kwargs) for chat in chats]
-            if None in texts:
+            attempts = [self._attempt(name, chat, kwargs) for chat in chats]
+            texts = [text for text in attempts if text is not None]
+            if len(texts) < len(attempts):
                 continue
             if texts[0] != texts[1]:
                 return parts

@@ -120,9 +120,9 @@ def _as_json_says(folder: Path, tokens: FolderTokens, tokenizer: Any, error: Exc
     file.no_padding()
     # Flags that tokenizer_config.json gives to a token take precedence in all releases of transformers.
     known = file.get_vocab()
-    for text, (_, flags) in sorted(tokens.added.items(), key=lambda item: item[1][0]):
-        if len(flags) > 1 or text not in known:
-            file.add_tokens([AddedToken(text, **{"normalized": False, **flags})])
+    for text, (_, given) in sorted(tokens.added.items(), key=lambda item: item[1][0]):
+        if len(given) > 1 or text not in known:
+            file.add_tokens([AddedToken(text, **{"normalized": False, **given})])
     _warn_of_new_rows(folder, tokens, file)
     compare = functools.partial(_json_difference, tokens=tokens)
     difference = _difference(compare, file, tokenizer, error)

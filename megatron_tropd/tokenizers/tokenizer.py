@@ -11,7 +11,7 @@ import copy
 import functools
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 "eos_token in tokenizer_config.json or eos_token_id in generation_config.json."
             )
         self.eos_id = eos if eos is not None else min(eos_ids)
-        self.eos_ids = eos_ids | {self.eos_id}
+        self.eos_ids = {*eos_ids, self.eos_id}
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_id
         probe = tokenizer("a").input_ids
         has_bos = tokenizer.bos_token_id is not None and probe[:1] == [tokenizer.bos_token_id]
@@ -114,7 +114,7 @@ class SentencePieceTokenizer(Tokenizer):
         template: ChatTemplate | None = None,
         model: PieceModel | None = None,
         special_tokens: Mapping[str, str] | None = None,
-        eos_ids: set[int] = frozenset(),
+        eos_ids: Set[int] = frozenset(),
     ):
         """Read `path`.
 
@@ -138,7 +138,7 @@ class SentencePieceTokenizer(Tokenizer):
         if self.eos_id < 0 and not eos_ids:
             raise UserError(f"{path} has no end-of-sequence piece: responses could not end. Train it with eos_id set.")
         self.eos_id = self.eos_id if self.eos_id >= 0 else min(eos_ids)
-        self.eos_ids = eos_ids | {self.eos_id}
+        self.eos_ids = {*eos_ids, self.eos_id}
         self.pad_id = ids["pad_token"] if ids["pad_token"] >= 0 else self.eos_id
         self.bos_id = ids["bos_token"] if ids["bos_token"] >= 0 else None
         if template is not None:
