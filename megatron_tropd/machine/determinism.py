@@ -38,5 +38,6 @@ def make_deterministic() -> None:
                 "CUDA has started already; set the variable before the process begins."
             )
         os.environ[name] = value or allowed[0]
-    torch.utils.deterministic.fill_uninitialized_memory = False  # caches are large
+    # Caches are large. (torch gives its module this attribute by a class of it, which type checkers do not see.)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)  # CUDA has no reproducible cumsum: sampling needs one

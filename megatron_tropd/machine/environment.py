@@ -15,6 +15,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
@@ -153,7 +154,8 @@ class Environment:
 
     def fits(self, name: str) -> bool:
         """Whether a package imports, in a version that will do."""
-        return self.package(name).importable and misfit(name, self.package(name).version) is None
+        package = self.package(name)
+        return package.importable and misfit(name, package.version) is None
 
     @property
     def has_flash_attention(self) -> bool:
@@ -171,8 +173,10 @@ class Environment:
         return min((gpu.capability for gpu in self.gpus), default=None)
 
 
-def misfit(name: str, version: str) -> str | None:
-    """Return what is expected of a package's version where this one does not do; None where it does."""
+def misfit(name: str, version: str | None) -> str | None:
+    """Return what is expected of a package's version where this one does not do; None where it does or is unknown."""
+    if version is None:
+        return None
     rule = _BY_NAME[name]
     try:
         parsed = Version(version)
@@ -221,7 +225,7 @@ def gather() -> Environment:
     )
 
 
-def _describe_gpu(properties) -> Gpu:
+def _describe_gpu(properties: Any) -> Gpu:
     return Gpu(properties.name, properties.total_memory / 1e9, (properties.major, properties.minor))
 
 

@@ -151,6 +151,7 @@ def _model(role: str, model: ModelConfig, environment: Environment, clips: bool)
             f"{role}.pipeline_model_parallel_size to spread the model further."
         )
     capability, needed = environment.capability, _FP8_CAPABILITY[model.fp8_recipe]
+    assert capability is not None  # there is a CUDA device
     if model.fp8 and not fp8 and capability < needed:
         yield (
             f"{role}.fp8_recipe={model.fp8_recipe} needs GPUs of compute capability {_dotted(needed)} or later, and a "

@@ -17,7 +17,9 @@ from megatron_tropd.system.safe_pickles import load_plain
 
 def save_random_states(path: str | Path) -> None:
     """Write the states of Python's, numpy's, torch's, CUDA's and Megatron's generators."""
-    name, keys, *rest = np.random.get_state()
+    numpy_state = np.random.get_state(legacy=True)
+    assert isinstance(numpy_state, tuple)  # a dictionary only of other generators
+    name, keys, *rest = numpy_state
     states = {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),

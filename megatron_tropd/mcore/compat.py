@@ -44,7 +44,12 @@ def keep_adam_step_on_load(optimizer: Any) -> None:
     for distributed in _distributed_optimizers(optimizer):
         original = distributed._set_main_param_and_optimizer_states
 
-        def set_states(model_param, tensors, distributed=distributed, original=original):
+        def set_states(
+            model_param: torch.nn.Parameter,
+            tensors: dict[str, torch.Tensor],
+            distributed: DistributedOptimizer = distributed,
+            original: Callable[..., None] = original,
+        ) -> None:
             group_index, group_order = distributed.model_param_group_index_map[model_param]
             main_param = distributed.optimizer.param_groups[group_index]["params"][group_order]
             step = distributed.optimizer.state[main_param].get("step")
@@ -68,7 +73,7 @@ def _load_step_of_zero(adam: torch.optim.Optimizer) -> None:
                 state.setdefault("step", torch.tensor(0.0))
         load(saved)
 
-    adam.load_state_dict = load_with_step
+    adam.load_state_dict = load_with_step  # type: ignore[method-assign, assignment]  # of this optimizer alone
 
 
 def mend_router_without_transformer_engine() -> None:
@@ -197,7 +202,7 @@ def checkpoint_on_one_rank(optimizer: Any, host_groups: Sequence[dist.ProcessGro
 def _load_on_one_rank(distributed: DistributedOptimizer, group: dist.ProcessGroup) -> None:
     sharded_state = distributed.sharded_param_state_fully_reshardable
 
-    def sharded_state_of_one_rank(model_state, is_loading=False, metadata=None):
+    def sharded_state_of_one_rank(model_state: Any, is_loading: bool = False, metadata: Any = None) -> Any:
         state = None
         if group.rank() == 0 or not is_loading:
             state = sharded_state(model_state, is_loading, metadata)

@@ -13,12 +13,15 @@ Part of the compatibility layer: it relies on DynamicInferenceContext of 0.16 to
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_tropd.kernels.implementations import triton_runs_on
 from megatron_tropd.mcore.kv_cache import layout_obstacle
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 # Steps of a size that run eagerly first: they fill caches (rotary embeddings, cuBLAS, NCCL) and compile Triton kernels,
 # and a size that hardly occurs is not worth a capture.
@@ -51,10 +54,10 @@ class _Graph:
 class GraphedDecoding(torch.nn.Module):
     """A GPTModel for Megatron's dynamic engine whose decode steps are captured once per padded batch size."""
 
-    def __init__(self, model: torch.nn.Module, context: Any):
+    def __init__(self, model: GPTModel, context: Any):
         """Wrap `model`, which runs over `context`, a DynamicInferenceContext."""
         super().__init__()
-        self.model = model
+        self.model: GPTModel = model
         self.config = model.config
         self.vocab_size = model.vocab_size
         self._context = context
@@ -86,6 +89,7 @@ class GraphedDecoding(torch.nn.Module):
         captured.tokens.copy_(tokens)
         captured.position_ids.copy_(position_ids)
         captured.graph.replay()
+        assert self._logits is not None  # the capture made it
         return self._logits[:, : self._active]
 
     @property

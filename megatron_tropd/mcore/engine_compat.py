@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
@@ -26,6 +26,9 @@ from tqdm import tqdm
 from megatron_tropd.mcore.compat import MEGATRON_VERSION
 from megatron_tropd.mcore.decode_graphs import GraphedDecoding
 from megatron_tropd.parallel.groups import any_rank
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 try:  # 0.17 and later
     from megatron.core.inference.config import InferenceConfig
@@ -263,7 +266,7 @@ def _params(num_tokens: int) -> SamplingParams:
     return SamplingParams(num_tokens_to_generate=num_tokens, termination_id=-1, top_k=1)
 
 
-def _wrapper_config(model: torch.nn.Module, max_requests: int, max_sequence_length: int) -> Any:
+def _wrapper_config(model: GPTModel, max_requests: int, max_sequence_length: int) -> Any:
     return InferenceWrapperConfig(
         hidden_size=model.config.hidden_size,
         params_dtype=model.config.params_dtype,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from megatron.core.transformer.utils import set_model_to_sequence_parallel
 
 from megatron_tropd.mcore.plain_attention import PlainAttention
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+
 
 class _VirtualPipeline(torch.nn.Module):
     """A rank's interleaved model chunks as one model: Megatron's engines know of one chunk a stage.
@@ -25,9 +28,9 @@ class _VirtualPipeline(torch.nn.Module):
     Between two chunks the hidden states go once around the pipeline's ring, the last stage handing on to the first.
     """
 
-    def __init__(self, chunks: list[torch.nn.Module], groups: Any):
+    def __init__(self, chunks: list[MegatronModule], groups: Any):
         super().__init__()
-        self.chunks = torch.nn.ModuleList(chunks)
+        self.chunks = torch.nn.ModuleList(chunks)  # registers what `_models` lists
         self.config = copy.copy(chunks[0].config)
         self.config.virtual_pipeline_model_parallel_size = None
         self.vocab_size = chunks[0].vocab_size
@@ -37,12 +40,16 @@ class _VirtualPipeline(torch.nn.Module):
             attention._get_pp_layer_offset_for_inference = lambda offset=attention.layer_number - local: offset
 
     @property
-    def decoder(self) -> torch.nn.Module:
-        """One of the chunks' decoders, at which the engines look for layers of unknown kinds."""
-        return self.chunks[0].decoder
+    def _models(self) -> list[MegatronModule]:
+        return list(self.chunks)
 
-    def _attentions(self) -> list[torch.nn.Module]:
-        return [layer.self_attention for chunk in self.chunks for layer in chunk.decoder.layers]
+    @property
+    def decoder(self) -> MegatronModule:
+        """One of the chunks' decoders, at which the engines look for layers of unknown kinds."""
+        return self._models[0].decoder
+
+    def _attentions(self) -> list[MegatronModule]:
+        return [layer.self_attention for chunk in self._models for layer in chunk.decoder.layers]
 
     def release(self) -> None:
         """Give the layers their own way of counting back."""
@@ -51,12 +58,12 @@ class _VirtualPipeline(torch.nn.Module):
 
     def set_input_tensor(self, tensor: torch.Tensor | None) -> None:
         """Take what the stage before hands to the first chunk."""
-        self.chunks[0].set_input_tensor(tensor)
+        self._models[0].set_input_tensor(tensor)
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run all chunks; logits on the last stage, hidden states [s, b, h] elsewhere."""
-        output = self.chunks[0](*args, **kwargs)
-        for chunk in self.chunks[1:]:
+        output = self._models[0](*args, **kwargs)
+        for chunk in self._models[1:]:
             received = torch.empty_like(output)
             send_to_next_pipeline_rank(output.contiguous(), self._group)  # the last stage's next is the first
             recv_from_prev_pipeline_rank_(received, self._group)
@@ -66,7 +73,7 @@ class _VirtualPipeline(torch.nn.Module):
 
 
 @contextmanager
-def inference_model(chunks: list[torch.nn.Module], groups: Any) -> Iterator[torch.nn.Module]:
+def inference_model(chunks: list[MegatronModule], groups: Any) -> Iterator[MegatronModule]:
     """Make of GPTModel chunks one model for Megatron's engines; restore them for training, whatever happens."""
     was_training, sequence_parallel = chunks[0].training, chunks[0].config.sequence_parallel
     for chunk in chunks:
@@ -95,14 +102,14 @@ def inference_model(chunks: list[torch.nn.Module], groups: Any) -> Iterator[torc
         _drop_inference_buffers()
 
 
-def attends_whole_sequences(chunks: list[torch.nn.Module]) -> bool:
+def attends_whole_sequences(chunks: list[MegatronModule]) -> bool:
     """Whether context-parallel ranks can each attend within whole sequences, as the static engine has it."""
     return all(
         isinstance(layer.self_attention.core_attention, PlainAttention) for c in chunks for layer in c.decoder.layers
     )
 
 
-def _set_whole_sequences(chunk: torch.nn.Module, cp_group: dist.ProcessGroup | None) -> None:
+def _set_whole_sequences(chunk: MegatronModule, cp_group: dist.ProcessGroup | None) -> None:
     """Let every context-parallel rank generate all of each sequence (None), or train on its share of it (its group)."""
     chunk.rotary_pos_emb.cp_group = cp_group
     _forget_rotary_cache(chunk)
@@ -110,7 +117,7 @@ def _set_whole_sequences(chunk: torch.nn.Module, cp_group: dist.ProcessGroup | N
         layer.self_attention.core_attention.whole_sequences = cp_group is None
 
 
-def _stop_quantizing(chunks: list[torch.nn.Module]) -> list[tuple[Any, str]]:
+def _stop_quantizing(chunks: list[MegatronModule]) -> list[tuple[Any, str]]:
     """Let a model that trains in 8 bits generate in its own dtype: single tokens are no shape for 8-bit products.
 
     Returns:
@@ -132,7 +139,7 @@ def _leave_inference_mode() -> None:
     InferenceMode.unset_active()
 
 
-def _forget_rotary_cache(model: torch.nn.Module) -> None:
+def _forget_rotary_cache(model: MegatronModule) -> None:
     """Rotary embeddings are cached by length; those made in inference mode cannot take part in a backward pass."""
     clear = getattr(type(model.rotary_pos_emb).forward, "cache_clear", None)
     if clear is not None:

@@ -25,7 +25,7 @@ class RMSNorm(torch.nn.RMSNorm):
         """Take `eps` from the caller, dtype and sequence parallelism from `config`."""
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         # Tells finalize_model_grads to sum this weight's gradient over the tensor-parallel ranks.
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron's mark
 
 
 def uses_transformer_engine() -> bool:

@@ -10,7 +10,8 @@ request], -1 where a request has no block.
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -96,8 +97,10 @@ def flash_attn_varlen_func(
     if decoding:  # requests that decode while others prefill: one call over the cache, without gathering
         rows = torch.tensor(decoding, device=q.device)
         places = cu_seqlens_q[rows].long()
-        options = {"softmax_scale": softmax_scale, "window_size": window_size}
-        decoded = flash_attn_with_kvcache(q[places][:, None], k, v, lengths[rows], block_table[rows], **options)
+        of_rows = (lengths[rows], block_table[rows])
+        decoded = flash_attn_with_kvcache(
+            q[places][:, None], k, v, *of_rows, softmax_scale=softmax_scale, window_size=window_size
+        )
         out[places] = decoded[:, 0]
     cached = lengths.tolist()
     filling = [_NewTokens(i, starts[i], count, cached[i]) for i, count in enumerate(counts) if count > 1]
@@ -107,7 +110,8 @@ def flash_attn_varlen_func(
     return out
 
 
-class _NewTokens(NamedTuple):
+@dataclass(frozen=True)
+class _NewTokens:
     """A request with several new tokens: its row in the block table, and its tokens in q and in the cache."""
 
     row: int
@@ -145,9 +149,9 @@ def _prefill_together(
 
 def _joined(starts: list[int], counts: list[int]) -> torch.Tensor:
     """Return start, start + 1, … of `counts` numbers each, one after the other, on the host."""
-    counts = torch.tensor(counts)
-    offsets = torch.tensor(starts) - (counts.cumsum(0) - counts)
-    return torch.arange(int(counts.sum())) + torch.repeat_interleave(offsets, counts)
+    repeats = torch.tensor(counts)
+    offsets = torch.tensor(starts) - (repeats.cumsum(0) - repeats)
+    return torch.arange(int(repeats.sum())) + torch.repeat_interleave(offsets, repeats)
 
 
 def _prefill_one_by_one(

@@ -55,7 +55,7 @@ class PlainAttention(DotProductAttention):
             lengths = {"longest_q": longest, "longest_k": longest, "scale": self.softmax_scale}
             return variable_length_attention(query, key, value, ends, ends, **lengths).flatten(1)
         ends = packed_seq_params.cu_seqlens_q.tolist()
-        return self._attend(*(t.unsqueeze(1) for t in (query, key, value)), ends, size).squeeze(1)
+        return self._attend(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), ends, size).squeeze(1)
 
     def _takes_plain_causal(self, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
         """Whether padded sequences go to scaled_dot_product_attention: on CUDA, where each token sees all before it.
@@ -64,7 +64,9 @@ class PlainAttention(DotProductAttention):
         """
         return query.is_cuda and attention_mask is None and query.size(0) == key.size(0)
 
-    def _attend(self, query, key, value, ends: list[int], size: int) -> torch.Tensor:
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: list[int], size: int
+    ) -> torch.Tensor:
         """Attend within each of the sequences [ends[i], ends[i + 1]), lengths counted over all ranks."""
         if size > 1:
             key, value = (gather_from_sequence_parallel_region(t, True, group=self.cp_group) for t in (key, value))
@@ -83,7 +85,9 @@ class PlainAttention(DotProductAttention):
             outputs.append(self._one(own, keys, values, visible))
         return torch.cat(outputs)
 
-    def _one(self, query, key, value, visible: torch.Tensor | None) -> torch.Tensor:
+    def _one(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None
+    ) -> torch.Tensor:
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, tokens, hn]
         if q.is_cuda and (visible is not None or q.dtype == torch.float32):
             # Groups are then for the backend alone that keeps all scores.

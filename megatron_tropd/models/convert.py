@@ -69,6 +69,7 @@ def resolve_hf_path(model: ModelConfig, role: str = "model") -> Path:
     if model.checkpoint is not None:
         check_checkpoint(model.checkpoint, f"{role}.checkpoint")
     if model.hf_path is None:
+        assert model.checkpoint is not None  # a recipe without either is refused before
         return Path(model.checkpoint) / HF_FOLDER
     hf_path = Path(model.hf_path)
     if not hf_path.is_dir():
@@ -95,6 +96,7 @@ def check_model_files(model: ModelConfig) -> None:
         UserError: names, shapes or kinds of numbers do not fit.
     """
     if model.checkpoint is None:
+        assert model.hf_path is not None  # a recipe without either is refused before
         check_files(model.hf_path, load_hf_config(model.hf_path))
 
 
@@ -107,6 +109,7 @@ def load_model_weights(chunks: list[torch.nn.Module], model: ModelConfig, groups
     if model.checkpoint is not None:
         load_checkpoint_weights(chunks, model.checkpoint, groups)
     else:
+        assert model.hf_path is not None  # a recipe without either is refused before
         load_hf_weights(chunks, load_hf_config(model.hf_path), model.hf_path, groups)
 
 
@@ -173,8 +176,13 @@ def convert_hf_to_mcore(
 
 
 def _layout(dtype: str, tp: int, pp: int, ep: int, hf_path: str | None = None) -> ModelConfig:
-    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "expert_model_parallel_size": ep}
-    return ModelConfig(hf_path=hf_path, dtype=dtype, **sizes)
+    return ModelConfig(
+        hf_path=hf_path,
+        dtype=dtype,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+    )
 
 
 def _report_verdict(groups: ParallelGroups, verdict: str, stages: list[float]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ from megatron_tropd.huggingface.mapping import Rule, Shape, rule_of, shard_parts
 from megatron_tropd.huggingface.tensor_dtypes import Rounding, same_bits
 from megatron_tropd.parallel.groups import ParallelGroups, all_shards
 from megatron_tropd.types import UserError
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 _MAX_FILE_BYTES = 5 << 30
 
@@ -42,7 +45,7 @@ def shape_of(hf_config: Any) -> Shape:
 
 
 def named_parameters(
-    chunks: list[torch.nn.Module], hf_config: Any, layers: tuple[int, ...] | None = None
+    chunks: list[GPTModel], hf_config: Any, layers: tuple[int, ...] | None = None
 ) -> Iterator[tuple[str, torch.nn.Parameter, Rule]]:
     """Yield (Megatron's local name, parameter, rule) of every chunk, in the order of the layers.
 
@@ -58,7 +61,7 @@ def named_parameters(
 
 
 def load_hf_weights(
-    chunks: list[torch.nn.Module],
+    chunks: list[GPTModel],
     hf_config: Any,
     hf_path: str | Path,
     groups: ParallelGroups,
@@ -88,9 +91,7 @@ def load_hf_weights(
         rounding.report()
 
 
-def find_difference(
-    chunks: list[torch.nn.Module], hf_config: Any, hf_path: str | Path, groups: ParallelGroups
-) -> str | None:
+def find_difference(chunks: list[GPTModel], hf_config: Any, hf_path: str | Path, groups: ParallelGroups) -> str | None:
     """Return the first Hugging Face tensor whose bits are not those of this rank's parameters, None if all are."""
     with SafetensorsFolder(hf_path, hf_config.model_type) as folder, torch.no_grad():
         for parameter, rule, parts in _shards(chunks, hf_config, folder, groups, None, "comparing weights"):
@@ -100,7 +101,7 @@ def find_difference(
 
 
 def _shards(
-    chunks: list[torch.nn.Module],
+    chunks: list[GPTModel],
     hf_config: Any,
     folder: SafetensorsFolder,
     groups: ParallelGroups,
@@ -129,7 +130,7 @@ def _shards(
 
 
 def save_hf_weights(
-    chunks: list[torch.nn.Module],
+    chunks: list[GPTModel],
     hf_config: Any,
     output: str | Path,
     groups: ParallelGroups,
@@ -183,10 +184,10 @@ def gather_full(tensor: torch.Tensor, rule: Rule, shape: Shape, groups: Parallel
         shards = [tensor] if rule.kind == "replicated" else all_shards(tensor, groups.tp)
         return split_full(rule, shards, shape)
     per_expert = zip(*(all_shards(shard, groups.ep) for shard in all_shards(tensor, groups.expert_tp)), strict=True)
-    found = {}
-    for ep_rank, shards in enumerate(per_expert):
+    found: dict[str, torch.Tensor] = {}
+    for ep_rank, of_expert in enumerate(per_expert):
         first = ep_rank * shape.experts // groups.ep.size()
-        found |= split_full(rule.of_expert(first), list(shards), shape)
+        found |= split_full(rule.of_expert(first), list(of_expert), shape)
     return found
 
 

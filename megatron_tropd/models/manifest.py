@@ -23,11 +23,11 @@ def find_damage(folder: str | Path) -> str | None:
     """Compare a folder with its manifest; return what is wrong, or None if it is whole."""
     folder = Path(folder)
     try:
-        sizes = dict(json.loads((folder / MANIFEST).read_text()).items())
-    except (OSError, ValueError, AttributeError):  # the last one: it holds something other than an object
-        return f"{MANIFEST} is missing or unreadable"
+        sizes = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        sizes = None
     if not isinstance(sizes, dict):
-        return f"{MANIFEST} is no list of files"
+        return f"{MANIFEST} is missing or unreadable"
     for name, size in sizes.items():
         file = folder / name
         if not file.is_file():

@@ -133,7 +133,9 @@ class _Weights:
         if name in self._names:
             return self._single.read(name)
         head, _, kind = name.rpartition("mlp.")
-        gate, up, down = (head + source for source in expert_names(self._config.model_type))
+        names = expert_names(self._config.model_type)
+        assert names is not None  # dense models have none but the names above
+        gate, up, down = (head + source for source in names)
         if kind == "gate.weight":
             return self._single.read(head + router_name(self._config.model_type))
         experts = range(self._count(down))
@@ -209,7 +211,8 @@ def _part(
         found[0].append(distance / scale)
         found[1].append((distance - rounding).clamp_min(0) / scale)  # NaN stays NaN
         found[2].append(_norm(second[rows].double() - theirs) / scale)
-    return Part(name, layer, *(torch.cat(values).cpu() for values in found), sparse=sparse)
+    difference, excess, own = (torch.cat(values).cpu() for values in found)
+    return Part(name, layer, difference, excess, own, sparse=sparse)
 
 
 def _norm(rows: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import copy
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +55,7 @@ def full_logits(
         kept.append(torch.cat(all_shards(logits, groups.tp), dim=-1)[..., :vocab_size].transpose(0, 1).contiguous())
         return logits[..., :1]
 
-    def forward_step(data_iterator, model):
+    def forward_step(data_iterator: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Callable[..., None]]:
         rows = next(data_iterator)
         position_ids = torch.arange(rows.size(1), device=rows.device).expand_as(rows)
         with hook.armed(keep):
@@ -128,6 +128,7 @@ def verify_model(
 def verify_before_training(model: ModelConfig, groups: ParallelGroups, role: str) -> None:
     """Verify a model that is read from `hf_path`, unless `verify` is off, and log the result; collective."""
     if model.checkpoint is None and model.verify == "auto":
+        assert model.hf_path is not None  # a recipe without either is refused before
         try:
             verdict = verify_model(model.hf_path, model, groups)
         except UserError as error:
@@ -162,6 +163,7 @@ def truncate(hf_config: Any, layers: tuple[int, ...]) -> Any:
     if getattr(hf_config, "layer_types", None):
         few.layer_types = [hf_config.layer_types[i] for i in layers]
     if hf_config.model_type == "qwen3_moe":
+        assert experts is not None  # this family's
         few.decoder_sparse_step = 1
         few.mlp_only_layers = [place for place, i in enumerate(layers) if not experts.layers[i]]
     return few
@@ -192,7 +194,7 @@ def _run_megatron(
     checkpoint: str | Path | None,
 ) -> dict[str, torch.Tensor]:
     """Return what Megatron's parts make of `tokens` [s], on the host; whole on the reporting rank."""
-    plain = dict.fromkeys(UNEVEN_STAGES[:2]) | dict.fromkeys(UNEVEN_STAGES[2:], False)
+    plain: dict[str, Any] = {**dict.fromkeys(UNEVEN_STAGES[:2]), **dict.fromkeys(UNEVEN_STAGES[2:], False)}
     plain |= {"virtual_pipeline_model_parallel_size": None, "fp8": None, "recompute": None, "context_parallel_size": 1}
     layout = replace(model, dtype="float32", sequence_parallel=False, **plain)
     single = replace(_whole_sequences(groups), virtual_pipeline_size=None)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from megatron_tropd.errors import UserError
 from megatron_tropd.mcore.compat import load_sharded, save_sharded
@@ -19,6 +17,9 @@ from megatron_tropd.models.manifest import MANIFEST, find_damage, write_manifest
 from megatron_tropd.models.sharded_checks import check_stored
 from megatron_tropd.parallel.groups import ParallelGroups, on_rank_zero
 from megatron_tropd.tokenizers.hf_folder import GENERATION_CONFIG, TOKENIZER_FILES, copy_files
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 HF_FOLDER = "hf"
 _CARRIED = ("config.json", GENERATION_CONFIG, "LICENSE*", *TOKENIZER_FILES)  # goes along with the weights
@@ -38,7 +39,7 @@ def check_checkpoint(path: str | Path, key: str = "checkpoint") -> None:
 
 
 def save_checkpoint_weights(
-    chunks: list[torch.nn.Module],
+    chunks: list[GPTModel],
     directory: str | Path,
     hf_path: str | Path,
     finish_folder: Callable[[Path], None] | None = None,
@@ -70,7 +71,7 @@ def save_checkpoint_weights(
 
 
 def load_checkpoint_weights(
-    chunks: list[torch.nn.Module], directory: str | Path, groups: ParallelGroups | None = None
+    chunks: list[GPTModel], directory: str | Path, groups: ParallelGroups | None = None
 ) -> None:
     """Fill chunks from a weights checkpoint, whatever layout wrote it; collective over all ranks.
 
@@ -93,7 +94,7 @@ def load_checkpoint_weights(
         assert not unexpected, f"{directory} has unknown {unexpected}"
 
 
-def sharded_weights(chunks: list[torch.nn.Module], groups: ParallelGroups | None = None) -> dict[str, Any]:
+def sharded_weights(chunks: list[GPTModel], groups: ParallelGroups | None = None) -> dict[str, Any]:
     """Return Megatron's sharded state without Transformer Engine's extra states: both layer kinds then interchange."""
     metadata = None if groups is None else {"dp_cp_group": groups.dp_cp}
     states = [chunk.sharded_state_dict(metadata=metadata) for chunk in chunks]

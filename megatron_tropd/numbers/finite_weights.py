@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,6 +100,6 @@ def everywhere(mine: list[str]) -> list[str]:
     return list(dict.fromkeys(item for part in gathered for item in part or ()))
 
 
-def _layers(module: torch.nn.Module) -> Iterable[torch.nn.Module]:
+def _layers(module: torch.nn.Module) -> Iterable[Any]:
     decoder = getattr(module, "decoder", None)
     return getattr(decoder, "layers", ())

@@ -146,6 +146,7 @@ class NumberGuard:
 
     def _describe(self, step: int, result: StepResult, rollouts: Rollouts, models: dict[str, list]) -> str:
         problem = result.problem
+        assert problem is not None  # only steps with one are described
         if problem == "loss spike":
             limit = self.limits().loss
             return f"step {step}: {_WHAT[problem]}: {result.loss:.4g}, beyond {limit:.4g}. {_REMEDY[problem]}"

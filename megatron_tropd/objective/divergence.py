@@ -44,20 +44,45 @@ class Divergence:
             teacher_hidden: [b, s, h_teacher].
             mask: [b, s] bool.
         """
+        assert self.teacher_weight is not None  # this is the student's last stage
         theirs = (teacher_hidden.transpose(0, 1), self.teacher_weight)
-        options = {"temperature": self.temperature, "mask": mask.t(), "implementation": self.implementation}
         found = fused_linear_full_divergence(
-            hidden, weight, *theirs, self.kind, self.group, self.vocab_size, beta=self.beta, **options
+            hidden,
+            weight,
+            *theirs,
+            self.kind,
+            self.group,
+            self.vocab_size,
+            beta=self.beta,
+            temperature=self.temperature,
+            mask=mask.t(),
+            implementation=self.implementation,
         )
         if not self.end:
             return found
         ids = self.end.extend(torch.empty((*hidden.shape[:2], 0), dtype=torch.int64, device=hidden.device))
-        student, _ = fused_linear_logprobs(hidden, weight, ids, self.group, self.vocab_size, **options)
+        student = self._logprobs(hidden, weight, ids, mask)
         with torch.no_grad():
-            teacher, _ = fused_linear_logprobs(*theirs, ids, self.group, self.vocab_size, **options)
+            teacher = self._logprobs(*theirs, ids, mask)
         events = [self.end.event(logprobs).squeeze(-1) for logprobs in (student, teacher)]
         merged = self._terms(*events) - self._terms(student, teacher).sum(-1)
         return found + torch.where(mask.t(), merged, 0.0)
+
+    def _logprobs(
+        self, hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Return a model's log-probs [s, b, j] at ids [s, b, j]."""
+        logprobs, _ = fused_linear_logprobs(
+            hidden,
+            weight,
+            ids,
+            self.group,
+            self.vocab_size,
+            temperature=self.temperature,
+            mask=mask.t(),
+            implementation=self.implementation,
+        )
+        return logprobs
 
     def _terms(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         """Return what outcomes of these log-probs contribute to the divergence."""

@@ -7,14 +7,17 @@ causal attention costs every rank alike. Transformer Engine's attention expects 
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_tropd.parallel.groups import all_shards
 
-Sequences = TypeVar("Sequences")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Sequences = TypeVar("Sequences", bound="DataclassInstance")
 
 
 def share_of(batch: Sequences, rank: int, size: int) -> Sequences:

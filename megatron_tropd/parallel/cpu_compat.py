@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,7 +42,12 @@ def _of_all(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     return group
 
 
-def _all_gather_uneven(tensor_list, tensor, group=None, async_op=False) -> None:
+def _all_gather_uneven(
+    tensor_list: Sequence[torch.Tensor],
+    tensor: torch.Tensor,
+    group: dist.ProcessGroup | None = None,
+    async_op: bool = False,
+) -> None:
     """What NCCL does with tensors of different sizes, and gloo refuses: one broadcast a rank."""
     group = _of_all(group)
     for rank, out in enumerate(tensor_list):
@@ -49,7 +56,13 @@ def _all_gather_uneven(tensor_list, tensor, group=None, async_op=False) -> None:
         dist.broadcast(out, src=dist.get_global_rank(group, rank), group=group)
 
 
-def _reduce_scatter_uneven(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False) -> None:
+def _reduce_scatter_uneven(
+    output: torch.Tensor,
+    input_list: Sequence[torch.Tensor],
+    op: Any = dist.ReduceOp.SUM,
+    group: dist.ProcessGroup | None = None,
+    async_op: bool = False,
+) -> None:
     """The same for sums: one reduction a rank."""
     group = _of_all(group)
     for rank, part in enumerate(input_list):
@@ -60,13 +73,18 @@ def _reduce_scatter_uneven(output, input_list, op=dist.ReduceOp.SUM, group=None,
 
 
 # Collective -> the place of its list of tensors among the arguments, and the replacement where their sizes differ.
-_UNEVEN = {dist.all_gather: (0, _all_gather_uneven), dist.reduce_scatter: (1, _reduce_scatter_uneven)}
+_UNEVEN: dict[Any, tuple[int, Callable[..., None]]] = {
+    dist.all_gather: (0, _all_gather_uneven),
+    dist.reduce_scatter: (1, _reduce_scatter_uneven),
+}
 
 
 class _CudaMeansCpu(TorchFunctionMode):
     """Send every explicit CUDA device to the CPU."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if kwargs and _names_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
@@ -87,13 +105,13 @@ class _CudaMeansCpu(TorchFunctionMode):
 class _InertStream:
     """Stands in for CUDA streams and events: the CPU runs everything in order, so there is nothing to wait for."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: object, **kwargs: object):
         self.cuda_stream = 0
 
-    def __enter__(self):
+    def __enter__(self) -> _InertStream:
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: object) -> None:
         return None
 
     def query(self) -> bool:
@@ -102,12 +120,12 @@ class _InertStream:
     def elapsed_time(self, other: object) -> float:
         return 0.0
 
-    def _nothing(self, *args, **kwargs) -> None:
+    def _nothing(self, *args: object, **kwargs: object) -> None:
         return None
 
     record = wait = synchronize = wait_stream = wait_event = _nothing
 
-    def record_event(self, *args, **kwargs) -> _InertStream:
+    def record_event(self, *args: object, **kwargs: object) -> _InertStream:
         return _InertStream()
 
 
@@ -115,13 +133,13 @@ class _InertNvtx:
     rangePushA = rangePop = markA = staticmethod(lambda *args: 0)
 
 
-def _constant(value: object):
+def _constant(value: object) -> Callable[..., object]:
     """Return a new function that ignores its arguments; new each time, since torch.compile wants one object a name."""
     return lambda *args, **kwargs: value
 
 
 def _patch_torch_cuda() -> None:
-    answers = {
+    answers: dict[str, object] = {
         "current_device": torch.device("cpu"),
         **dict.fromkeys(("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats", "ipc_collect"), None),
         **dict.fromkeys(("current_stream", "default_stream"), _InertStream()),
@@ -130,9 +148,12 @@ def _patch_torch_cuda() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, _constant(answer))
     torch.cuda.memory_stats = lambda *args, **kwargs: {}
-    torch.cuda.stream = lambda stream=None: contextlib.nullcontext()
-    torch.cuda.Event = torch.cuda.Stream = _InertStream
-    torch.cuda.nvtx._nvtx = _InertNvtx()  # the functions over it may have been imported by name already
+    replaced: dict[str, object] = {"Event": _InertStream, "Stream": _InertStream}
+    replaced["stream"] = lambda stream=None: contextlib.nullcontext()
+    for name, replacement in replaced.items():
+        setattr(torch.cuda, name, replacement)
+    # The functions over it may have been imported by name already.
+    torch.cuda.nvtx._nvtx = _InertNvtx()  # type: ignore[assignment]  # not the module that it is of CUDA
     for name in ("FloatTensor", "LongTensor", "IntTensor", "ByteTensor"):
         setattr(torch.cuda, name, getattr(torch, name))
 
@@ -145,14 +166,18 @@ def _patch_random_states() -> None:
         setattr(module, name, lambda *args, **kwargs: torch.get_rng_state())
     for module, name in ((megatron_random, "_set_cuda_rng_state"), (torch.cuda, "set_rng_state")):
         setattr(module, name, lambda new_state, *args, **kwargs: torch.set_rng_state(new_state))
-    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+
+    def manual_seed(seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+
+    torch.cuda.manual_seed = manual_seed
 
 
 def _patch_backward() -> None:
     """Keep the mode active in the backward pass, which runs inside its handler: recomputation needs it."""
     run_backward = torch.autograd._engine_run_backward
 
-    def run(*args, **kwargs):
+    def run(*args: Any, **kwargs: Any) -> Any:
         with _CudaMeansCpu():
             return run_backward(*args, **kwargs)
 
@@ -165,7 +190,7 @@ def _patch_experts() -> None:
 
     move = token_dispatcher.maybe_move_tensor_to_cpu
 
-    def move_as_numbers(tensor, as_numpy=False, record_stream=False):
+    def move_as_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         moved = move(tensor, as_numpy, record_stream)
         return moved.numpy() if as_numpy and isinstance(moved, torch.Tensor) else moved
 

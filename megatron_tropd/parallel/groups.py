@@ -199,8 +199,8 @@ def _start_distributed(backend: str, partition: Partition | None, timeout: datet
     # With expandable segments, buffers that NCCL registers for a CUDA graph may have moved when it is replayed.
     os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     if partition:
-        own = {"store": partition.store, "rank": partition.rank, "world_size": partition.size}
-        dist.init_process_group(backend, timeout=timeout, **own)
+        own, rank, size = partition.store, partition.rank, partition.size
+        dist.init_process_group(backend, timeout=timeout, store=own, rank=rank, world_size=size)
     elif "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
@@ -244,7 +244,7 @@ def build_groups(layout: ModelConfig, groups: ParallelGroups, role: str = "teach
 
     dims = {"tp": "tp", "cp": "cp", "pp": "pp", "dp": "dp", "mp": "tp-pp", "dp_cp": "dp-cp"}
     dims |= {"tp_cp": "tp-cp", "tp_dp_cp": "tp-dp-cp"}
-    built = {name: group(ranks.get_ranks(token)) for name, token in dims.items()}
+    built: dict[str, dist.ProcessGroup | None] = {n: group(ranks.get_ranks(token)) for n, token in dims.items()}
     pipelines = ranks.get_ranks("pp")
     built["embd"] = _end_groups(pipelines, parallel_state.default_embedding_ranks, groups.timeout)
     built["pos_embd"] = _end_groups(pipelines, parallel_state.default_position_embedding_ranks, groups.timeout)

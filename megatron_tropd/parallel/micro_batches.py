@@ -134,7 +134,7 @@ class PackedSplit:
         return _map(put, parts)
 
 
-class _Parts(Sequence):
+class _Parts(Sequence[Any]):
     """What belongs to each micro-batch, made when it is asked for: a batch's hidden states are not there twice."""
 
     def __init__(self, count: int, make: Callable[[int], Any]):
@@ -143,7 +143,7 @@ class _Parts(Sequence):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Any:  # type: ignore[override]  # no slices
         if not 0 <= index < self._count:
             raise IndexError(index)
         return self._make(index)
@@ -228,6 +228,6 @@ def _map(function: Callable[..., torch.Tensor], parts: list[Any]) -> Any:
     first = parts[0]
     if isinstance(first, torch.Tensor):
         return function(*parts)
-    if not is_dataclass(first) or isinstance(first, PackedSeqParams):
+    if not is_dataclass(first) or isinstance(first, type | PackedSeqParams):
         return first
     return replace(first, **{f.name: _map(function, [getattr(p, f.name) for p in parts]) for f in fields(first)})

@@ -19,7 +19,7 @@ def micro_batch_budget(recipe: Recipe, longest_prompt: int, fused: bool) -> int 
         fused: whether the models are built of Transformer Engine's layers.
     """
     budget = recipe.training.max_tokens_per_micro_batch
-    if budget != "auto":
+    if not isinstance(budget, str):  # "auto"
         return budget
     longest = longest_prompt + recipe.rollout.max_new_tokens
     return recipe.training.micro_batch_size * longest if fused else None

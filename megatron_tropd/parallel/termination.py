@@ -6,12 +6,17 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
+from typing import Any
 
 from megatron_tropd.parallel.groups import any_rank
 
 # torchrun hands the terminal's Ctrl-C on to its processes, which have had it from the terminal already.
 _ONE_CTRL_C_SECONDS = 2.0
+
+
+_Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None  # as signal.signal returns it
 
 
 class TerminationFlag:
@@ -26,7 +31,7 @@ class TerminationFlag:
         self._tells = tells
         self._raised = False
         self._interrupted = float("inf")
-        self._previous: dict[signal.Signals, signal.Handlers] = {}
+        self._previous: dict[signal.Signals, _Handler] = {}
 
     def __enter__(self) -> TerminationFlag:
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -58,7 +59,8 @@ def variable_length_attention(
         [tokens, a, d].
     """
     attend = _varlen_attn()
-    options: dict = {}
+    assert attend is not None  # attends_variable_lengths says so
+    options: dict[str, Any] = {}
     names = inspect.signature(attend).parameters
     if "scale" in names:
         options["scale"] = scale

@@ -120,7 +120,7 @@ def find_endings(recipe: Recipe, role: str, tokenizer: Tokenizer) -> Endings:
         if other.pieces is not None and not _end_alike(own, other):
             event = _event(set(own.ids) & set(origins) | set(agreeing), pieces, other.pieces)
         origins = {i: f"{other_role}: {origin}" for i, origin in agreeing.items()} | origins
-    if event:
+    if other is not None and event:
         logger.warning(
             "%s and %s end with different ids, %s and %s: all of them are one event",
             *(role, other_role, sorted(own.ids), sorted(other.ids)),

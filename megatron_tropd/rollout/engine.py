@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,6 +30,9 @@ from megatron_tropd.rollout.sampling import Response, Sampler
 from megatron_tropd.tokenizers.tokenizer import Tokenizer
 from megatron_tropd.types import Prompt, Rollouts, Sampling, UserError
 
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
 logger = logging.getLogger(__name__)
 
 
@@ -37,7 +41,7 @@ class RolloutEngine:
 
     def __init__(
         self,
-        chunks: list[torch.nn.Module],
+        chunks: list[GPTModel],
         tokenizer: Tokenizer,
         groups: ParallelGroups,
         config: RolloutConfig,
@@ -129,7 +133,7 @@ class RolloutEngine:
     def _use_static(self) -> bool:
         return self.config.engine == "static"
 
-    def _run_dynamic(self, model: torch.nn.Module, responses: list[Response], sampling: Sampling) -> None:
+    def _run_dynamic(self, model: GPTModel, responses: list[Response], sampling: Sampling) -> None:
         cpu_compat.apply_inference()
         longest = max((len(r.start) + r.budget for r in responses), default=2)
         max_requests = rounded_requests(min(len(responses), self.config.max_batch_size), self.groups.tp_size)
@@ -195,7 +199,7 @@ class RolloutEngine:
     def _num_layers(self) -> int:
         return sum(len(chunk.decoder.layers) for chunk in self.chunks)
 
-    def _run_static(self, model: torch.nn.Module, responses: list[Response], sampling: Sampling) -> None:
+    def _run_static(self, model: GPTModel, responses: list[Response], sampling: Sampling) -> None:
         cpu_compat.apply_inference()
         run_static_engine(model, self._sampler(responses, sampling), self.tokenizer, self.groups)
 
@@ -211,7 +215,7 @@ class RolloutEngine:
             prefix_lengths=[len(r.prefix) for r in responses],
             lengths=[len(r.start) + len(r.tokens) for r in responses],
             logprobs=[r.logprobs for r in responses],
-            finish_reasons=[r.finish_reason for r in responses],
+            finish_reasons=[r.finish_reason or "" for r in responses],  # every one has a reason by now
             sample_ids=[r.sample_id for r in responses],
             prompts=[r.prompt for r in responses],
             texts=[self._text(r, stops) for r in responses],

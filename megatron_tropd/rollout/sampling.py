@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.counter_rng import STREAM_SAMPLING, counter_uniform
+from megatron_tropd.parallel.groups import ParallelGroups
 from megatron_tropd.rollout.decoding import Stops
 from megatron_tropd.rollout.endings import Endings
 from megatron_tropd.tokenizers.end_of_text import EndOfText
+from megatron_tropd.tokenizers.tokenizer import Tokenizer
 from megatron_tropd.types import Prompt, Sampling
 
 ELEMENTS_AT_ONCE = 1 << 25  # bounds the [rows, v] temporaries of one draw: 128 MiB in fp32, 256 MiB in fp64
@@ -111,9 +113,9 @@ class Sampler:
     def __init__(
         self,
         responses: list[Response],
-        tokenizer,
+        tokenizer: Tokenizer,
         sampling: Sampling,
-        groups,
+        groups: ParallelGroups,
         vocab_size: int,
         endings: Endings | None = None,
         end: EndOfText | None = None,
@@ -160,6 +162,7 @@ class Sampler:
         """
         drawn = torch.empty(2, len(rows), dtype=torch.float64, device=self._device)
         if self._draws:
+            assert logits is not None  # the rank that draws has them
             sampling = self._sampling
             sample_ids = self._sample_ids[torch.tensor(rows, device=self._device)]
             uniforms = counter_uniform(

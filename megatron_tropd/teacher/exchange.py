@@ -83,8 +83,11 @@ class Exchange:
             wait: for a collective; a partition's own learns of the other part's end.
         """
         self.student, self.teacher = student, teacher
-        self.device = (student or teacher).device
-        self._world, self._wait = world or dist.group.WORLD, wait
+        own, everyone = student or teacher, world or dist.group.WORLD
+        assert own is not None  # every rank has a part of one of the models
+        assert everyone is not None  # torch.distributed runs
+        self.device = own.device
+        self._world, self._wait = everyone, wait
         self._wire = torch.device("cpu") if world else self.device
         numbers = [*_Place.numbers_of(student), *_Place.numbers_of(teacher, token_multiple)]
         places = self._gather(torch.tensor(numbers, device=self.device)).tolist()
@@ -118,11 +121,11 @@ class Exchange:
             packed = torch.stack([batch.tokens, batch.labels, batch.loss_kind.long()], 1).int()  # [b, 3, s]
             packed = torch.nn.functional.pad(packed, (0, width - packed.size(2))).flatten(1)
         first_ranks = [self._holders[replica][0] for replica in range(len(self._holders))]
-        counts = self._gather(counts)[first_ranks].flatten().tolist()
+        of_all: list[int] = self._gather(counts)[first_ranks].flatten().tolist()
         place = next(filter(None, self._teachers))
         multiple = micro_batch_size * place.micro_batch_multiple
-        rows = -(-len(counts) // (len(self._last_stages) * multiple)) * multiple
-        share = Share(None, None if batch is None else batch.loss_kind, rows, own_rows, counts)
+        rows = -(-len(of_all) // (len(self._last_stages) * multiple)) * multiple
+        share = Share(None, None if batch is None else batch.loss_kind, rows, own_rows, of_all)
 
         def overlap(source: int, target: int) -> tuple[int, int]:
             student, teacher = self._students[source], self._teachers[target]
@@ -151,6 +154,7 @@ class Exchange:
         packed = torch.nn.functional.pad(packed, (0, 0, 0, 0, 0, share.rows - packed.size(0)))
         tokens, labels, kind = packed.long().unbind(1)
         positions = torch.arange(tokens.size(1), device=self.device).expand_as(tokens).contiguous()
+        assert self.teacher is not None  # only its ranks have a part
         ids = torch.arange(share.rows, device=self.device) + self.teacher.dp_rank * share.rows
         ids = torch.where(ids < len(share.counts), ids, -1)
         old = torch.zeros(tokens.shape, device=self.device)
@@ -193,9 +197,11 @@ class Exchange:
 
         values, places = torch.empty(0, channels, dtype=dtype, device=self.device), None
         if payload is not None:
+            assert share.batch is not None  # the payload is of it
             values, places = payload.flatten(0, 1), _places(share.batch.loss_kind)
         out = None
         if self.student is not None and self.student.is_last_stage:
+            assert share.loss_kind is not None  # of the batch that this rank brought
             out = values.new_zeros((*share.loss_kind.shape, channels))
             own, own_first = _places(share.loss_kind), ends[self.student.dp_rank * share.own_rows]
         replicas = range(len(self._last_stages))
@@ -223,10 +229,11 @@ class Exchange:
         Returns:
             [width, h_t] on the student's last stages, zeros beyond the teacher's vocabulary; None elsewhere.
         """
-        shard = torch.tensor([0 if weight is None else weight.size(0)], device=self.device)
-        shard = int(self._gather(shard).max())
+        mine = torch.tensor([0 if weight is None else weight.size(0)], device=self.device)
+        shard = int(self._gather(mine).max())
         # One replica of the teacher is enough: the one with data-parallel rank 0.
-        holders = {self._teachers[rank].tp: rank for rank in reversed(self._last_stages[0])}
+        places = ((rank, self._teachers[rank]) for rank in reversed(self._last_stages[0]))
+        holders = {place.tp: rank for rank, place in places if place is not None}
 
         def overlap(source: int, target: int) -> tuple[int, int]:
             place, wanted = self._teachers[source], self._students[target]

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +28,11 @@ from megatron_tropd.teacher.exchange import Exchange
 from megatron_tropd.teacher.score_format import ScoreFormat
 from megatron_tropd.tokenizers.end_of_text import EndOfText
 from megatron_tropd.types import LOSS_NONE, TeacherScores, TrainingBatch
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+_Arm = Callable[[TrainingBatch], AbstractContextManager[None]]
 
 
 class TeacherHook:
@@ -70,12 +75,12 @@ class TeacherHook:
         self.implementation = implementation
         self.offload = offload
         self.end = end or EndOfText()
-        self.chunks: list[torch.nn.Module] = []
+        self.chunks: list[GPTModel] = []
         self._host: dict[torch.nn.Parameter, torch.Tensor] = {}  # offloaded weights
         self._hook: OutputHook | None = None
         self._part: torch.Tensor | None = None
 
-    def attach(self, chunks: list[torch.nn.Module]) -> TeacherHook:
+    def attach(self, chunks: list[GPTModel]) -> TeacherHook:
         """Freeze the teacher's model chunks and hook their output layer."""
         if self._hook is not None:
             raise RuntimeError("this TeacherHook is attached already; call detach() first")
@@ -158,7 +163,7 @@ class TeacherHook:
         """
         if self.exchange is None:
             hidden = self._run(batch, micro_batch_size, None, self._reading_hidden)
-            return None if hidden is None else hidden * (batch.loss_kind != LOSS_NONE).unsqueeze(-1)
+            return None if hidden is None or batch is None else hidden * (batch.loss_kind != LOSS_NONE).unsqueeze(-1)
         share = self.exchange.distribute(batch, micro_batch_size)
         payload = self._run(share.batch, micro_batch_size, None, self._reading_hidden)
         config = self.chunks[-1].config
@@ -189,10 +194,10 @@ class TeacherHook:
 
     def _run(
         self,
-        batch: TrainingBatch,
+        batch: TrainingBatch | None,
         micro_batch_size: int,
         max_tokens: int | None,
-        arm: Callable[[TrainingBatch], AbstractContextManager[None]],
+        arm: _Arm,
     ) -> torch.Tensor | None:
         """Run the teacher's schedule; return what it keeps of each token, [b, s, c], on the last stage alone.
 
@@ -204,6 +209,7 @@ class TeacherHook:
         """
         if self._hook is None:
             raise RuntimeError("attach(model) before score(batch)")
+        assert batch is not None  # a rank without the student's batch gets its teacher replica's from an exchange
         assert not any(p.requires_grad for c in self.chunks for p in c.parameters()), "the teacher must stay frozen"
         multiple = self.groups.token_multiple(self.chunks[0].config)
         split = split_batch(batch, self.groups, micro_batch_size, max_tokens, multiple)
@@ -220,16 +226,20 @@ class TeacherHook:
             )
         return split.join(parts) if parts else None
 
-    def _forward_step(self, data_iterator: Iterator[TrainingBatch], model: torch.nn.Module, *, arm: Callable):
+    def _forward_step(
+        self, data_iterator: Iterator[TrainingBatch], model: GPTModel, *, arm: _Arm
+    ) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = next(data_iterator)
         with arm(batch):
             output = model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.packed_seq_params)
         return output, self._collect
 
     def _scoring(self, batch: TrainingBatch) -> AbstractContextManager[None]:
+        assert self._hook is not None  # `_run` asked
         return self._hook.armed(lambda logits, hidden: self._keep(self._score_logits(logits, hidden, batch), logits))
 
     def _reading_hidden(self, batch: TrainingBatch) -> AbstractContextManager[None]:
+        assert self._hook is not None  # `_run` asked
         return self._hook.replaced(lambda hidden, weight: self._keep(hidden.transpose(0, 1), hidden))
 
     def _keep(self, part: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -244,16 +254,31 @@ class TeacherHook:
         """Turn logits [s, b, V/tp] into this micro-batch's scores, packed [b, s, c]."""
         labels = batch.labels.t().unsqueeze(-1)  # [s, b, 1]
         mask = (batch.loss_kind != LOSS_NONE).t()  # [s, b]
-        options = {"temperature": self.temperature, "mask": mask, "implementation": self.implementation}
         gathered, entropy = vocab_parallel_logprobs(
-            logits, self.end.extend(labels), self.groups.tp, self.vocab_size, with_entropy=self.with_entropy, **options
+            logits,
+            self.end.extend(labels),
+            self.groups.tp,
+            self.vocab_size,
+            temperature=self.temperature,
+            with_entropy=self.with_entropy,
+            mask=mask,
+            implementation=self.implementation,
         )
         logprobs = self.end.merge(gathered, labels)
         topk_shape = (*logprobs.shape[:2], 0)
         topk_logprobs, topk_ids = logits.new_zeros(topk_shape, dtype=torch.float32), labels.new_zeros(topk_shape)
         if self.topk:
-            topk_logprobs, topk_ids = vocab_parallel_topk(logits, self.topk, self.groups.tp, self.vocab_size, **options)
+            topk_logprobs, topk_ids = vocab_parallel_topk(
+                logits,
+                self.topk,
+                self.groups.tp,
+                self.vocab_size,
+                temperature=self.temperature,
+                mask=mask,
+                implementation=self.implementation,
+            )
             topk_logprobs, topk_ids = self.end.merge_topk(topk_logprobs, topk_ids, gathered[..., 1:])
+        assert self._hook is not None  # this is called by it
         scores = TeacherScores(
             logprobs=logprobs.squeeze(-1).t(),
             topk_ids=topk_ids.transpose(0, 1),

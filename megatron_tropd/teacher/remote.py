@@ -89,6 +89,8 @@ def serve(hook: TeacherHook, partition: Partition) -> dict[str, Any]:
                 return arguments["summary"]
             if name == "output_weight":
                 hook.output_weight(**arguments)
+            elif name == "score":
+                hook.score(None, **arguments)
             else:
-                call = {"score": hook.score, "hidden_states": hook.hidden_states}[name]
-                call(None, **arguments)
+                assert name == "hidden_states"
+                hook.hidden_states(None, **arguments)

@@ -37,9 +37,11 @@ class ScoreFormat:
         """Put scores [b, s, ...] into one int32 tensor [b, s, channels]."""
         numbers = [scores.logprobs.unsqueeze(-1), scores.topk_logprobs]
         if self.with_entropy:
+            assert scores.entropy is not None  # what the format says
             numbers.append(scores.entropy.unsqueeze(-1))
         columns = [scores.topk_ids.int(), torch.cat(numbers, dim=-1).view(torch.int32)]
         if self.hidden_size:
+            assert scores.hidden is not None  # what the format says
             hidden = scores.hidden.to(self.hidden_dtype)
             odd = self._hidden_words * 4 // self.hidden_dtype.itemsize - self.hidden_size
             columns.append(torch.nn.functional.pad(hidden, (0, odd)).contiguous().view(torch.int32))
