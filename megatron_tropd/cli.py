@@ -122,12 +122,12 @@ class _TopParser(Parser):
     def format_help(self) -> str:
         """Return the text of `megatron-tropd --help`."""
         width = max(map(len, self.commands))
-        lines = ["usage: megatron-tropd COMMAND ...", "", self.description, ""]
+        lines = ["usage: megatron-tropd COMMAND ...", "", self.description or "", ""]
         for title, names in _GROUPS.items():
-            summaries = [self.commands[name].description.rstrip(".") for name in names]
+            summaries = [(self.commands[name].description or "").rstrip(".") for name in names]
             pairs = zip(names, summaries, strict=True)
             lines += [f"{title}:", *(f"  {name:{width}}  {text[0].lower()}{text[1:]}" for name, text in pairs), ""]
-        return "\n".join([*lines, self.epilog, "", STATUSES, ""])
+        return "\n".join([*lines, self.epilog or "", "", STATUSES, ""])
 
 
 _GROUPS = {
@@ -146,7 +146,7 @@ first steps:
   megatron-tropd train --help-keys objective  # the objectives, and when to use which"""
 
 
-def build_parser() -> Parser:
+def build_parser() -> _TopParser:
     """Return the parser of all commands."""
     parser = _TopParser(
         prog="megatron-tropd",

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from functools import reduce
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_tropd.config import Recipe
 from megatron_tropd.errors import UserError
@@ -98,6 +98,7 @@ def describe(about: str | None = None) -> str:
     found = {key: field for key, field in _FIELDS.items() if _is_about(key, field, about)}
     if not found:
         names = [*_SECTIONS, *_FIELDS, *(key.split(".")[-1] for key in _FIELDS)]
+        assert about is not None  # all keys were found otherwise
         near = _nearest(about, names)
         hint = f"did you mean {near}? " if near else ""
         raise UserError(
@@ -279,7 +280,7 @@ def _is_mapping(field: dataclasses.Field) -> bool:
     return field.type.startswith("dict")
 
 
-def _refuse_unknown(key: str, source: str) -> None:
+def _refuse_unknown(key: str, source: str) -> NoReturn:
     if key in _SECTIONS:
         raise UserError(
             f"{key} ({source}) is a section, not a key: it takes no value. Set its keys, as in {key}.KEY=VALUE."
@@ -292,7 +293,7 @@ def _refuse_unknown(key: str, source: str) -> None:
         )
     leaves = {name.split(".")[-1]: name for name in reversed(_FIELDS)}
     leaf = key.split(".")[-1]  # perhaps the right key in the wrong section, or without one
-    nearest = leaves.get(leaf) or _nearest(key, list(_FIELDS)) or leaves.get(_nearest(leaf, list(leaves)))
+    nearest = leaves.get(leaf) or _nearest(key, list(_FIELDS)) or leaves.get(_nearest(leaf, list(leaves)) or "")
     hint = f"did you mean {nearest}?" if nearest else "no known key is near it."
     raise UserError(f"unknown key {key} ({source}): {hint} `megatron-tropd train --help-keys` lists all keys.")
 
@@ -306,11 +307,13 @@ def _to_recipe(tree: Any) -> Recipe:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        return OmegaConf.to_object(tree)
+        recipe = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:  # an interpolation ${section.key} that leads nowhere
         raise UserError(
             f"{error.full_key}: {str(error).splitlines()[0]}; fix the ${{section.key}} it refers to."
         ) from error
+    assert isinstance(recipe, Recipe)  # its structure
+    return recipe
 
 
 def _check_values(recipe: Recipe, sources: dict[str, str]) -> None:

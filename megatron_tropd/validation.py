@@ -40,7 +40,8 @@ def require(recipe: Recipe, *keys: str) -> None:
 
 
 def _split(alternatives: str) -> list[tuple[str, str]]:
-    return [tuple(key.split(".")) for key in alternatives.split("|")]
+    parts = (key.partition(".") for key in alternatives.split("|"))
+    return [(section, name) for section, _, name in parts]
 
 
 def _check_required(recipe: Recipe) -> None:
@@ -88,10 +89,12 @@ def _check_ranks(model: TeacherConfig) -> None:
 
 def _check_two_models(recipe: Recipe) -> None:
     student, teacher = recipe.student, recipe.teacher
-    sources = [model.checkpoint or model.hf_path for model in (student, teacher)]
-    if Path(sources[0]).resolve() == Path(sources[1]).resolve():
+    own, theirs = (model.checkpoint or model.hf_path for model in (student, teacher))
+    assert own is not None  # _check_required has refused a recipe without
+    assert theirs is not None
+    if Path(own).resolve() == Path(theirs).resolve():
         raise UserError(
-            f"teacher and student have the same weights, {sources[1]}: every loss would be zero. Give the teacher's "
+            f"teacher and student have the same weights, {theirs}: every loss would be zero. Give the teacher's "
             "own folder in teacher.hf_path or teacher.checkpoint."
         )
 

@@ -83,6 +83,7 @@ def prune(hf_path: Path, output: Path, keep: str | None = None, drop: str | None
 def _choose(count: int, keep: str | None, drop: str | None) -> list[int]:
     if keep is not None:
         return _parse_layers(keep, count, "--keep-layers")
+    assert drop is not None  # one of both is given
     dropped = _parse_layers(drop, count, "--drop-layers")
     kept = [i for i in range(count) if i not in dropped]
     if not kept:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megatron_tropd.errors import UserError
@@ -20,8 +21,8 @@ class Parser(argparse.ArgumentParser):
     """Reports a wrong argument as a UserError: one line that names the help command, printed once over all ranks."""
 
     def __init__(self, *arguments: Any, **options: Any):
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(*arguments, allow_abbrev=False, **options)
+        options = {"formatter_class": argparse.RawDescriptionHelpFormatter, **options, "allow_abbrev": False}
+        super().__init__(*arguments, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError with argparse's message and the command that shows the usage."""
@@ -77,9 +78,12 @@ def add_help_keys(parser: Parser) -> None:
 
 
 class _HelpKeys(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, about: str | None, *_: Any) -> None:
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, about: str | Sequence[Any] | None, *_: Any
+    ) -> None:
         from megatron_tropd.recipe import describe
 
+        assert about is None or isinstance(about, str)  # nargs="?"
         print(describe(about))
         parser.exit()
 

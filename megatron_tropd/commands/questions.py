@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from megatron_tropd.errors import UserError
@@ -30,7 +31,7 @@ def complete(arguments: argparse.Namespace) -> None:
         if name not in missing and (problem := _problem(name, str(getattr(arguments, name)))):
             raise UserError(f"--{name} {getattr(arguments, name)}: {problem}")
     for name in missing:
-        answer = _ask(f"{_QUESTIONS[name]}: ", lambda text, name=name: _problem(name, text))
+        answer = _ask(f"{_QUESTIONS[name]}: ", partial(_problem, name))
         setattr(arguments, name, int(answer) if name == "gpus" else answer)
     if missing and arguments.problems is None:
         arguments.problems = (

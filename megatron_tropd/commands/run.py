@@ -97,8 +97,8 @@ def generate(arguments: argparse.Namespace) -> None:
     with open_model(recipe, arguments.model) as model:
         room = model.longest_prompt(sampling.max_new_tokens)
         remedy = "lower --max-new-tokens (default: rollout.max_new_tokens), or set data.skip_long_prompts=true"
-        options = {"data": recipe.data, "length_remedy": remedy}
-        prompts = load_prompts(recipe.data.prompts, model.tokenizer, room, **options)[: arguments.limit]
+        read = load_prompts(recipe.data.prompts, model.tokenizer, room, data=recipe.data, length_remedy=remedy)
+        prompts = read[: arguments.limit]
         field = arguments.field or ("teacher_response" if model.role == "teacher" else "response")
         output, digest = arguments.output, model.digest()
         written = 0

@@ -45,23 +45,29 @@ def calibrate(path: str, environment: Environment, versions: dict[str, str]) -> 
     groups = initialize(ModelConfig(dtype="bfloat16"))
     device = groups.device
     links = _links(device)
+    memory, flops, bandwidth = (
+        _memory(environment, device),
+        _product_flops(device) * TRAINING_SHARE,
+        copy_bandwidth(device),
+    )
+    eager, graphed = _layers(groups)
     content = {
         "name": environment.gpus[0].name if environment.gpus else "CPU",
         "date": datetime.date.today().isoformat(),
         "versions": versions,
-        **_memory(environment, device),
-        "flops": _product_flops(device) * TRAINING_SHARE,
-        "bandwidth": copy_bandwidth(device),
-        **_layers(groups),
+        **memory,
+        "flops": flops,
+        "bandwidth": bandwidth,
+        "layer_seconds_eager": eager,
+        "layer_seconds_graphed": graphed,
         "all_reduce_seconds": {str(ranks): small for ranks, (small, _) in links.items()},
         "all_reduce_bandwidth": {str(ranks): large for ranks, (_, large) in links.items()},
     }
     if groups.rank == 0:
         write_json(path, content)
-    eager, graphed = content["layer_seconds_eager"], content["layer_seconds_graphed"]
     layer = "" if eager is None else f", a decode step's layer {1e6 * eager:.0f} us"
     layer += "" if graphed is None else f" ({1e6 * graphed:.0f} us in CUDA graphs)"
-    detail = f"{content['flops'] / 1e12:.3g} TFLOP/s in training, copies {content['bandwidth'] / 1e9:.3g} GB/s{layer}"
+    detail = f"{flops / 1e12:.3g} TFLOP/s in training, copies {bandwidth / 1e9:.3g} GB/s{layer}"
     return Check("calibration", "ok", f"{detail}; written to {path}")
 
 
@@ -109,11 +115,11 @@ def _links(device: torch.device) -> dict[int, tuple[float, float]]:
     return found
 
 
-def _layers(groups: ParallelGroups) -> dict[str, float | None]:
+def _layers(groups: ParallelGroups) -> tuple[float | None, float | None]:
     """Return the seconds that a layer takes in a decode step, launched one kernel at a time and in CUDA graphs."""
     eager = _layer_seconds(groups, cuda_graphs="off")
     graphed = _layer_seconds(groups, cuda_graphs="auto") if groups.device.type == "cuda" else None
-    return {"layer_seconds_eager": eager, "layer_seconds_graphed": graphed}
+    return eager, graphed
 
 
 def _layer_seconds(groups: ParallelGroups, cuda_graphs: str) -> float | None:

@@ -29,8 +29,10 @@ _LENGTH, _ROWS = 256, 2
 
 def groups_to_check(groups: ParallelGroups) -> dict[str, dist.ProcessGroup]:
     """Return the process groups of more than one rank by name, those of all ranks but once."""
+    everyone = dist.group.WORLD
+    assert everyone is not None  # torch.distributed runs
     named = {
-        "world": dist.group.WORLD,
+        "world": everyone,
         "tensor-parallel": groups.tp,
         "pipeline-parallel": groups.pp,
         "context-parallel": groups.cp,

@@ -52,8 +52,10 @@ class Material:
 
 def _logprobs(m: Material, implementation: str) -> list[torch.Tensor]:
     logits = m.logits(1)
-    options = {"temperature": 0.9, "with_entropy": True, "implementation": implementation}
-    picked, entropy = kernels.vocab_parallel_logprobs(logits, m.ids(), m.group, m.vocab, **options)
+    picked, entropy = kernels.vocab_parallel_logprobs(
+        logits, m.ids(), m.group, m.vocab, temperature=0.9, with_entropy=True, implementation=implementation
+    )
+    assert entropy is not None  # it was asked for
     return [picked.detach(), entropy, *torch.autograd.grad(picked.sum(), [logits])]
 
 
@@ -66,8 +68,9 @@ def _full_divergence(m: Material, implementation: str) -> list[torch.Tensor]:
     results = []
     for kind in ("reverse_kl", "forward_kl", "jsd"):
         student = m.logits(1)
-        options = {"beta": 0.3, "implementation": implementation}
-        loss = kernels.full_divergence(student, m.logits(2).detach(), kind, m.group, m.vocab, **options)
+        loss = kernels.full_divergence(
+            student, m.logits(2).detach(), kind, m.group, m.vocab, beta=0.3, implementation=implementation
+        )
         results += [loss.detach(), *torch.autograd.grad(loss.sum(), [student])]
     return results
 
@@ -80,9 +83,9 @@ def _fused_logprobs(m: Material, implementation: str) -> list[torch.Tensor]:
 
 def _fused_divergence(m: Material, implementation: str) -> list[torch.Tensor]:
     hidden, weight = m.layer(1)
-    teacher = [tensor.detach() for tensor in m.layer(11)]
-    options = {"implementation": implementation}
-    loss = kernels.fused_linear_full_divergence(hidden, weight, *teacher, "reverse_kl", m.group, m.vocab, **options)
+    teacher_hidden, teacher_weight = (tensor.detach() for tensor in m.layer(11))
+    shared = (teacher_hidden, teacher_weight, "reverse_kl", m.group, m.vocab)
+    loss = kernels.fused_linear_full_divergence(hidden, weight, *shared, implementation=implementation)
     return [loss.detach(), *torch.autograd.grad(loss.sum(), [hidden, weight])]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,8 @@ from megatron_tropd.parallel.groups import ParallelGroups
 from megatron_tropd.parallel.layout import divisors
 from megatron_tropd.tokenizers.tokenizer import Tokenizer
 from megatron_tropd.types import Prompt
+
+Layout = TypeVar("Layout", bound=ModelConfig)
 
 VOCAB = 1000
 CONTEXT = 512
@@ -38,28 +40,31 @@ class NumberTokenizer(Tokenizer):
         return ""
 
 
-def clip_layout(model: ModelConfig, world_size: int) -> ModelConfig:
+def clip_layout(model: Layout, world_size: int) -> Layout:
     """Return a model's layout and dtype over at most `world_size` processes, without what is bound to its sizes."""
     room, sizes = world_size, {}
     for name in ("tensor", "pipeline", "context"):
         key = f"{name}_model_parallel_size" if name != "context" else "context_parallel_size"
-        sizes[key] = max(size for size in divisors(getattr(model, key)) if room % size == 0)
-        room //= sizes[key]
-    pipelined = sizes["pipeline_model_parallel_size"] > 1
+        sizes[name] = max(size for size in divisors(getattr(model, key)) if room % size == 0)
+        room //= sizes[name]
+    tensor, pipeline, context = (sizes[name] for name in ("tensor", "pipeline", "context"))
+    if isinstance(model, TeacherConfig):
+        model = dataclasses.replace(model, ranks="shared", replicas=1)
     return dataclasses.replace(
         model,
         hf_path=None,
         checkpoint=None,
-        **sizes,
-        virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size if pipelined else None,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        context_parallel_size=context,
+        virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size if pipeline > 1 else None,
         num_layers_in_first_pipeline_stage=None,
         num_layers_in_last_pipeline_stage=None,
         account_for_embedding_in_pipeline_split=False,
         account_for_loss_in_pipeline_split=False,
         expert_model_parallel_size=1,
         expert_tensor_parallel_size=None,
-        sequence_parallel=model.sequence_parallel and sizes["tensor_model_parallel_size"] > 1,
-        **({"ranks": "shared", "replicas": 1} if isinstance(model, TeacherConfig) else {}),
+        sequence_parallel=model.sequence_parallel and tensor > 1,
     )
 
 

@@ -97,8 +97,15 @@ class Round:
         teacher.attach(random_model(hf_config(model), model, groups, training=False, seed=7))
         if objective.divergence is not None:
             weight = teacher.output_weight(self.student.vocabulary_width)
-            options = {"beta": config.beta, "temperature": config.temperature, "implementation": config.kernel}
-            self.student.divergence = Divergence(objective.divergence, weight, self.groups.tp, VOCAB, **options)
+            self.student.divergence = Divergence(
+                objective.divergence,
+                weight,
+                self.groups.tp,
+                VOCAB,
+                beta=config.beta,
+                temperature=config.temperature,
+                implementation=config.kernel,
+            )
         return teacher
 
     def describe(self) -> str:
@@ -204,9 +211,10 @@ class Round:
         name = "checkpoint"
         folder = [_make_folder(parent) if self.groups.rank == 0 else None]
         dist.broadcast_object_list(folder, src=0)
-        path, problem = folder[0]
-        if problem is not None:
-            return Check(name, "wrong", problem, "set checkpoint.dir to a folder that can be written, with room")
+        path = folder[0]
+        assert path is not None  # rank 0 sent it
+        if isinstance(path, str):
+            return Check(name, "wrong", path, "set checkpoint.dir to a folder that can be written, with room")
         try:
             self.student.gather_parameters(wait=True)
             before = [p.detach().clone() for module in self.student.modules for p in module.parameters()]
@@ -235,12 +243,12 @@ class Round:
         return Check(name, "ok", detail, numbers=numbers)
 
 
-def _make_folder(parent: Path) -> tuple[Path | None, str | None]:
+def _make_folder(parent: Path) -> Path | str:
     """Make a temporary folder; return it, or why there is none."""
     try:
-        return Path(tempfile.mkdtemp(prefix=".doctor-", dir=parent)), None
+        return Path(tempfile.mkdtemp(prefix=".doctor-", dir=parent))
     except OSError as error:
-        return None, f"no folder can be made in {parent} ({error.strerror})"
+        return f"no folder can be made in {parent} ({error.strerror})"
 
 
 @contextmanager

@@ -37,8 +37,15 @@ def load_problems(
     data: DataConfig | None = None,
 ) -> list[Prompt]:
     """Read prompt files whose every row has an `answer`; see prompts.load_prompts."""
-    options = {"key": "evaluation.problems", "data": evaluation_data(data), "length_remedy": _LENGTH_REMEDY}
-    return load_prompts(path, tokenizer, max_tokens, require=("answer",), **options)
+    return load_prompts(
+        path,
+        tokenizer,
+        max_tokens,
+        require=("answer",),
+        key="evaluation.problems",
+        data=evaluation_data(data),
+        length_remedy=_LENGTH_REMEDY,
+    )
 
 
 def evaluate(
@@ -103,6 +110,7 @@ class _Share:
         self.failure: str | None = None
         self._grader = Grader(config.grader, config.answer_pattern, config.grader_timeout)
         for problem in problems:
+            assert problem.answer is not None  # load_problems asks for one
             self._grader.check_answer(problem.answer, problem.row or f"problem {problem.id}")
 
     @property
@@ -146,6 +154,7 @@ def _gather(share: _Share, groups: ParallelGroups) -> tuple[list[dict[str, Any]]
 def _grade(rollouts: Rollouts, grader: Grader) -> list[dict[str, Any]]:
     graded = []
     for i, prompt in enumerate(rollouts.prompts):
+        assert prompt.answer is not None  # load_problems asks for one
         found, correct = grader.grade(rollouts.texts[i], prompt.answer)
         graded.append(
             {

@@ -87,8 +87,8 @@ def open_model(recipe: Recipe, role: str) -> Iterator[OpenModel]:
     """Start the process groups of `recipe.student` or `recipe.teacher` and read its configuration and tokenizer."""
     config: ModelConfig = getattr(recipe, role)
     preflight.check(recipe, gather(), (role,))
-    options = {"timeout_minutes": recipe.training.timeout_minutes, "role": role}
-    with process_groups(config, recipe.training.seed, **options) as groups:
+    training = recipe.training
+    with process_groups(config, training.seed, timeout_minutes=training.timeout_minutes, role=role) as groups:
         hf_path = resolve_hf_path(config, role)
         hf_config = load_hf_config(hf_path)
         check_model_files(config)

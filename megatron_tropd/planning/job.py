@@ -93,5 +93,5 @@ def job_of(recipe: Recipe, gpus: int, prompt_tokens: int, **options: Any) -> Job
     Raises:
         UserError: a model's folder or checkpoint cannot be used.
     """
-    configs = [load_hf_config(resolve_hf_path(getattr(recipe, role), role)) for role in ("student", "teacher")]
-    return Job(*configs, recipe, gpus, prompt_tokens, **options)
+    student, teacher = (load_hf_config(resolve_hf_path(getattr(recipe, role), role)) for role in ("student", "teacher"))
+    return Job(student, teacher, recipe, gpus, prompt_tokens, **options)

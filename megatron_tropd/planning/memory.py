@@ -123,7 +123,7 @@ def _student_parts(job: Job, stage: int) -> dict[str, float]:
     size = BYTES[model.dtype]
     parameters = stage_parameters(hf, model)[stage]
     kinds = stage_kinds(hf, model)[stage]
-    states = 8 if size == 4 else 12  # Adam's moments, and fp32 main weights where the model has none
+    states: float = 8 if size == 4 else 12  # Adam's moments, and fp32 main weights where the model has none
     states = states if training.optimizer == "adam" else states - 8
     shards, expert_shards = 1, 1
     if training.use_distributed_optimizer:
@@ -238,7 +238,7 @@ def _vocabulary(hf: Any, model: ModelConfig) -> int:
 def _kv_cache(job: Job, layers: int) -> float:
     """Return the bytes of the cache; of one that takes what is free, none yet: it depends on all other parts."""
     asked = job.recipe.rollout.kv_cache_gb
-    if asked == "auto":
+    if isinstance(asked, str):  # auto
         return 0.0
     return asked * 2**30 if asked else _cache(job, layers)
 

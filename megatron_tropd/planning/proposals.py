@@ -33,8 +33,13 @@ def layouts(hf: Any, model: Model, gpus: int, node: int = 8, cp: int = 1) -> Ite
     for tp, pp in itertools.product(*[[2**i for i in range(11)]] * 2):
         if tp > node or gpus % (tp * cp * pp):
             continue
-        plain = dict.fromkeys(("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"))
-        found = replace(model, **plain, virtual_pipeline_model_parallel_size=None, context_parallel_size=cp)
+        found = replace(
+            model,
+            num_layers_in_first_pipeline_stage=None,
+            num_layers_in_last_pipeline_stage=None,
+            virtual_pipeline_model_parallel_size=None,
+            context_parallel_size=cp,
+        )
         found = replace(found, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=tp > 1)
         try:
             check_sizes(hf, found, "model")
@@ -86,8 +91,12 @@ def _with_less_on_device(recipe: Recipe, cp: int) -> Iterator[tuple[Recipe, int]
     """Yield the recipe, and others with ever more in host memory, as far as it may be there."""
     training = replace(recipe.training, offload_optimizer=recipe.student.dtype != "float32")
     teacher = replace(recipe.teacher, offload=not has_dedicated_teacher(recipe))
-    changes = ({}, {"teacher": teacher}, {"training": training}, {"training": training, "teacher": teacher})
-    recipes = [replace(recipe, **change) for change in changes]
+    recipes = [
+        recipe,
+        replace(recipe, teacher=teacher),
+        replace(recipe, training=training),
+        replace(recipe, training=training, teacher=teacher),
+    ]
     yield from ((other, cp) for i, other in enumerate(recipes) if other not in recipes[:i])
 
 

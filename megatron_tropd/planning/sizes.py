@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from megatron_tropd.config import ModelConfig
-from megatron_tropd.huggingface.experts import experts_of
+from megatron_tropd.huggingface.experts import Experts, experts_of
 from megatron_tropd.models.build import has_qk_norm, has_qkv_bias, head_dim, padded_vocab_size
 from megatron_tropd.parallel.layout import expert_tensor_parallel_size
 
@@ -46,9 +46,15 @@ def layer_parameters(hf: Any, model: ModelConfig, sparse: bool) -> Parameters:
     attention = qkv * h + bias + hf.num_attention_heads * hd * h // tp + 2 * h + qk_norm
     if not sparse:
         return Parameters(attention + 3 * hf.intermediate_size * h // tp)
-    experts = experts_of(hf)
+    experts = _experts(hf)
     own = 3 * experts.ffn * h // expert_tensor_parallel_size(model) * experts.count // model.expert_model_parallel_size
     return Parameters(attention + experts.count * h, own)
+
+
+def _experts(hf: Any) -> Experts:
+    experts = experts_of(hf)
+    assert experts is not None  # a sparse layer has them
+    return experts
 
 
 def stage_layers(layers: int, model: ModelConfig) -> list[int]:
@@ -108,8 +114,10 @@ def active_parameters(hf: Any) -> float:
 
 def mlp_width(hf: Any, sparse: bool) -> int:
     """Return how wide the MLP is that a token meets: that of all its experts together, or the dense one."""
-    experts = experts_of(hf)
-    return experts.per_token * experts.ffn if sparse else hf.intermediate_size
+    if not sparse:
+        return hf.intermediate_size
+    experts = _experts(hf)
+    return experts.per_token * experts.ffn
 
 
 def layer_cache_bytes(hf: Any, model: ModelConfig) -> int:
@@ -133,7 +141,7 @@ def layer_activations(hf: Any, model: ModelConfig, sequence: int, fused_attentio
     heads, groups, hd = hf.num_attention_heads / tp, hf.num_key_value_heads / tp, head_dim(hf)
     mlp = (3 if fused_attention else 5) * size * mlp_width(hf, False) / tp
     if sparse:
-        experts = experts_of(hf)
+        experts = _experts(hf)
         sent = h * expert_tensor_parallel_size(model) * size + 24
         kept = (4 if fused_attention else 6) * size * mlp_width(hf, True) + experts.per_token * sent
         mlp = (kept + 16 * experts.per_token + 5 * experts.count) / shard

@@ -53,10 +53,10 @@ def write_report(
         UserError: a folder is no run's, the output cannot be written or is a page of another origin, or plotly is not
             installed.
     """
-    folders = [Path(f) for f in ([folders] if isinstance(folders, str | Path) else folders)]
-    runs = [read_run(folder) for folder in folders]
+    paths = [Path(f) for f in ([folders] if isinstance(folders, str | Path) else folders)]
+    runs = [read_run(path) for path in paths]
     _name_apart(runs)
-    beside = folders[0] if len(runs) == 1 else folders[0].resolve().parent / "comparison"
+    beside = paths[0] if len(runs) == 1 else paths[0].resolve().parent / "comparison"
     page = Path(output or beside) / "report.html"
     refuse_unwritable(page.parent, f"--output {page.parent}")
     refuse_foreign(page, _is_report, "a report", "--output holds")
@@ -86,16 +86,18 @@ def watch(
         interval: seconds between two looks.
         written: called with the page's path after the first time.
     """
-    folders, seen, page = [Path(folder) for folder in folders], None, None
+    paths, seen = [Path(folder) for folder in folders], None
+    page: Path | None = None
     while True:
-        state = [_state(folder / name) for folder in folders for name in _SOURCES]
-        finished = all(read_run(folder).finished for folder in folders) if state != seen else False
+        state = [_state(path / name) for path in paths for name in _SOURCES]
+        finished = all(read_run(path).finished for path in paths) if state != seen else False
         if state != seen:
-            first, page = page is None, write_report(folders, output, None if finished else interval)
+            first, page = page is None, write_report(paths, output, None if finished else interval)
             seen = state
             if first:
                 written(page)
         if finished:
+            assert page is not None  # it was written when the state was first seen
             return page
         time.sleep(interval)
 

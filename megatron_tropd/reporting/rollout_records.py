@@ -37,11 +37,11 @@ def sample_records(
     if details is None:
         return [_record(rollouts, i, tokenizer, None) for i in range(rows)]
     rows = min(rows, details.student_logprobs.size(0))
-    names = ("student_logprob", "teacher_logprob", "rho", "weight")
+    names = ["student_logprob", "teacher_logprob", "rho", "weight"]
     tensors = (details.student_logprobs, details.teacher_logprobs, details.gate.rho, details.gate.weight)
     numbers = [tensor[:rows].tolist() for tensor in tensors]
     if scores is not None and scores.topk_ids.size(-1):
-        names += ("alternatives", "alternative_logprobs")
+        names += ["alternatives", "alternative_logprobs"]
         numbers += [tensor[:rows, :, :_ALTERNATIVES].tolist() for tensor in (scores.topk_ids, scores.topk_logprobs)]
     return [
         _record(rollouts, i, tokenizer, dict(zip(names, (values[i] for values in numbers), strict=True)))

@@ -104,7 +104,7 @@ def _pack_sample(record: dict[str, Any], tokens: list[dict[str, Any]], texts: _T
         "prompt": texts.place(_cut(record.get("prompt", ""), MAX_PROMPT)),
         "finish": record.get("finish_reason"),
         "t": [texts.place(token.get("text", "")) for token in tokens],
-        "k": "".join(str(_KINDS.get(token.get("kind"), 2)) for token in tokens),
+        "k": "".join(str(_KINDS.get(token.get("kind") or "", 2)) for token in tokens),
         "s": [_thousandths(token.get("student_logprob")) for token in tokens],
         "l": [_thousandths(token.get("teacher_logprob")) for token in tokens],
     }
@@ -142,7 +142,11 @@ def pack_answers(path: Path, notes: list[str]) -> dict[str, Any]:
     for record in records:
         if record["step"] not in steps or str(record.get("id")) not in chosen:
             continue
-        asked = {"id": record.get("id"), "prompt": _cut(record.get("prompt", ""), MAX_PROMPT), "by_step": {}}
+        asked: dict[str, Any] = {
+            "id": record.get("id"),
+            "prompt": _cut(record.get("prompt", ""), MAX_PROMPT),
+            "by_step": {},
+        }
         problem = problems.setdefault(str(record.get("id")), asked | {"answer": record.get("answer")})
         problem["by_step"][record["step"]] = {
             "response": _cut(record.get("response", ""), MAX_ANSWER),

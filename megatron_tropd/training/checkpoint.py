@@ -159,8 +159,12 @@ def read_state(path: str | Path) -> TrainingState:
 
 def step_folders(directory: str | Path) -> list[Path]:
     """Return the folders named like checkpoints, the last step's first."""
-    found = [path for path in Path(directory).glob("step_*") if _NAME.match(path.name)]
-    return sorted(found, key=lambda path: int(_NAME.match(path.name).group(1)), reverse=True)
+    return [path for _, path in _steps(directory)]
+
+
+def _steps(directory: str | Path) -> list[tuple[int, Path]]:
+    matches = ((_NAME.match(path.name), path) for path in Path(directory).glob("step_*"))
+    return sorted(((int(match[1]), path) for match, path in matches if match), key=lambda found: found[0], reverse=True)
 
 
 def is_ours(path: str | Path) -> bool:
@@ -191,7 +195,7 @@ def _fresh_folder(temporary: Path) -> None:
 
 def _remove_old(directory: Path, keep: int, step: int) -> None:
     """Remove all but the newest `keep` checkpoints up to `step`; later ones are damaged, and count for nothing."""
-    done = [path for path in step_folders(directory) if int(_NAME.match(path.name).group(1)) <= step]
+    done = [path for number, path in _steps(directory) if number <= step]
     for path in done[keep:] if keep else []:
         if is_ours(path):
             shutil.rmtree(path, ignore_errors=True)

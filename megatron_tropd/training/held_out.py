@@ -13,7 +13,7 @@ from __future__ import annotations
 import glob
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -157,11 +157,14 @@ class HeldOut:
             collect_non_loss_data=True,
         )
 
-    def _forward_step(self, data_iterator: Iterator[tuple[TrainingBatch, _Hidden]], model: torch.nn.Module):
+    def _forward_step(
+        self, data_iterator: Iterator[tuple[TrainingBatch, _Hidden]], model: torch.nn.Module
+    ) -> tuple[torch.Tensor, Callable[..., torch.Tensor]]:
         rows, theirs = next(data_iterator)
         mask = rows.loss_kind != LOSS_NONE
 
         def read(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            assert theirs.states is not None  # this is the last stage
             return self._divergence(hidden, weight, theirs.states, mask).unsqueeze(-1)  # [s, b, 1]
 
         with self._student.hook.replaced(read):
@@ -169,8 +172,11 @@ class HeldOut:
         return output, partial(_sums, mask=mask, hidden=theirs.states)
 
 
-def _sums(output: torch.Tensor, non_loss_data: bool = True, *, mask: torch.Tensor, hidden: torch.Tensor):
+def _sums(
+    output: torch.Tensor, non_loss_data: bool = True, *, mask: torch.Tensor, hidden: torch.Tensor | None
+) -> torch.Tensor:
     """Return [b, 4], by row: the sum of the divergence, and how many tokens, bad ones of the teacher, bad ones."""
+    assert hidden is not None  # Megatron asks on the last stage alone
     bad_teacher = ~torch.isfinite(hidden.sum(-1, dtype=torch.float32)) & mask
     bad = ~(output.detach().abs() < ABSURD)
     return torch.stack([part.double().flatten(1).sum(1) for part in (output, mask, bad_teacher, bad)], dim=-1)
@@ -216,23 +222,25 @@ def load_held_out(
     Raises:
         UserError: a file cannot be read, or a prompt has no response.
     """
-    options = {"key": "evaluation.held_out", "data": evaluation_data(data)}
+    require = ("teacher_response",) if responses is None else ()
+    prompts = load_prompts(path, tokenizer, max_tokens, require, key="evaluation.held_out", data=evaluation_data(data))
     if responses is None:
-        return load_prompts(path, tokenizer, max_tokens, require=("teacher_response",), **options)
-    prompts = load_prompts(path, tokenizer, max_tokens, **options)
+        return prompts
     if isinstance(responses, str | Path) and not glob.has_magic(str(responses)) and not Path(responses).exists():
         raise UserError(f"evaluation.held_out_responses={responses}: no such file; {_remedy(path, responses)}")
     by_id = Responses(responses, "evaluation.held_out_responses", data.columns if data else None)
-    missing = [prompt.id for prompt in prompts if prompt.id not in by_id]
+    found = {prompt.id: by_id.get(prompt.id) for prompt in prompts}
+    missing = [name for name, response in found.items() if response is None]
     if missing:
         raise UserError(
             f"{responses}: no teacher_response for {len(missing)} of the {len(prompts)} prompts of {path}, such as "
             f"{missing[0]!r}; {_remedy(path, responses)}"
         )
-    return [replace(prompt, teacher_response=by_id.get(prompt.id)[0]) for prompt in prompts]
+    texts = {name: response[0] for name, response in found.items() if response is not None}
+    return [replace(prompt, teacher_response=texts[prompt.id]) for prompt in prompts]
 
 
-def _remedy(path: str | Path, responses: str | Path) -> str:
+def _remedy(path: str | Path | list[str], responses: str | Path | list[str]) -> str:
     command = f"megatron-tropd generate --model teacher --field teacher_response --prompts {path} --output {responses}"
     return f"write it with `{command}` and the recipe"
 

@@ -65,21 +65,20 @@ def train(recipe: Recipe) -> dict[str, Any]:
     partition = split_processes(recipe)
     if partition is not None:
         return _train_in_parts(recipe, partition)
-    with process_groups(recipe.student, role="student", **_start(recipe)) as groups, RunLock() as lock:
+    minutes = recipe.training.timeout_minutes
+    part = process_groups(recipe.student, recipe.training.seed, timeout_minutes=minutes, role="student")
+    with part as groups, RunLock() as lock:
         start = resume.prepare(recipe, groups, lock)
         if start.is_finished:
             return resume.finished_summary(recipe, start, groups)
         return _train(set_up(recipe, groups, None, start))
 
 
-def _start(recipe: Recipe) -> dict[str, int]:
-    return {"seed": recipe.training.seed, "timeout_minutes": recipe.training.timeout_minutes}
-
-
 def _train_in_parts(recipe: Recipe, partition: Partition) -> dict[str, Any]:
     """Train on the student's ranks and serve on the teacher's."""
     try:
-        part = process_groups(getattr(recipe, partition.role), partition=partition, **_start(recipe))
+        seed, minutes = recipe.training.seed, recipe.training.timeout_minutes
+        part = process_groups(getattr(recipe, partition.role), seed, partition, timeout_minutes=minutes)
         with part as groups, RunLock() as lock:
             # Both parts decide from the same files, before either writes any.
             start = resume.prepare(recipe, groups, None if partition.is_teacher else lock)
@@ -102,8 +101,13 @@ def _train_in_parts(recipe: Recipe, partition: Partition) -> dict[str, Any]:
 def _train(run: Run) -> dict[str, Any]:
     training, logging_config = run.recipe.training, run.recipe.logging
     last_step = min(training.steps, training.exit_step or training.steps)
-    options = {"interval": logging_config.progress_interval, "steps_done": run.state.step, "enabled": run.reports}
-    progress = open_progress(logging_config.progress, total=last_step, **options)
+    progress = open_progress(
+        logging_config.progress,
+        total=last_step,
+        interval=logging_config.progress_interval,
+        steps_done=run.state.step,
+        enabled=run.reports,
+    )
     if run.reports and run.state.step < last_step:
         progress.introduce(start_block(run, record_start(run.folder, run.recipe, run.state.step), last_step))
     trackers = open_trackers(run.recipe, run.folder, run.state.step) if run.reports else []
@@ -212,12 +216,12 @@ def _log(
     scores: TeacherScores | None,
     clock: _Clock,
 ) -> None:
-    metrics = _rollout_metrics(run, rollouts)
-    num_tokens = metrics.pop("num_sequence_tokens")
+    of_rollout = _rollout_metrics(run, rollouts)
+    num_tokens = of_rollout.pop("num_sequence_tokens")
     seconds, peaks = sum(clock.laps.values()), _largest_peaks(clock.peaks, run.groups.device)
     if not run.reports:
         return
-    metrics |= result.metrics | clock.laps | peaks
+    metrics: dict[str, float | list[int]] = {**of_rollout, **result.metrics, **clock.laps, **peaks}
     metrics |= {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
     metrics |= {"num_loss_tokens": result.num_loss_tokens, "tokens_per_second": num_tokens / seconds}
     metrics["prefix_fraction"] = run.guidance.fraction(step)

@@ -99,8 +99,8 @@ def prepare(recipe: Recipe, groups: ParallelGroups, lock: RunLock | None = None)
     decided: list[Start | None] = [None]
 
     def decide_now() -> None:
-        decided[0] = decide(recipe)
-        if not decided[0].is_finished:
+        decided[0] = found = decide(recipe)
+        if not found.is_finished:
             refuse_unwritable(recipe.logging.dir, f"logging.dir={recipe.logging.dir}")
             refuse_unwritable(checkpoint_folder(recipe), f"checkpoint.dir={recipe.checkpoint.dir}")
             if lock is not None:
@@ -109,6 +109,7 @@ def prepare(recipe: Recipe, groups: ParallelGroups, lock: RunLock | None = None)
     on_rank_zero(decide_now)
     dist.broadcast_object_list(decided, src=0)
     start = decided[0]
+    assert start is not None  # rank 0 sent it
     start.lock = lock
     start.pin(recipe)
     if start.checkpoint is not None and groups.rank == 0:
@@ -168,7 +169,9 @@ def _refuse_other_settings(start: Start, recipe: Recipe) -> None:
 def _refuse_other_student(path: Path, recipe: Recipe) -> None:
     """Name what differs in the architecture, before a load fails at it."""
     student = recipe.student
-    own = Path(student.checkpoint) / "hf" if student.hf_path is None else Path(student.hf_path)
+    folder = Path(student.checkpoint) / "hf" if student.checkpoint is not None else None
+    own = folder if student.hf_path is None else Path(student.hf_path)
+    assert own is not None  # a recipe without either is refused before
     ours, theirs = read_config(own), read_config(path / "model" / "hf")
     keys = [k for k in theirs if k in ours and ours[k] != theirs[k] and isinstance(theirs[k], int | float | dict)]
     keys = [k for k in keys if not k.endswith("_token_id")]
@@ -296,6 +299,7 @@ def finished_summary(recipe: Recipe, start: Start, groups: ParallelGroups) -> di
         path = Path(recipe.logging.dir) / "summary.json"
         summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if summary.get("steps") != start.step:
+            assert start.checkpoint is not None  # a finished run has one
             summary = {
                 "steps": start.step,
                 "finished": start.step >= recipe.training.steps,
@@ -308,4 +312,5 @@ def finished_summary(recipe: Recipe, start: Start, groups: ParallelGroups) -> di
 
     on_rank_zero(read)
     dist.broadcast_object_list(made, src=0)
+    assert made[0] is not None  # rank 0 sent it
     return made[0]

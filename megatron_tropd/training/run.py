@@ -183,12 +183,20 @@ def _open_divergences(
     kinds = {"objective": objective.divergence, "held_out": "forward_kl" if held_out else None}
     if not any(kinds.values()):
         return {}
+    assert teacher is not None  # objectives without one were refused, or measure nothing
     weight = teacher.output_weight(student.vocabulary_width)
     shared = (weight, student.groups.tp, student.vocab_size)
-    config, found = recipe.objective, {}
+    config = recipe.objective
+    found: dict[str, Divergence] = {}
     if kinds["objective"]:
-        options = {"beta": config.beta, "temperature": config.temperature, "implementation": config.kernel}
-        found["objective"] = Divergence(kinds["objective"], *shared, **options, end=student.end)
+        found["objective"] = Divergence(
+            kinds["objective"],
+            *shared,
+            beta=config.beta,
+            temperature=config.temperature,
+            implementation=config.kernel,
+            end=student.end,
+        )
     if kinds["held_out"]:
         found["held_out"] = Divergence(kinds["held_out"], *shared, implementation=config.kernel, end=student.end)
     return found
@@ -204,6 +212,7 @@ def _build_held_out(
 ) -> HeldOut | None:
     if divergence is None:
         return None
+    assert teacher is not None  # the divergence is from it
     return HeldOut(
         prompts,
         tokenizer,

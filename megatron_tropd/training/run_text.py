@@ -13,12 +13,13 @@ from typing import Any
 import psutil
 import torch
 
-from megatron_tropd.config import ModelConfig, Recipe
+from megatron_tropd.config import ModelConfig, Recipe, TeacherConfig
 from megatron_tropd.errors import UserError
 from megatron_tropd.mcore.layer_specs import uses_transformer_engine
 from megatron_tropd.methods import METHODS
 from megatron_tropd.planning.job import job_of
 from megatron_tropd.planning.memory import memories
+from megatron_tropd.prompts.prompt_set import PromptSet
 from megatron_tropd.recipe_changes import settings_of
 from megatron_tropd.reporting.head import count, method
 from megatron_tropd.training.run import Run
@@ -58,9 +59,9 @@ def _layout(config: ModelConfig) -> str:
     sizes = [(short, getattr(config, f"{name}_parallel_size")) for name, short in _SIZES.items()]
     texts = [f"{short}={size}" for short, size in sizes if size and (size > 1 or short in ("TP", "PP"))]
     texts += ["sequence parallel"] if config.sequence_parallel else []
-    if getattr(config, "ranks", "") == "dedicated":
+    if isinstance(config, TeacherConfig) and config.ranks == "dedicated":
         texts.append(f"dedicated ranks, {config.replicas} replica{'s' if config.replicas > 1 else ''}")
-    texts += ["offloaded between passes"] if getattr(config, "offload", False) else []
+    texts += ["offloaded between passes"] if isinstance(config, TeacherConfig) and config.offload else []
     return " ".join(texts[:2]) + "".join(f", {text}" for text in texts[2:])
 
 
@@ -106,7 +107,9 @@ def _planned_gb(run: Run) -> str:
         return "no plan without a teacher"
     try:
         processes = int(os.environ.get("WORLD_SIZE", 1))
-        job = job_of(recipe, processes, run.source.prompts.longest, fused=uses_transformer_engine())
+        prompts = run.source.prompts
+        assert isinstance(prompts, PromptSet)  # a run's data are files
+        job = job_of(recipe, processes, prompts.longest, fused=uses_transformer_engine())
         return f"{max(needed.peak for needed in memories(job)) / 1e9:.1f} GB planned for tensors"
     except UserError:  # a layout that the planner does not know
         return "no plan"
