@@ -138,7 +138,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(keys, dict) for keys in content.values()):
         raise UserError(f"{path} is not the recipe of a run: expected a section of keys under each name; restore it.")
     sections = set(recipe_sections())
-    return dict(_leaves(content, lambda value: value if isinstance(value, dict) else None, sections))
+    tree = {str(name): keys for name, keys in content.items()}
+    return dict(_leaves(tree, lambda value: value if isinstance(value, dict) else None, sections))
 
 
 def _leaves(
@@ -172,7 +173,7 @@ def compare(
     defaults = settings_of(Recipe())
     before = {key: old.get(key, defaults.get(key)) for key in new}
     changed = {key for key in new if key not in CONTENTS and before[key] != new[key]}
-    unknown = set()
+    unknown: set[str] = set()
     for place in sorted(set(CONTENTS.values())):
         keys = [key for key in new if CONTENTS.get(key) == place]
         differing = [key for key in keys if before[key] != new[key]]

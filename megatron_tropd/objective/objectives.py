@@ -160,6 +160,7 @@ class Objective:
             groups = batch.sample_ids // self.samples_per_prompt
             found = response_advantages(batch.old_logprobs, scores.logprobs, kept, groups, self.config.alpha)
             return dataclasses.replace(scores, advantages=found)
+        assert by is not None  # nothing else is prepared
         selected = select_tokens(by, scores.logprobs, batch.old_logprobs, entropy, kept, self.config, group)
         return dataclasses.replace(scores, weights=selection_weights(selected, kept, group))
 
@@ -189,6 +190,7 @@ class Objective:
         given = floored(torch.where(is_guidance, student_logprobs[..., 0], 0.0))
         result = ObjectiveResult(loss=-beta * given)
         if self.needs_teacher:
+            assert scores is not None  # the teacher's, then
             student = self._student_tokens(student_logprobs, scores, batch, step, is_student, divergence)
             result = dataclasses.replace(student, loss=student.loss + result.loss)
         result.metrics["loss_guidance"] = total(-beta * given, is_guidance)
@@ -290,6 +292,7 @@ class Objective:
             return torch.where(tokens.kept, divergence, 0.0)
         if self.method.clipped:
             own = tokens.scores.advantages if self.method.returns else reward
+            assert own is not None  # `prepare` sets the advantages
             known = tokens.kept & (tokens.student != -torch.inf)
             return clipped_policy_loss(tokens.sampled, tokens.batch.old_logprobs, own, known, self.config.ppo_clip)
         return -tokens.importance * reward * tokens.sampled  # K1, -sg(A) log pi_S(x)

@@ -140,7 +140,9 @@ def _sending(job: Job, role: str, tokens: float) -> float:
     # Sequence parallelism's reduce-scatter and all-gather together send what the all-reduce sends.
     sending = 2 * hf.num_hidden_layers / pp * (gpu.latency(tp) + gpu.all_reduce(stream, tp, tp > gpu.node_gpus))
     if ep > 1:
-        routed = stream / tp * experts_of(hf).per_token * (ep - 1) / ep
+        experts = experts_of(hf)
+        assert experts is not None  # they are what is shared
+        routed = stream / tp * experts.per_token * (ep - 1) / ep
         sending += 2 * _sparse_layers(job, role) / pp * (gpu.latency(ep) + routed / gpu.link_bandwidth)
     if pp > 1:
         chunks = model.virtual_pipeline_model_parallel_size or 1

@@ -19,11 +19,11 @@ With calculate_per_token_loss every loss token of the global batch weighs the sa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -51,6 +51,9 @@ from megatron_tropd.training.entropies import prepare_scores
 from megatron_tropd.training.student_outputs import StudentOutputs, read_student
 from megatron_tropd.types import TeacherScores, TrainingBatch
 
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
 # Megatron's 2**32 is meant for a mean over a micro-batch's tokens. The loss here is their undivided sum, thousands of
 # times larger, and each halving costs a whole step, rollout included. The scale grows again where there is room.
 _FLOAT16_LOSS_SCALE = 2.0**10
@@ -73,7 +76,7 @@ class Student:
     _is_away: bool = False
 
     @property
-    def modules(self) -> list[torch.nn.Module]:
+    def modules(self) -> list[GPTModel]:
         """The bare GPTModel chunks: the very parameters that train."""
         return [unwrap_model(chunk) for chunk in self.chunks]
 
@@ -116,7 +119,7 @@ class Student:
 
 
 def build_student(
-    modules: list[torch.nn.Module], training: TrainingConfig, groups: ParallelGroups, vocab_size: int
+    modules: list[GPTModel], training: TrainingConfig, groups: ParallelGroups, vocab_size: int
 ) -> Student:
     """Wrap model chunks in Megatron's DDP and build its optimizer and learning-rate schedule."""
     config = modules[0].config
@@ -287,7 +290,7 @@ def forward_step(
     objective: Objective,
     config: ObjectiveConfig,
     step: int,
-):
+) -> tuple[torch.Tensor, Callable[..., Any]]:
     """Megatron's forward_step: one micro-batch through this stage; returns (output, loss_func)."""
     batch, scores = next(data_iterator)
     with read_student(student, batch, scores, objective, config):

@@ -60,13 +60,7 @@ def read_student(
         objective: says at which ids the student is read, and whether a divergence is.
         config: `objective.*` of the recipe (temperature and kernel are read here).
     """
-    options = {
-        "temperature": config.temperature,
-        "with_entropy": True,
-        "mask": (batch.loss_kind != LOSS_NONE).t(),
-        "implementation": config.kernel,
-    }
-    vocabulary = (student.groups.tp, student.vocab_size)
+    mask = (batch.loss_kind != LOSS_NONE).t()  # [s, b]
 
     def ids_to_read() -> torch.Tensor:  # [s, b, 1 + k]
         return objective.ids(batch, scores).transpose(0, 1)
@@ -74,14 +68,39 @@ def read_student(
     def from_logits(logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         ids = ids_to_read()
         # Nothing else reads the logits: their gradient may overwrite them.
-        found = vocab_parallel_logprobs(logits, student.end.extend(ids), *vocabulary, inplace_backward=True, **options)
-        return StudentOutputs(student.end.merge(found[0], ids), found[1]).pack()
+        logprobs, entropy = vocab_parallel_logprobs(
+            logits,
+            student.end.extend(ids),
+            student.groups.tp,
+            student.vocab_size,
+            temperature=config.temperature,
+            with_entropy=True,
+            mask=mask,
+            inplace_backward=True,
+            implementation=config.kernel,
+        )
+        assert entropy is not None  # it was asked for
+        return StudentOutputs(student.end.merge(logprobs, ids), entropy).pack()
 
     def from_hidden(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ids = ids_to_read()
+        assert student.divergence is not None  # the objective is one
+        assert scores is not None  # of the teacher, whose hidden states it reads
+        assert scores.hidden is not None
         divergence = student.divergence(hidden, weight, scores.hidden, batch.loss_kind != LOSS_NONE)
         with torch.no_grad():  # the sampled tokens are only reported
-            found = fused_linear_logprobs(hidden, weight, student.end.extend(ids), *vocabulary, **options)
-        return StudentOutputs(student.end.merge(found[0], ids), found[1], divergence).pack()
+            logprobs, entropy = fused_linear_logprobs(
+                hidden,
+                weight,
+                student.end.extend(ids),
+                student.groups.tp,
+                student.vocab_size,
+                temperature=config.temperature,
+                with_entropy=True,
+                mask=mask,
+                implementation=config.kernel,
+            )
+        assert entropy is not None  # it was asked for
+        return StudentOutputs(student.end.merge(logprobs, ids), entropy, divergence).pack()
 
     return student.hook.replaced(from_hidden) if objective.divergence else student.hook.armed(from_logits)
