@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint and the tests, on a fresh machine or a ready one; arguments after the tier go to pytest.
+# Lint, types and the tests, on a fresh machine or a ready one; arguments after the tier go to pytest.
 #
 #   bash tests/run.sh            the normal tier: every feature, at most 12 minutes on two quiet cores, 25 on slow ones
 #   bash tests/run.sh --pairs    and every pair of features that the parallel layouts of tests/parity contain
@@ -10,7 +10,7 @@
 # with a GPU the kernels' tests then run once more on it, unless tests were named; `pytest tests/kernels` does only that.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-SETUP_MODULES="pytest pytest_timeout hypothesis ruff math_verify" source examples/setup_env.sh
+SETUP_MODULES="pytest pytest_timeout hypothesis ruff mypy math_verify" source examples/setup_env.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the distributed tests run several processes side by side
 
 tier=()
@@ -22,6 +22,7 @@ esac
 
 python -m ruff check .
 python -m ruff format --check .
+python -m mypy
 CUDA_VISIBLE_DEVICES="" python -m pytest -q "${tier[@]}" "$@"
 if (($# == 0)) && python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   python -m pytest -q "${tier[@]}" tests/kernels
