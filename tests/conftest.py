@@ -1,10 +1,15 @@
-"""No property fails because a machine is slow: Hypothesis measures no time. Models and runs that several files use."""
+"""For all tests: Hypothesis without time limits, Triton's interpreter without a GPU, models and runs to share."""
 
 import json
+import os
 import shutil
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any test file imports triton
 
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")

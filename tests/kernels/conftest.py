@@ -1,14 +1,9 @@
-"""Kernels run with poisoned memory; Triton's in its interpreter where there is no GPU."""
-
-import os
+"""Kernels run with poisoned memory."""
 
 import pytest
 import torch
 
 from megatron_tropd.kernels import linear
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
 
 @pytest.fixture(autouse=True)
