@@ -68,16 +68,6 @@ def clip_layout(model: Layout, world_size: int) -> Layout:
     )
 
 
-def describe_layout(model: ModelConfig) -> str:
-    """Return a layout's sizes in short."""
-    tp, pp, cp = (
-        model.tensor_model_parallel_size,
-        model.pipeline_model_parallel_size,
-        model.context_parallel_size,
-    )
-    return f"TP={tp} PP={pp} CP={cp}"
-
-
 def hf_config(model: ModelConfig, layers: int | None = None) -> Any:
     """Return a Llama configuration that divides as the layout wants; `layers`: how many, default two per chunk."""
     from transformers import LlamaConfig

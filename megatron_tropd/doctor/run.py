@@ -158,10 +158,9 @@ def _check_devices(
 
 
 def _layout_detail(recipe: Recipe, model: Any, environment: Environment) -> str:
-    from megatron_tropd.doctor.models import describe_layout
-    from megatron_tropd.parallel.layout import model_ranks
+    from megatron_tropd.parallel.layout import model_ranks, short_sizes
 
-    layout, asked = describe_layout(model), describe_layout(recipe.student)
+    layout, asked = (" ".join(short_sizes(m, ("TP", "PP", "CP"))) for m in (model, recipe.student))
     if layout == asked:
         return f"{layout}, the recipe's"
     return f"{layout}; the recipe's {asked} takes {model_ranks(recipe.student)} processes, not {environment.world_size}"

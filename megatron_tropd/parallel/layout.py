@@ -30,6 +30,21 @@ def expert_tensor_parallel_size(model: ModelConfig) -> int:
     return model.expert_tensor_parallel_size or model.tensor_model_parallel_size
 
 
+_SHORT = {"TP": "tensor_model", "PP": "pipeline_model", "VPP": "virtual_pipeline_model", "CP": "context"}
+_SHORT |= {"EP": "expert_model", "ETP": "expert_tensor"}
+
+
+def short_sizes(model: ModelConfig, always: tuple[str, ...] = ("TP", "PP")) -> list[str]:
+    """Return a layout's parallel sizes as people write them: `TP=2`, `PP=1`, …
+
+    Args:
+        model: has the sizes.
+        always: those that are named even where they are 1.
+    """
+    sizes = {short: getattr(model, f"{name}_parallel_size") or 1 for short, name in _SHORT.items()}
+    return [f"{short}={size}" for short, size in sizes.items() if size > 1 or short in always]
+
+
 def check_ranks(layout: ModelConfig, world_size: int, role: str | None = None, others: int = 0) -> None:
     """Refuse a layout that a number of processes cannot hold.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from megatron_tropd.config import ModelConfig, TeacherConfig
 from megatron_tropd.errors import UserError
 from megatron_tropd.models.checks import check_sizes
-from megatron_tropd.parallel.layout import check_ranks
+from megatron_tropd.parallel.layout import check_ranks, short_sizes
 from megatron_tropd.planning.host import host_memory
 from megatron_tropd.planning.job import Job
 from megatron_tropd.planning.memory import Memory, memories
@@ -109,14 +109,8 @@ def _milliseconds(parts: dict[str, float]) -> str:
 
 
 def _layout(model: ModelConfig) -> str:
-    text = f"TP={model.tensor_model_parallel_size} PP={model.pipeline_model_parallel_size}"
-    if model.virtual_pipeline_model_parallel_size:
-        text += f" VPP={model.virtual_pipeline_model_parallel_size}"
     replicas = model.replicas if isinstance(model, TeacherConfig) else 1
-    sizes = {"CP": model.context_parallel_size, "EP": model.expert_model_parallel_size, "DP": replicas}
-    for name, size in sizes.items():
-        text += f" {name}={size}" if size > 1 else ""
-    return text
+    return " ".join(short_sizes(model) + ([f"DP={replicas}"] if replicas > 1 else []))
 
 
 def _conditions(job: Job, other: Job) -> str:

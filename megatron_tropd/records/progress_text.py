@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from megatron_tropd.system.short_text import duration
+
 if TYPE_CHECKING:
     from rich.text import Text
 
@@ -83,18 +85,6 @@ def sample_text(sample: dict[str, Any], width: int) -> Text:
 def _last_line(prompt: str) -> str:
     """Return the end of a prompt, where the question stands, in one line."""
     return " ".join(prompt.split())[-160:]
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it: 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if minutes < 100:
-        return f"{minutes} min"
-    if hours < 48:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{hours // 24} d {hours % 24} h"
 
 
 def _is_number(value: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_tropd.methods import METHODS
 from megatron_tropd.reporting.run_records import RunRecords
+from megatron_tropd.system.short_text import count, duration
 
 _OUTLIERS = {
     "fkl": "forward KL to the teacher's top {topk} on outliers",
@@ -118,14 +119,6 @@ def _model(model: dict[str, Any] | None, path: str | None) -> str:
     return f"{model.get('path')} ({model.get('type')}, {count(model.get('parameters') or 0)} parameters)"
 
 
-def count(number: float) -> str:
-    """Return a number in short: 8.03 B, 124 M."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f}"
-
-
 def method(recipe: dict[str, Any]) -> str:
     """Return what the recipe's objective does, in words."""
     name = recipe.get("objective.name")
@@ -209,7 +202,7 @@ def _when(start: dict[str, Any]) -> str:
 
 def _time(run: RunRecords) -> str:
     seconds = _seconds(run)
-    return f"{_duration(seconds)} in steps, {seconds / run.steps:.3g} s per step" if seconds else ""
+    return f"{duration(seconds)} in steps, {seconds / run.steps:.3g} s per step" if seconds else ""
 
 
 def _further(run: RunRecords) -> str:
@@ -240,13 +233,6 @@ def _seconds(run: RunRecords) -> float:
     return sum(value for key in keys for value in run.column("metrics", key) if value is not None)
 
 
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    if not seconds:
-        return ""
-    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s" if rest >= 60 else f"{rest} s"
-
-
 def _tokens(run: RunRecords) -> str:
     generated = sum(value for value in run.column("metrics", "generated_tokens") if value is not None)
     trained = sum(value for value in run.column("metrics", "num_loss_tokens") if value is not None)
@@ -257,7 +243,8 @@ def _tokens(run: RunRecords) -> str:
 def columns(run: RunRecords) -> list[tuple[str, str, str]]:
     """Return (heading, last value, what to know of it) of the run's figures, for its tiles or its row in a table."""
     rate = [value for value in run.column("metrics", "tokens_per_second") if value is not None]
-    time = _duration(_seconds(run))
+    seconds = _seconds(run)
+    time = duration(seconds) if seconds else ""
     planned = f"of {run.planned_steps:,}" if isinstance(run.planned_steps, int) else ""
     return [
         ("steps", f"{run.steps:,}", planned),

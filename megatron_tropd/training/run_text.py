@@ -17,15 +17,14 @@ from megatron_tropd.config import ModelConfig, Recipe, TeacherConfig
 from megatron_tropd.errors import UserError
 from megatron_tropd.mcore.layer_specs import uses_transformer_engine
 from megatron_tropd.methods import METHODS
+from megatron_tropd.parallel.layout import short_sizes
 from megatron_tropd.planning.job import job_of
 from megatron_tropd.planning.memory import memories
 from megatron_tropd.prompts.prompt_set import PromptSet
 from megatron_tropd.recipe_changes import settings_of
-from megatron_tropd.reporting.head import count, method
+from megatron_tropd.reporting.head import method
+from megatron_tropd.system.short_text import count
 from megatron_tropd.training.run import Run
-
-_SIZES = {"tensor_model": "TP", "pipeline_model": "PP", "virtual_pipeline_model": "VPP", "context": "CP"}
-_SIZES |= {"expert_model": "EP", "expert_tensor": "ETP"}
 
 
 def start_block(run: Run, start: dict[str, Any], last_step: int) -> list[tuple[str, str]]:
@@ -56,8 +55,7 @@ def _model(model: dict[str, Any], config: ModelConfig) -> str:
 
 
 def _layout(config: ModelConfig) -> str:
-    sizes = [(short, getattr(config, f"{name}_parallel_size")) for name, short in _SIZES.items()]
-    texts = [f"{short}={size}" for short, size in sizes if size and (size > 1 or short in ("TP", "PP"))]
+    texts = short_sizes(config)
     texts += ["sequence parallel"] if config.sequence_parallel else []
     if isinstance(config, TeacherConfig) and config.ranks == "dedicated":
         texts.append(f"dedicated ranks, {config.replicas} replica{'s' if config.replicas > 1 else ''}")

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from megatron_tropd.records.progress import Lines, Panel, Progress, open_progress
-from megatron_tropd.records.progress_text import duration, figures, sample_text
+from megatron_tropd.records.progress_text import figures, sample_text
+from megatron_tropd.system.short_text import duration
 
 RECORD = {
     "loss": 0.51234,
