@@ -1,21 +1,21 @@
 """Shims that let Megatron-Core run on CPU over gloo; applied once, and only where there is no CUDA.
 
 Megatron-Core names the device "cuda" in its schedules, optimizers and random-number tracker. Here those names are
-turned into the CPU: `torch.cuda`'s queries answer for the CPU, its streams and events are inert, and a function mode
-rewrites `device="cuda"` arguments. Nothing of Megatron's logic is replaced. The mode is thread-local: call `apply` in
-the thread that runs Megatron. To opt out, pass `use_cpu_compat=False` to `parallel.initialize`.
+turned into the CPU: `torch.cuda`'s queries answer for the CPU, its streams and events are inert, and the functions of
+torch that take a device take CUDA's for the CPU. Nothing of Megatron's logic is replaced; other calls cost nothing. To
+opt out, pass `use_cpu_compat=False` to `parallel.initialize`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.overrides import TorchFunctionMode
 
 logger = logging.getLogger(__name__)
 
@@ -72,34 +72,65 @@ def _reduce_scatter_uneven(
             output.copy_(total)
 
 
-# Collective -> the place of its list of tensors among the arguments, and the replacement where their sizes differ.
-_UNEVEN: dict[Any, tuple[int, Callable[..., None]]] = {
-    dist.all_gather: (0, _all_gather_uneven),
-    dist.reduce_scatter: (1, _reduce_scatter_uneven),
-}
+# Functions of torch that make tensors on a device of choice.
+_FACTORIES = (
+    *("arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "ones"),
+    *("ones_like", "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "tensor", "zeros", "zeros_like"),
+)
 
 
-class _CudaMeansCpu(TorchFunctionMode):
-    """Send every explicit CUDA device to the CPU."""
+def _on_cpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return a factory of tensors that takes CUDA devices for the CPU, and pins no memory."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    @functools.wraps(make)
+    def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs:
+            if _names_cuda(kwargs.get("device")):
+                kwargs["device"] = "cpu"
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False
+        return make(*args, **kwargs)
+
+    return on_cpu
+
+
+def _patch_tensors() -> None:
+    """Send every explicit CUDA device to the CPU, at the few places where one can be named."""
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    move, kind = torch.Tensor.to, torch.Tensor.type
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs and _names_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
-        if func is torch.Tensor.to:
-            args = tuple("cpu" if _names_cuda(a) else a for a in args)
-        elif func in _UNEVEN and len({t.size(0) for t in args[_UNEVEN[func][0]]}) > 1:
-            return _UNEVEN[func][1](*args, **kwargs)
-        elif func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
-            return args[0]
-        elif func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # Megatron's optimizers sort parameters by comparing this string with "torch.cuda.…".
-            return _CUDA_TYPE_NAMES.get(args[0].dtype) or func(*args)
-        return func(*args, **kwargs)
+        if args and _names_cuda(args[0]):
+            args = ("cpu", *args[1:])
+        return move(self, *args, **kwargs)
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return kind(self, *args, **kwargs)
+        # Megatron's optimizers sort parameters by comparing this string with "torch.cuda.…".
+        return _CUDA_TYPE_NAMES.get(self.dtype) or kind(self)
+
+    def unmoved(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self
+
+    for name, method in {"to": to, "type": type_, "cuda": unmoved, "pin_memory": unmoved}.items():
+        setattr(torch.Tensor, name, method)
+    dist.all_gather = _or_uneven(dist.all_gather, 0, _all_gather_uneven)
+    dist.reduce_scatter = _or_uneven(dist.reduce_scatter, 1, _reduce_scatter_uneven)
+
+
+def _or_uneven(collective: Callable, place: int, uneven: Callable) -> Callable:
+    """Return a collective that hands tensors of different sizes to `uneven`; `place`: of their list among arguments."""
+
+    @functools.wraps(collective)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        differ = len(args) > place and len({t.size(0) for t in args[place] if t.dim()}) > 1
+        return (uneven if differ else collective)(*args, **kwargs)
+
+    return either
 
 
 class _InertStream:
@@ -173,17 +204,6 @@ def _patch_random_states() -> None:
     torch.cuda.manual_seed = manual_seed
 
 
-def _patch_backward() -> None:
-    """Keep the mode active in the backward pass, which runs inside its handler: recomputation needs it."""
-    run_backward = torch.autograd._engine_run_backward
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with _CudaMeansCpu():
-            return run_backward(*args, **kwargs)
-
-    torch.autograd._engine_run_backward = run
-
-
 def _patch_experts() -> None:
     """Let the experts' token dispatcher make numbers of tensors of split sizes, as it does of those on CUDA."""
     from megatron.core.transformer.moe import token_dispatcher
@@ -208,10 +228,9 @@ def apply() -> bool:
         return False
     if not _applied:
         _patch_torch_cuda()
+        _patch_tensors()
         _patch_random_states()
-        _patch_backward()
         _patch_experts()
-        _CudaMeansCpu().__enter__()
         logger.info("no CUDA device: Megatron-Core runs on CPU (opt out with use_cpu_compat=False)")
         _applied = True
     return True
