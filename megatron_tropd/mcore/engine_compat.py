@@ -59,6 +59,9 @@ class _DynamicController(TextGenerationController):
 
     sampler: Any = None
 
+    def _dynamic_step_sample_bookkeeping(self) -> None:
+        """Group the requests by their sampling parameters: the sampler has its own, and each list is a wait."""
+
     def _dynamic_step_sample_logits(self, logits: torch.Tensor | None = None) -> None:
         context = self.inference_wrapped_model.inference_context
         active = slice(context.paused_request_count, context.total_request_count)
