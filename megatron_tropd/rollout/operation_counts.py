@@ -1,0 +1,82 @@
+"""Counts what a stretch of code asks of the device: operations, waits of the host for a value, and collectives.
+
+with OperationCounts() as counts:
+    engine.generate(...)
+counts.totals()  # {"operations": 8123, "synchronisations": 54, "collectives": 0}
+
+Views and other operations that compute nothing are left out: on a GPU each of the counted ones is a launch. What a CUDA
+graph replays is one operation that is not seen here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_WAITS = {"aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero"}
+# They hand out memory, or another view of it.
+_FREE = {
+    "alias",
+    "as_strided",
+    "chunk",
+    "detach",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "expand",
+    "lift_fresh",
+    "narrow",
+}
+_FREE |= {"new_empty", "permute", "reshape", "select", "set_", "slice", "split", "split_with_sizes", "squeeze", "t"}
+_FREE |= {"transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "_reshape_alias", "_unsafe_view"}
+
+
+class OperationCounts(TorchDispatchMode):
+    """Counts within its context, on this thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._counts = {"operations": 0, "synchronisations": 0, "collectives": 0}
+
+    def __enter__(self) -> OperationCounts:
+        """Begin to count; `Tensor.tolist`, which a CPU does without an operation, counts as a synchronisation."""
+        self._tolist = tolist = torch.Tensor.tolist
+
+        def counted(tensor: torch.Tensor) -> Any:
+            if tensor.device.type == "cpu":  # else it is a copy to the host
+                self._counts["synchronisations"] += 1
+            return tolist(tensor)
+
+        setattr(torch.Tensor, "tolist", counted)  # noqa: B010 (an assignment would be of another type)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """End the count."""
+        setattr(torch.Tensor, "tolist", self._tolist)  # noqa: B010
+        super().__exit__(*exception)
+
+    def totals(self) -> dict[str, int]:
+        """Return the numbers so far, by kind."""
+        return dict(self._counts)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Count one operation and run it."""
+        result = func(*args, **(kwargs or {}))
+        space, name = str(func).split(".")[:2]
+        if space == "c10d":
+            self._counts["collectives"] += 1
+        elif f"{space}.{name}" in _WAITS or _reaches_host(args, result):
+            self._counts["synchronisations"] += 1
+        elif name not in _FREE:
+            self._counts["operations"] += 1
+        return result
+
+
+def _reaches_host(args: tuple, result: Any) -> bool:
+    """Whether a tensor of the device came to the host."""
+    if not (args and isinstance(args[0], torch.Tensor) and isinstance(result, torch.Tensor)):
+        return False
+    return args[0].device.type == "cuda" and result.device.type == "cpu"
