@@ -16,7 +16,7 @@ _EXPORTS = {
     "UserError": "errors",
     "build_model": "models.build",
     "build_objective": "objective.objectives",
-    "build_student": "training.step",
+    "build_student": "training.student",
     "initialize": "parallel.groups",
     "load_hf_config": "models.build",
     "load_model_weights": "models.convert",

@@ -40,7 +40,8 @@ from megatron_tropd.parallel.groups import ParallelGroups, build_groups, on_rank
 from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.teacher.exchange import Exchange
 from megatron_tropd.teacher.hook import TeacherHook
-from megatron_tropd.training.step import StepResult, build_student, train_step
+from megatron_tropd.training.step import StepResult, train_step
+from megatron_tropd.training.student import build_student
 from megatron_tropd.types import LOSS_STUDENT, Rollouts, Sampling, TrainingBatch
 
 ROUNDS = 3

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_tropd.numbers.flags import STAGES, Finding, count_flags
-from megatron_tropd.objective.result import TokenDetails
+from megatron_tropd.objective.result import Extremes, TokenDetails
 from megatron_tropd.objective.token_statistics import summarise
 from megatron_tropd.parallel.groups import ParallelGroups
 
@@ -44,16 +44,15 @@ class StepResult:
         return next((stage for stage, count in zip(STAGES, self.bad_tokens, strict=False) if count), None)
 
 
-def reduce_reports(reports: list[dict[str, Any]], groups: ParallelGroups, extremes: tuple[str, ...]) -> StepResult:
+def reduce_reports(reports: list[dict[str, Any]], groups: ParallelGroups, extremes: Extremes) -> StepResult:
     """Reduce the micro-batches' reports in two small collectives, of the last stage and of all ranks.
 
     `sums` (name -> (sum, count)) become means over the global batch, whatever the layout; `counts` (name -> [bins])
-    become what token_statistics.summarise reads off them; `extremes` (names of maxima and, with a minus sign, of
-    minima) are of the whole batch. Stages without the output layer have no reports and
-    learn of the loss and of tokens that are not finite alone.
+    become what token_statistics.summarise reads off them; `extremes` name the reports' `maxima` and `minima`. Stages
+    without the output layer have no reports and learn of the loss and of tokens that are not finite alone.
     """
-    count = len(STAGES)
-    shared = torch.full((len(extremes) + count + 1,), -torch.inf, dtype=torch.float64, device=groups.device)
+    names = (*extremes.maxima, *extremes.minima)
+    shared = torch.full((len(names) + len(STAGES) + 1,), -torch.inf, dtype=torch.float64, device=groups.device)
     if groups.is_last_stage:
         sums = _stack(reports, "sums", lambda values: torch.stack([torch.stack(v) for v in values]).sum(0))
         flags = count_flags([report["flags"] for report in reports])
@@ -63,16 +62,20 @@ def reduce_reports(reports: list[dict[str, Any]], groups: ParallelGroups, extrem
         torch.distributed.all_reduce(packed, group=groups.dp_cp)
         means, flags, *bins = packed.split([len(part) for part in parts])
         means = means.view(-1, 2)
-        highest = _stack(reports, "extremes", lambda values: torch.stack(values).amax(0))
+        highest = _stack(reports, "maxima", lambda values: torch.stack(values).amax(0))
+        lowest = _stack(reports, "minima", lambda values: torch.stack(values).amin(0))
+        found = [*(highest[name] for name in extremes.maxima), *(-lowest[name] for name in extremes.minima)]
         loss, tokens = means[list(sums).index("loss")]
-        shared = torch.stack([*(highest[name] for name in extremes), *flags, (loss / tokens.clamp(min=1)).abs()])
+        shared = torch.stack([*found, *flags, (loss / tokens.clamp(min=1)).abs()])
         shared.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
     *values, loss = shared.tolist()
-    result = StepResult(loss=loss, bad_tokens=[int(value) for value in values[len(extremes) :]])
+    result = StepResult(loss=loss, bad_tokens=[int(value) for value in values[len(names) :]])
     if groups.is_last_stage:
         result.metrics |= summarise({name: part.tolist() for name, part in zip(counts, bins, strict=True)})
-        _fill(result, list(sums), means.tolist(), dict(zip(extremes, values, strict=False)))
+        largest = dict(zip(names, values, strict=False))
+        largest |= {name: -largest[name] for name in extremes.minima}
+        _fill(result, list(sums), means.tolist(), largest)
     return result
 
 
@@ -84,7 +87,7 @@ def _fill(result: StepResult, names: list[str], means: list[list[float]], extrem
             result.num_loss_tokens = int(count)
     for name, value in extremes.items():
         if abs(value) != math.inf:  # no token of that kind anywhere
-            result.metrics[name.lstrip("-")] = -value if name.startswith("-") else value
+            result.metrics[name] = value
 
 
 def _stack(reports: list[dict[str, Any]], part: str, combine: Any) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ from megatron_tropd.errors import UserError
 from megatron_tropd.methods import METHODS, Method
 from megatron_tropd.objective.forward_kl import floored, topk_forward_kl
 from megatron_tropd.objective.policy_gradient import clipped_policy_loss, importance_weights, response_advantages
-from megatron_tropd.objective.result import ObjectiveResult, TokenDetails, total, totals_where_known, weighed
+from megatron_tropd.objective.result import Extremes, ObjectiveResult, TokenDetails, total, totals_where_known, weighed
 from megatron_tropd.objective.selection import reward_floor, select_tokens, selection_weights
 from megatron_tropd.objective.token_statistics import gradient_shares, logit_gradient, loss_gradient, token_histograms
 from megatron_tropd.objective.tokens import StudentTokens
@@ -117,9 +117,11 @@ class Objective:
         return (self.config.topk or self.method.topk) if reads else 0
 
     @property
-    def extremes(self) -> tuple[str, ...]:
-        """The names of `maxima` and, with a minus sign, of `minima` that `loss` returns."""
-        return ("advantage_max", "logprob_mismatch_max", "-advantage_min") if self.needs_teacher else ()
+    def extremes(self) -> Extremes:
+        """The names of `maxima` and of `minima` that `loss` returns."""
+        if not self.needs_teacher:
+            return Extremes()
+        return Extremes(maxima=("advantage_max", "logprob_mismatch_max"), minima=("advantage_min",))
 
     def ids(self, batch: TrainingBatch, scores: TeacherScores | None) -> torch.Tensor:
         """Return the ids [b, s, 1 + k] at which the student is read: the sampled token, then the teacher's top-k."""

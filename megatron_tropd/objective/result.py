@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +19,13 @@ class TokenDetails:
     student_logprobs: torch.Tensor
     teacher_logprobs: torch.Tensor
     gate: TrustGate
+
+
+class Extremes(NamedTuple):
+    """Names of values of which the whole batch's largest, or smallest, is wanted."""
+
+    maxima: tuple[str, ...] = ()
+    minima: tuple[str, ...] = ()
 
 
 @dataclass

@@ -49,9 +49,15 @@ def pad_rollouts(
         loss_kind[row, student_start - 1 : length - 1] = LOSS_STUDENT
         old_logprobs[row, student_start - 1 : length - 1] = torch.tensor(rollouts.logprobs[row], dtype=torch.float32)
         sample_ids[row] = rollouts.sample_ids[row]
-    position_ids = torch.arange(width).expand(rows, width).contiguous()
-    batch = (tokens, labels, position_ids, loss_kind, old_logprobs, sample_ids)
-    return TrainingBatch(*(t.to(device, non_blocking=True) for t in batch))
+    batch = {
+        "tokens": tokens,
+        "labels": labels,
+        "position_ids": torch.arange(width).expand(rows, width).contiguous(),
+        "loss_kind": loss_kind,
+        "old_logprobs": old_logprobs,
+        "sample_ids": sample_ids,
+    }
+    return TrainingBatch(**{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()})
 
 
 def microbatches(batch: TrainingBatch, micro_batch_size: int) -> list[TrainingBatch]:

@@ -157,8 +157,14 @@ class Exchange:
         assert self.teacher is not None  # only its ranks have a part
         ids = torch.arange(share.rows, device=self.device) + self.teacher.dp_rank * share.rows
         ids = torch.where(ids < len(share.counts), ids, -1)
-        old = torch.zeros(tokens.shape, device=self.device)
-        return TrainingBatch(tokens, labels, positions, kind.to(torch.int8), old, ids)
+        return TrainingBatch(
+            tokens=tokens,
+            labels=labels,
+            position_ids=positions,
+            loss_kind=kind.to(torch.int8),
+            old_logprobs=torch.zeros(tokens.shape, device=self.device),
+            sample_ids=ids,
+        )
 
     def collect(
         self, payload: torch.Tensor | None, share: Share, channels: int, dtype: torch.dtype

@@ -32,7 +32,7 @@ from megatron_tropd.models.convert import load_checkpoint_weights, save_checkpoi
 from megatron_tropd.models.manifest import MANIFEST, find_damage, write_manifest
 from megatron_tropd.parallel.groups import ParallelGroups, on_rank_zero
 from megatron_tropd.system.disk_space import checkpoint_bytes, room_or_refusal
-from megatron_tropd.training.step import Student
+from megatron_tropd.training.student import Student
 
 logger = logging.getLogger(__name__)
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from megatron_tropd.teacher.hook import TeacherHook
     from megatron_tropd.teacher.remote import RemoteTeacher
     from megatron_tropd.tokenizers.tokenizer import Tokenizer
-    from megatron_tropd.training.step import Student
+    from megatron_tropd.training.student import Student
 
 logger = logging.getLogger(__name__)
 

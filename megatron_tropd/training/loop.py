@@ -43,7 +43,7 @@ from megatron_tropd.training.run import Run, set_up
 from megatron_tropd.training.run_teacher import build_served_teacher
 from megatron_tropd.training.run_text import start_block
 from megatron_tropd.training.step import StepResult, train_step
-from megatron_tropd.types import Rollouts, TeacherScores
+from megatron_tropd.types import Rollouts
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,10 @@ def _loop(
         clock.lap("seconds_update")
         run.state.step, run.state.cursor = step + 1, run.source.state_dict()
         result.metrics |= guard.observe(step, result, rollouts, _models(run))
-        _log(run, writer, progress, step, result, rollouts, scores, clock)
+        measured = {**_rollout_metrics(run, rollouts), **clock.laps, **_largest_peaks(clock.peaks, run.groups.device)}
+        if run.reports:
+            samples = sample_records(rollouts, result.details, run.tokenizer, run.recipe.logging.samples, scores)
+            _log(run, writer, progress, step, result, measured, samples)
         guard.enforce()
         stop = termination.agreed()
         if _is_due(run.state.step, run.recipe.evaluation.interval) or step + 1 == training.steps:
@@ -212,20 +215,16 @@ def _log(
     progress: Progress,
     step: int,
     result: StepResult,
-    rollouts: Rollouts,
-    scores: TeacherScores | None,
-    clock: _Clock,
+    measured: dict[str, float],
+    samples: list[dict[str, Any]],
 ) -> None:
-    of_rollout = _rollout_metrics(run, rollouts)
-    num_tokens = of_rollout.pop("num_sequence_tokens")
-    seconds, peaks = sum(clock.laps.values()), _largest_peaks(clock.peaks, run.groups.device)
-    if not run.reports:
-        return
-    metrics: dict[str, float | list[int]] = {**of_rollout, **result.metrics, **clock.laps, **peaks}
+    """Write and show a step's numbers and samples, on the rank that does; `measured`: beside those of the result."""
+    seconds = sum(value for name, value in measured.items() if name.startswith("seconds_"))
+    rate = measured.pop("num_sequence_tokens") / seconds
+    metrics: dict[str, float | list[int]] = {**measured, **result.metrics}
     metrics |= {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
-    metrics |= {"num_loss_tokens": result.num_loss_tokens, "tokens_per_second": num_tokens / seconds}
+    metrics |= {"num_loss_tokens": result.num_loss_tokens, "tokens_per_second": rate}
     metrics["prefix_fraction"] = run.guidance.fraction(step)
-    samples = sample_records(rollouts, result.details, run.tokenizer, run.recipe.logging.samples, scores)
     progress.step(step, writer.write(step, metrics), samples)
     writer.write_samples(step, samples)
 

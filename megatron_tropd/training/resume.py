@@ -41,7 +41,7 @@ from megatron_tropd.system.disk_space import check_checkpoints
 from megatron_tropd.system.json_files import has_keys, refuse_foreign, refuse_unwritable, write_json, write_text
 from megatron_tropd.system.run_lock import RunLock
 from megatron_tropd.training import checkpoint
-from megatron_tropd.training.step import Student
+from megatron_tropd.training.student import Student
 
 logger = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_tropd.config import Recipe
@@ -35,12 +36,12 @@ from megatron_tropd.training.held_out import HeldOut
 from megatron_tropd.training.resume import Start, prepare, restore
 from megatron_tropd.training.run_data import load_run_data
 from megatron_tropd.training.run_teacher import check_teacher, load_student_tokenizer, open_teacher
-from megatron_tropd.training.step import Student, build_student
+from megatron_tropd.training.student import Student, build_student
 from megatron_tropd.types import Prompt, Sampling, UserError
 from megatron_tropd.validation import validate
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
     """The stages of one run, ready to go."""
 
@@ -126,8 +127,7 @@ def set_up(
     student.end = endings.end_of_text() if files else EndOfText()
     teacher = None
     if files:
-        models = (groups, teacher_groups, partition)
-        teacher = open_teacher(recipe, *models, files, objective, tokenizer.vocab_size)
+        teacher = open_teacher(recipe, groups, teacher_groups, partition, files, objective, tokenizer.vocab_size)
     divergences = _open_divergences(recipe, student, objective, teacher, data.held_out)
     student.divergence = divergences.get("objective")
     engine = RolloutEngine(modules, tokenizer, groups, recipe.rollout, max_sequence_length=context, endings=endings)
@@ -135,21 +135,21 @@ def set_up(
     state = restore(recipe, groups, student, data.source, start)
     check_loaded(modules, recipe.student, "student")
     return Run(
-        recipe,
-        Path(recipe.logging.dir),
-        groups,
-        tokenizer,
-        objective,
-        data.source,
-        data.problems,
-        held_out,
-        data.guidance,
-        student,
-        teacher,
-        engine,
-        state,
-        hf_path,
-        micro_batch_budget(recipe, data.longest_prompt, uses_transformer_engine()),
+        recipe=recipe,
+        folder=Path(recipe.logging.dir),
+        groups=groups,
+        tokenizer=tokenizer,
+        objective=objective,
+        source=data.source,
+        problems=data.problems,
+        held_out=held_out,
+        guidance=data.guidance,
+        student=student,
+        teacher=teacher,
+        engine=engine,
+        state=state,
+        hf_path=hf_path,
+        max_tokens=micro_batch_budget(recipe, data.longest_prompt, uses_transformer_engine()),
     )
 
 
@@ -185,20 +185,20 @@ def _open_divergences(
         return {}
     assert teacher is not None  # objectives without one were refused, or measure nothing
     weight = teacher.output_weight(student.vocabulary_width)
-    shared = (weight, student.groups.tp, student.vocab_size)
     config = recipe.objective
+    divergence = partial(
+        Divergence,
+        teacher_weight=weight,
+        group=student.groups.tp,
+        vocab_size=student.vocab_size,
+        implementation=config.kernel,
+        end=student.end,
+    )
     found: dict[str, Divergence] = {}
     if kinds["objective"]:
-        found["objective"] = Divergence(
-            kinds["objective"],
-            *shared,
-            beta=config.beta,
-            temperature=config.temperature,
-            implementation=config.kernel,
-            end=student.end,
-        )
+        found["objective"] = divergence(kinds["objective"], beta=config.beta, temperature=config.temperature)
     if kinds["held_out"]:
-        found["held_out"] = Divergence(kinds["held_out"], *shared, implementation=config.kernel, end=student.end)
+        found["held_out"] = divergence(kinds["held_out"])
     return found
 
 

@@ -85,7 +85,8 @@ def step_rank(folder, fp8):
     from megatron_tropd.config import TrainingConfig
     from megatron_tropd.parallel import groups as parallel
     from megatron_tropd.teacher.hook import TeacherHook
-    from megatron_tropd.training.step import build_student, train_step
+    from megatron_tropd.training.step import train_step
+    from megatron_tropd.training.student import build_student
     from megatron_tropd.types import LOSS_NONE, LOSS_STUDENT, TrainingBatch
 
     student_config, teacher_config = (

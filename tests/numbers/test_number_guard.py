@@ -328,7 +328,7 @@ def test_field_cases_b8_an_update_that_is_too_large_is_found_in_the_next_step(ma
 
 
 def float16_rank(overrides: list[str], scale: float, spoil=None) -> tuple[str | None, dict | None]:
-    importlib.import_module("megatron_tropd.training.step")._FLOAT16_LOSS_SCALE = scale
+    importlib.import_module("megatron_tropd.training.student")._FLOAT16_LOSS_SCALE = scale
     return guarded_rank(overrides, spoil)
 
 

@@ -20,7 +20,7 @@ from megatron_tropd.models.convert import load_model_weights
 from megatron_tropd.models.manifest import MANIFEST, find_damage, write_manifest
 from megatron_tropd.parallel.groups import initialize
 from megatron_tropd.training.checkpoint import TrainingState, layout_of, load, newest, save
-from megatron_tropd.training.step import build_student
+from megatron_tropd.training.student import build_student
 
 MOMENTS = {  # a file or folder of the second checkpoint; the kill comes with the first file operation once it is there
     "as_it_begins": ".step_000002.tmp",

@@ -44,7 +44,7 @@ def measure_rank(models, student, teacher):
     from megatron_tropd.teacher.hook import TeacherHook
     from megatron_tropd.tokenizers.tokenizer import load_tokenizer
     from megatron_tropd.training.held_out import HeldOut
-    from megatron_tropd.training.step import build_student
+    from megatron_tropd.training.student import build_student
 
     layouts = layout(*student, models / "student"), layout(*teacher, models / "teacher")
     groups = parallel.initialize(layouts[0])

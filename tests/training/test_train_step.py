@@ -61,7 +61,8 @@ def megatron_step(models, student_name, tp, pp, sequence_parallel, max_tokens, e
     from megatron_tropd.objective.divergence import Divergence
     from megatron_tropd.parallel import groups as parallel
     from megatron_tropd.teacher.hook import TeacherHook
-    from megatron_tropd.training.step import build_student, train_step
+    from megatron_tropd.training.step import train_step
+    from megatron_tropd.training.student import build_student
 
     student_config = layout(tp, pp, sequence_parallel, models / student_name, ep)
     teacher_config = layout(tp, pp, sequence_parallel, models / "teacher")
@@ -275,7 +276,8 @@ def offloaded_optimizer_rank(models, offload: bool):
     """Two updates in bfloat16, distributed optimizer; where offloaded, no gradient may be there outside of them."""
     from megatron_tropd.config import ModelConfig, TrainingConfig
     from megatron_tropd.parallel import groups as parallel
-    from megatron_tropd.training.step import build_student, train_step
+    from megatron_tropd.training.step import train_step
+    from megatron_tropd.training.student import build_student
 
     model = ModelConfig(hf_path=str(models / "tied"))
     groups = parallel.initialize(model)
@@ -340,7 +342,8 @@ def float16_rank(models, first_scale):
     from megatron_tropd.config import TrainingConfig
     from megatron_tropd.parallel import groups as parallel
     from megatron_tropd.teacher.hook import TeacherHook
-    from megatron_tropd.training.step import build_student, train_step
+    from megatron_tropd.training.step import train_step
+    from megatron_tropd.training.student import build_student
 
     student_config = replace(layout(1, 1, False, models / "tied"), dtype="float16")
     groups = parallel.initialize(student_config)
