@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_tropd.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_tropd.tokenizers.tokenizer import Tokenizer
+    from megatron_tropd.tokenizers.base import Tokenizer
 
 logger = logging.getLogger(__name__)
 
