@@ -24,6 +24,7 @@ from megatron_tropd.commands.models import add_doctor, add_evaluate, add_generat
 from megatron_tropd.commands.plan import add_plan
 from megatron_tropd.commands.report import add_report
 from megatron_tropd.errors import UserError
+from megatron_tropd.system.launcher import launcher_rank, launcher_world_size
 
 # Warnings of Megatron-Core and PyTorch about each other and about optional parts, which a user cannot fix.
 _EXPECTED_WARNINGS = (
@@ -76,7 +77,7 @@ def _leave_quietly() -> int:
 
 def _fail(message: str, status: int) -> int:
     """Print once over all ranks and leave, without waiting for ranks that may wait for this one."""
-    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world_size = launcher_rank(), launcher_world_size()
     if rank > 0:
         # Nearly always rank 0 stumbles over the same thing, prints it, and the launcher ends this rank while it waits.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -90,7 +91,7 @@ def _fail(message: str, status: int) -> int:
 
 
 def _configure_logging() -> None:
-    rank = int(os.environ.get("RANK", 0))
+    rank = launcher_rank()
     logging.basicConfig(format="%(message)s", level=logging.WARNING if rank == 0 else logging.ERROR)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     for message in _EXPECTED_WARNINGS:

@@ -5,8 +5,6 @@ print(show(recipe))  # everything but the recipe's own keys is a comment
 
 from __future__ import annotations
 
-import os
-
 from megatron_tropd.config import Recipe
 from megatron_tropd.errors import UserError
 from megatron_tropd.methods import METHODS
@@ -17,6 +15,7 @@ from megatron_tropd.recipe import to_yaml
 from megatron_tropd.recipe_changes import settings_of
 from megatron_tropd.reporting.recipe_view import defaults
 from megatron_tropd.reporting.recipe_view import show as shown
+from megatron_tropd.system.launcher import launcher_world_size
 from megatron_tropd.training.resume import decide
 
 
@@ -53,7 +52,7 @@ def _plan(recipe: Recipe) -> list[str]:
 
     if METHODS[recipe.objective.name].data:
         return [f"no plan: objective.name={recipe.objective.name} has no teacher model"]
-    gpus = int(os.environ.get("WORLD_SIZE", 1))
+    gpus = launcher_world_size()
     if gpus == 1:
         gpus = _fewest(recipe)
     try:

@@ -23,6 +23,7 @@ from megatron_tropd.planning.recipe_file import write_recipe
 from megatron_tropd.prompts.prompt_set import PromptSet
 from megatron_tropd.recipe import load_recipe
 from megatron_tropd.recipe_changes import settings_of
+from megatron_tropd.rounding import ceil_div
 from megatron_tropd.training.run_data import load_problems_of, open_prompts
 from megatron_tropd.training.run_teacher import check_teacher, load_student_tokenizer
 from megatron_tropd.validation import validate
@@ -148,7 +149,7 @@ def _settings(wishes: Wishes, recipe: Recipe, found: Found) -> tuple[dict[str, A
         "rollout.max_new_tokens": f"longest response; the context of {found.student.max_position_embeddings:,} tokens "
         "holds it after the longest prompt",
         "objective.name": f"{METHODS[wishes.method].what}; others: `megatron-tropd train --help-keys objective`",
-        "training.prompts_per_step": f"an epoch is {-(-prompts // per_step):,} steps",
+        "training.prompts_per_step": f"an epoch is {ceil_div(prompts, per_step):,} steps",
         "training.micro_batch_size": f"sequences per forward pass: up to {_TOKENS:,} tokens, as far as memory allows",
         "logging.dir": "everything that the run writes; `megatron-tropd report` makes a page of it",
         "rollout.max_batch_size": "responses at once per replica; fewer need less memory for their KV cache",
@@ -191,7 +192,7 @@ def _heading(wishes: Wishes, choice: Choice) -> list[str]:
 def _commands(wishes: Wishes, recipe: Recipe) -> list[str]:
     launch = f"torchrun --nproc-per-node {min(wishes.gpus, 8)} -m megatron_tropd"
     if wishes.gpus > 8:
-        nodes = f"--nnodes {-(-wishes.gpus // 8)} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
+        nodes = f"--nnodes {ceil_div(wishes.gpus, 8)} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
         launch = f"torchrun {nodes} --nproc-per-node 8 -m megatron_tropd"
     commands = [f"{launch} doctor {wishes.output}"]
     if recipe.guidance.responses:

@@ -16,6 +16,7 @@ from megatron_tropd.config import Recipe
 from megatron_tropd.errors import UserError
 from megatron_tropd.recipe import load_recipe, shipped_recipes
 from megatron_tropd.system.json_files import has_keys, refuse_foreign, refuse_unwritable, write_json
+from megatron_tropd.system.launcher import launcher_rank, launcher_world_size
 from megatron_tropd.validation import check_layout, require, validate
 
 
@@ -24,7 +25,7 @@ def init(arguments: argparse.Namespace) -> None:
     from megatron_tropd.commands.questions import complete
     from megatron_tropd.planning.recipe_file import check_new
 
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if launcher_world_size() > 1:
         raise UserError("init is one process: start it without torchrun.")
     complete(arguments)
     check_new(arguments.output, "--output")
@@ -138,7 +139,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             role=model.role,
         )
     _print(describe(result))
-    if arguments.output and int(os.environ.get("RANK", 0)) == 0:
+    if arguments.output and launcher_rank() == 0:
         write_json(arguments.output, result)
 
 
@@ -256,5 +257,5 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def _print(text: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
+    if launcher_rank() == 0:
         print(text, flush=True)

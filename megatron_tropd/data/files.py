@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import glob
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, Protocol
 
 from megatron_tropd.data.text import open_text
 from megatron_tropd.errors import UserError
+from megatron_tropd.system.launcher import launcher_rank
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ class _progress:
 
     def __init__(self, datasets: Any, is_long: bool):
         self._datasets = datasets
-        self._hides = not (is_long and sys.stderr.isatty() and int(os.environ.get("RANK", 0)) == 0)
+        self._hides = not (is_long and sys.stderr.isatty() and launcher_rank() == 0)
 
     def __enter__(self) -> None:
         self._hides = self._hides and not self._datasets.utils.are_progress_bars_disabled()

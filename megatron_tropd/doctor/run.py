@@ -10,7 +10,6 @@ take part and rank 0 prints. The doctor reads no file that the recipe names.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +21,7 @@ from megatron_tropd.doctor.report import Check, verdict
 from megatron_tropd.doctor.software import sameness, signature, software_checks
 from megatron_tropd.machine.environment import Environment, gather
 from megatron_tropd.system.json_files import write_json
+from megatron_tropd.system.launcher import launcher_rank
 
 if TYPE_CHECKING:
     from megatron_tropd.doctor.agreement import Agreement
@@ -86,7 +86,7 @@ def run_doctor(recipe: Recipe, name: str | None, json_file: str | None = None, c
     Returns:
         0, or 1 where something that the recipe needs is missing or wrong; the same on every rank.
     """
-    rank = int(os.environ.get("RANK", 0))
+    rank = launcher_rank()
     logging.getLogger("megatron_tropd").setLevel(logging.WARNING)  # the checks say it all
     environment = gather()
     report = Report(_title(recipe, name, environment), environment, prints=rank == 0, file=json_file)

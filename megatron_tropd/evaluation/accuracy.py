@@ -20,6 +20,7 @@ from megatron_tropd.evaluation.intervals import measure
 from megatron_tropd.grading.grader import Grader
 from megatron_tropd.prompts.source import PromptEncoder, evaluation_data, load_prompts
 from megatron_tropd.rollout.decoding import make_sampling
+from megatron_tropd.rounding import ceil_div
 from megatron_tropd.types import Prompt, Rollouts
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def evaluate(
         share,
         tqdm(total=len(mine), desc="evaluate", unit="problem", disable=True if hides else None) as bar,
     ):
-        for start in range(0, -(-len(problems) // groups.dp_size), chunk):  # as often on every rank
+        for start in range(0, ceil_div(len(problems), groups.dp_size), chunk):  # as often on every rank
             batch = mine[start : start + chunk]
             rollouts = engine.generate(batch, [[] for _ in batch], sampling)
             arbitrary += check_responses(rollouts, role, on_nan)

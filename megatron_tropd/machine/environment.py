@@ -19,6 +19,8 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
+from megatron_tropd.system.launcher import launcher_local_world_size, launcher_world_size
+
 FLASH_ATTN_LEAST = "2.7.3"  # what Megatron-Core's dynamic inference insists on
 FLASH_ATTN_CAPABILITY = (8, 0)  # least compute capability of a GPU
 
@@ -219,8 +221,8 @@ def gather() -> Environment:
         cuda=torch.version.cuda,
         nccl=".".join(map(str, nccl)) if isinstance(nccl, tuple) else None,
         has_driver=os.path.exists("/dev/nvidia0") or os.path.exists("/dev/nvidiactl"),
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        world_size=launcher_world_size(),
+        local_world_size=launcher_local_world_size(),
         variables={name: os.environ[name] for name in _VARIABLES if name in os.environ},
     )
 

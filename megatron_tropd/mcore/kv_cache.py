@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 
+from megatron_tropd.rounding import ceil_div, round_up
+
 CUDA_BLOCK_TOKENS = 256  # flash-attn's paged cache wants multiples of it
 CPU_BLOCK_TOKENS = 64
 
@@ -14,7 +16,7 @@ CPU_BLOCK_TOKENS = 64
 def rounded_requests(requests: int, tp_size: int) -> int:
     """Return for how many requests Megatron makes its tables: a multiple of the tensor-parallel size and of 4."""
     multiple = math.lcm(4, tp_size)
-    return -(-max(1, requests) // multiple) * multiple
+    return round_up(max(1, requests), multiple)
 
 
 def cache_bytes(sequences: int, longest: int, block: int, token_bytes: int) -> int:
@@ -26,7 +28,7 @@ def cache_bytes(sequences: int, longest: int, block: int, token_bytes: int) -> i
         block: tokens of a block, which belongs to one sequence.
         token_bytes: keys and values of one token in all of the rank's layers.
     """
-    blocks = sequences * -(-longest // block) + 2  # one block is Megatron's dummy, one guards the rounding
+    blocks = sequences * ceil_div(longest, block) + 2  # one block is Megatron's dummy, one guards the rounding
     return blocks * block * token_bytes
 
 
@@ -49,4 +51,4 @@ def layout_obstacle(choice: str, pp_size: int, has_experts: bool) -> str | None:
 
 def decode_sizes(requests: int) -> int:
     """Return to how many batch sizes decode steps are padded on CUDA: multiples of Megatron's 64, and all requests."""
-    return -(-requests // 64)
+    return ceil_div(requests, 64)

@@ -29,6 +29,7 @@ from megatron_tropd.mcore.layer_specs import block_spec, uses_transformer_engine
 from megatron_tropd.models.checks import UNEVEN_STAGES, check_sizes
 from megatron_tropd.parallel.groups import ParallelGroups
 from megatron_tropd.parallel.layout import expert_tensor_parallel_size
+from megatron_tropd.rounding import round_up
 from megatron_tropd.types import UserError
 
 _VOCAB_MULTIPLE = 128  # a shard of a multiple of it keeps matrix products aligned
@@ -43,7 +44,7 @@ def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
     It is the same for every tp that divides 128, so checkpoints need no adjustment between those layouts.
     """
     multiple = math.lcm(_VOCAB_MULTIPLE, tensor_model_parallel_size)
-    return -(-vocab_size // multiple) * multiple
+    return round_up(vocab_size, multiple)
 
 
 def transformer_config(hf_config: Any, model: ModelConfig, role: str = "model", **overrides: Any) -> TransformerConfig:

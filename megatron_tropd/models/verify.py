@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ from megatron_tropd.models.reference import LOGITS_EVERY, compare_parts
 from megatron_tropd.models.verdict import Verdict, judge
 from megatron_tropd.models.weights_checkpoint import load_checkpoint_weights
 from megatron_tropd.parallel.groups import ParallelGroups, all_shards
+from megatron_tropd.system.launcher import launcher_local_world_size
 
 BOUND = 2e-5  # of relative differences: rounding of fp32 stays below, every part left out is above
 _TOKENS = 512
@@ -258,7 +258,7 @@ def _check_host_memory(hf_path: str | Path, few: Any, groups: ParallelGroups) ->
     """Refuse a comparison for which the host memory does not suffice, before anything is loaded; collective."""
     needed = reference_bytes(few)
     if groups.device.type == "cpu":
-        needed += model_bytes(few) * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // groups.mp.size()
+        needed += model_bytes(few) * launcher_local_world_size() // groups.mp.size()
     elif _reference_device(few, groups).type == "cuda":
         needed = 0
     numbers = torch.zeros(2, dtype=torch.float64, device=groups.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_tropd.rounding import round_up
 from megatron_tropd.types import LOSS_GUIDANCE, LOSS_STUDENT, Rollouts, TrainingBatch
 
 
@@ -31,9 +32,9 @@ def pad_rollouts(
     Position t is labelled with token t + 1: LOSS_GUIDANCE where that is a prefix token, LOSS_STUDENT where the student
     wrote it.
     """
-    rows = -(-max(len(rollouts), 1) // row_multiple) * row_multiple
+    rows = round_up(max(len(rollouts), 1), row_multiple)
     longest = max(rollouts.lengths, default=1)
-    width = -(-longest // pad_multiple) * pad_multiple
+    width = round_up(longest, pad_multiple)
     tokens = torch.full((rows, width), pad_id, dtype=torch.int64)
     labels = torch.zeros((rows, width), dtype=torch.int64)
     loss_kind = torch.zeros((rows, width), dtype=torch.int8)

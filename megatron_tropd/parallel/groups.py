@@ -26,6 +26,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.parallel import cpu_compat
 from megatron_tropd.parallel.layout import check_ranks, expert_tensor_parallel_size
+from megatron_tropd.system.launcher import launcher_world_size
 from megatron_tropd.types import UserError
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def initialize(
     if partition:
         check_ranks(layout, partition.size, partition.role, partition.other_size)
     else:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = launcher_world_size()
         check_ranks(layout, dist.get_world_size() if dist.is_initialized() else world_size, role)
     if has_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

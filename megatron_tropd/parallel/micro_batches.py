@@ -22,6 +22,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron_tropd.parallel.batching import microbatches
 from megatron_tropd.parallel.context_parallel import gather_shares, share, share_of, share_places
 from megatron_tropd.parallel.groups import ParallelGroups, all_shards
+from megatron_tropd.rounding import round_up
 from megatron_tropd.types import LOSS_NONE, TrainingBatch
 
 
@@ -66,7 +67,7 @@ class PackedSplit:
         lengths = _lengths(batch, groups.context_multiple)
         bins = self._agree(lengths, max(max_tokens, *lengths))
         fullest = max(sum(lengths[row] for row in rows) for rows in bins)
-        self.seq_length = max(pad_multiple, -(-fullest // pad_multiple) * pad_multiple)
+        self.seq_length = max(pad_multiple, round_up(fullest, pad_multiple))
         # Where in the flattened batch every token of a micro-batch comes from, by context-parallel rank; -1: nowhere.
         self._places: list[list[torch.Tensor]] = []
         self.batches = []
@@ -83,7 +84,7 @@ class PackedSplit:
         wanted = torch.tensor([len(first_fit(lengths, max_tokens))], device=self._groups.device)
         dist.all_reduce(wanted, op=dist.ReduceOp.MAX, group=self._groups.dp)
         multiple = self._groups.micro_batch_multiple
-        count = -(-max(int(wanted), 1) // multiple) * multiple
+        count = round_up(max(int(wanted), 1), multiple)
         return spread(lengths, max_tokens, count)
 
     def _rank_places(self, pieces: list[tuple[int, int]], ends: list[int], rank: int) -> torch.Tensor:

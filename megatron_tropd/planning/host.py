@@ -9,6 +9,7 @@ from megatron_tropd.parallel.layout import model_ranks
 from megatron_tropd.planning.job import Job
 from megatron_tropd.planning.memory import memories
 from megatron_tropd.planning.sizes import stage_parameters
+from megatron_tropd.rounding import ceil_div
 
 # PyTorch rounds each pinned tensor up to a power of two: 18 % more for Llama-3.1-70B at TP=8.
 _PINNED_ROUNDING = 1.2
@@ -42,7 +43,7 @@ def _checkpoint_bytes(job: Job) -> float:
     tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     here = min(job.gpu.node_gpus, gpus)
     stage_ranks = gpus // pp  # ranks go tp, cp, dp, pp: a stage's are adjacent, its gatherers the first of them
-    gatherers = min(tp, here) * min(pp, -(-here // stage_ranks))
+    gatherers = min(tp, here) * min(pp, ceil_div(here, stage_ranks))
     if not job.recipe.training.use_distributed_optimizer:
         return gatherers * parameters * _SAVED_BYTES
     shards = gpus // model_ranks(model) * model.context_parallel_size

@@ -30,6 +30,7 @@ from megatron_tropd.planning.sizes import (
     stage_parameters,
 )
 from megatron_tropd.rollout.sampling import ELEMENTS_AT_ONCE
+from megatron_tropd.rounding import ceil_div
 
 # Megatron's inference context holds seven 64-bit numbers for each token that one step may process.
 _BOOKKEEPING = 7 * 8 * MAX_PREFILL_TOKENS
@@ -186,7 +187,7 @@ def _teacher_parts(job: Job, stage: int) -> dict[str, float]:
         "teacher logits": _logits(hf, model, tokens, stage),
     }
     if job.apart:
-        rows = -(-job.rows * job.replicas("student") // job.replicas("teacher"))
+        rows = ceil_div(job.rows * job.replicas("student"), job.replicas("teacher"))
         parts["batch and scores"] = rows * job.sequence * _token_bytes(job)
     return parts
 

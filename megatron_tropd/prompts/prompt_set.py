@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import sys
 from array import array
 from collections import Counter
@@ -30,6 +29,8 @@ from megatron_tropd.data.layouts import RowReader
 from megatron_tropd.data.problems import Problems
 from megatron_tropd.data.text import TextRows
 from megatron_tropd.prompts.digests import digests, to_json
+from megatron_tropd.rounding import ceil_div
+from megatron_tropd.system.launcher import launcher_rank
 from megatron_tropd.types import Prompt, UserError
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ class PromptSet(Sequence):
 
     def sample(self, count: int) -> Iterator[Prompt]:
         """Yield up to `count` well-formed rows, evenly spread, too long ones included; with tokens if they have any."""
-        rows = range(0, len(self._ids), -(-len(self._ids) // count) or 1)
+        rows = range(0, len(self._ids), ceil_div(len(self._ids), count) or 1)
         for row in self._progress(rows, len(rows), "tokenize"):
             prompt = self._prompt(row)
             try:
@@ -252,7 +253,7 @@ class PromptSet(Sequence):
             firsts = used[np.unique(shapes, return_index=True)[1]]
             refused = self._measure(firsts, lengths)
             self._measure(used[np.isin(shapes, np.asarray(self._shape)[refused])] if refused else [], lengths)
-            sample = used[:: -(-len(used) // _SAMPLE)]
+            sample = used[:: ceil_div(len(used), _SAMPLE)]
             self._measure(sample, lengths)
             template = max([0, *(lengths[row] - int(sizes[row]) for row in map(int, sample) if row in lengths)])
             limit = min((n for n in (self._max_tokens, exact_above) if n is not None), default=None)
@@ -310,7 +311,7 @@ class PromptSet(Sequence):
 
     def _progress(self, items: Iterable, total: int, verb: str) -> Iterable:
         """Show a bar for what takes more than two seconds, on the first rank's terminal."""
-        hides = int(os.environ.get("RANK", 0)) > 0 or not sys.stderr.isatty()
+        hides = launcher_rank() > 0 or not sys.stderr.isatty()
         return tqdm(items, f"{verb} {self.key}", total, unit="row", delay=2.0, disable=hides, leave=False)
 
 

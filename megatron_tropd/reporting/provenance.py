@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tropd.config import Recipe
+from megatron_tropd.rounding import ceil_div
 from megatron_tropd.system.json_files import write_json
+from megatron_tropd.system.launcher import launcher_local_world_size, launcher_world_size
 
 FILE = "run.json"
 _PACKAGES = ("megatron-tropd", "megatron-core", "torch", "transformers", "transformer-engine", "flash-attn", "triton")
@@ -51,13 +53,13 @@ def _earlier_starts(path: Path) -> list[dict[str, Any]]:
 
 def describe_start(recipe: Recipe, first_step: int) -> dict[str, Any]:
     """Return a start's entry in run.json."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = launcher_world_size()
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "first_step": first_step,
         "command": sys.argv,
         "processes": processes,
-        "nodes": -(-processes // int(os.environ.get("LOCAL_WORLD_SIZE", processes))),
+        "nodes": ceil_div(processes, launcher_local_world_size(processes)),
         "device": _device(),
         "python": platform.python_version(),
         "versions": {name: version for name in _PACKAGES if (version := _version(name))},

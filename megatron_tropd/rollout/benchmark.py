@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import platform
 import random
 import statistics
@@ -35,6 +34,7 @@ from megatron_tropd.parallel import groups as parallel
 from megatron_tropd.rollout.endings import Endings
 from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.operation_counts import OperationCounts
+from megatron_tropd.system.launcher import launcher_rank
 from megatron_tropd.tokenizers.tokenizer import load_tokenizer
 from megatron_tropd.types import Prompt, Sampling
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     finally:
         parallel.shutdown()
-    if int(os.environ.get("RANK", 0)) == 0:
+    if launcher_rank() == 0:
         print(as_table(costs, counts, about))
         if arguments.json:
             record = {"about": about, "costs": [vars(cost) for cost in costs], "per decode step": counts}

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.parallel.groups import ParallelGroups
+from megatron_tropd.rounding import ceil_div, round_up
 from megatron_tropd.types import LOSS_NONE, TrainingBatch
 
 # A rank sends at most this at a time: the scores of a batch at once, hidden states perhaps in several parts.
@@ -124,7 +125,7 @@ class Exchange:
         of_all: list[int] = self._gather(counts)[first_ranks].flatten().tolist()
         place = next(filter(None, self._teachers))
         multiple = micro_batch_size * place.micro_batch_multiple
-        rows = -(-len(of_all) // (len(self._last_stages) * multiple)) * multiple
+        rows = ceil_div(len(of_all), len(self._last_stages) * multiple) * multiple
         share = Share(None, None if batch is None else batch.loss_kind, rows, own_rows, of_all)
 
         def overlap(source: int, target: int) -> tuple[int, int]:
@@ -147,7 +148,7 @@ class Exchange:
         if any(b != rows for b, _ in shapes):
             raise ValueError(f"student replicas brought batches of {[b for b, _ in shapes]} rows; expected equal ones")
         multiple = next(filter(None, self._teachers)).token_multiple
-        return rows, -(-width // multiple) * multiple
+        return rows, round_up(width, multiple)
 
     def _as_batch(self, packed: torch.Tensor, share: Share) -> TrainingBatch:
         """Turn this teacher replica's part of the global batch [n, 3, s] into its batch of `share.rows` rows."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_tropd.rounding import ceil_div
 from megatron_tropd.types import TeacherScores
 
 
@@ -26,7 +27,7 @@ class ScoreFormat:
 
     @property
     def _hidden_words(self) -> int:
-        return -(-self.hidden_size * self.hidden_dtype.itemsize // 4)
+        return ceil_div(self.hidden_size * self.hidden_dtype.itemsize, 4)
 
     @property
     def channels(self) -> int:

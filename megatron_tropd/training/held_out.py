@@ -31,6 +31,7 @@ from megatron_tropd.parallel.batching import microbatches, pad_rollouts
 from megatron_tropd.parallel.micro_batches import Pairs, split_batch
 from megatron_tropd.prompts.responses import Responses
 from megatron_tropd.prompts.source import evaluation_data, load_prompts
+from megatron_tropd.rounding import ceil_div, round_up
 from megatron_tropd.types import LOSS_NONE, Prompt, Rollouts, TrainingBatch, UserError
 
 if TYPE_CHECKING:
@@ -83,14 +84,14 @@ class HeldOut:
         self.micro_batch_size = micro_batch_size
         self._student, self._teacher, self._divergence = student, teacher, divergence
         self._group_rows = micro_batch_size * groups.micro_batch_multiple
-        longest = -(-len(prompts) // groups.dp_size)  # every replica gets as many rows, the last ones perhaps fillers
+        longest = ceil_div(len(prompts), groups.dp_size)  # of every replica, fillers at the last ones
         mine = prompts[groups.dp_rank :: groups.dp_size]
         self._names = [prompt.id for prompt in mine]
         responses = [_response_tokens(prompt, tokenizer, max_response_tokens) for prompt in mine]
         self._batch = pad_rollouts(
             _as_rollouts(mine, responses),
             pad_multiple=pad_multiple,
-            row_multiple=-(-longest // self._group_rows) * self._group_rows,
+            row_multiple=round_up(longest, self._group_rows),
             pad_id=tokenizer.pad_id,
             device=groups.device,
         )

@@ -6,7 +6,6 @@ print(end_text(recipe, summary, command))
 
 from __future__ import annotations
 
-import os
 import shlex
 from typing import Any
 
@@ -23,6 +22,7 @@ from megatron_tropd.planning.memory import memories
 from megatron_tropd.prompts.prompt_set import PromptSet
 from megatron_tropd.recipe_changes import settings_of
 from megatron_tropd.reporting.head import method
+from megatron_tropd.system.launcher import launcher_local_world_size, launcher_world_size
 from megatron_tropd.system.short_text import count
 from megatron_tropd.training.run import Run
 
@@ -104,7 +104,7 @@ def _planned_gb(run: Run) -> str:
     if METHODS[recipe.objective.name].data:
         return "no plan without a teacher"
     try:
-        processes = int(os.environ.get("WORLD_SIZE", 1))
+        processes = launcher_world_size()
         prompts = run.source.prompts
         assert isinstance(prompts, PromptSet)  # a run's data are files
         job = job_of(recipe, processes, prompts.longest, fused=uses_transformer_engine())
@@ -160,7 +160,7 @@ def _table(evaluations: list[dict[str, Any]]) -> list[str]:
 def _launch(command: list[str]) -> str:
     """Return the command that starts this run again; under torchrun, with as many processes."""
     arguments = shlex.join(command[1:])
-    processes, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    processes, local = launcher_world_size(), launcher_local_world_size()
     if processes == 1:
         return f"megatron-tropd {arguments}"
     nodes = f"--nnodes {processes // local} " if processes > local else ""
