@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import setuptools
 from packaging.requirements import Requirement
+from support.import_graph import folder_graph, folder_of, imports_of, module_graph, package_modules
 
 import megatron_tropd
 from megatron_tropd.cli import build_parser
@@ -151,47 +152,10 @@ def test_recipes_shipped_are_those_in_examples():
     assert {"tiny", "smollm2", "tropd_paper"} <= set(shipped_recipes())
 
 
-def _imports(file, typed=False):
-    """Yield (module, imported name or None) of every import; those within `if TYPE_CHECKING` only where `typed`."""
-    tree = ast.parse(_read(file))
-    typing_only = {
-        id(child)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for child in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if id(node) in typing_only and not typed:
-            continue
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, None) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            module = "." * node.level + (node.module or "")
-            yield from ((module, alias.name) for alias in node.names)
-
-
-def _module(file):
-    parts = file.with_suffix("").parts
-    parts = ("megatron_tropd", *parts) if parts[0] == "kernels" else parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-PACKAGE = {_module(f): f for f in SOURCES if f.parts[0] in ("megatron_tropd", "kernels")}
-
-
-def _own_imports(file, typed=False):
-    """The package's modules that `file` imports."""
-    for module, name in _imports(file, typed):
-        for candidate in (f"{module}.{name}", module):
-            if candidate in PACKAGE and candidate != "megatron_tropd":
-                yield candidate
-                break
-
-
 def test_kernels_import_nothing_of_ours():
-    for module, file in PACKAGE.items():
-        if file.parts[0] == "kernels":
-            assert all(m.startswith("megatron_tropd.kernels") for m in _own_imports(file)), module
+    for module, others in module_graph().items():
+        if module.startswith("megatron_tropd.kernels"):
+            assert all(other.startswith("megatron_tropd.kernels") for other in others), module
 
 
 # Folder -> the folders that it may import, in the order of their floors. `kernels` and the files of the root may be
@@ -224,11 +188,6 @@ FOLDERS = {
 ENTRANCES = ("megatron_tropd.cli", "megatron_tropd.__main__")
 
 
-def _folder(module):
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in FOLDERS else ""
-
-
 def test_folders_are_one_level_deep_and_of_a_size_that_one_can_read():
     files = [f for f in SOURCES if f.parts[0] == "megatron_tropd" and len(f.parts) > 2]
     assert {f.parts[1] for f in files} == set(FOLDERS)
@@ -259,23 +218,27 @@ def test_tests_mirror_the_folders_of_the_package():
 def test_what_tests_share_is_no_test():
     """A test from which another file imports cannot change or move alone: shared pieces are in tests/support."""
     for file in TESTS:
-        names = {part for module, name in _imports(file) for part in (*module.split("."), name or "")}
+        names = {part for module, name in imports_of(_read(file)) for part in (*module.split("."), name or "")}
         found = [name for name in names if name == "conftest" or name.startswith("test_")]
         assert not found, f"{file} imports {found}"
 
 
 def test_imports_between_folders_go_one_way():
     floors = list(FOLDERS)
-    used = {folder: set() for folder in FOLDERS}
-    for module, file in PACKAGE.items():
-        others = {_folder(other) for other in _own_imports(file)} - {"", _folder(module)}
-        if _folder(module):
-            used[_folder(module)] |= others
-        elif module not in ENTRANCES:
-            assert not others, f"{module} is imported by all, and imports {others}"
-    for folder, others in used.items():
+    for module, others in module_graph().items():
+        folders = {folder_of(other) for other in others} - {""}
+        if not folder_of(module) and module not in ENTRANCES:
+            assert not folders, f"{module} is imported by all, and imports {folders}"
+    for folder, others in folder_graph().items():
         assert others == set(FOLDERS[folder].split()), folder
         assert all(floors.index(other) < floors.index(folder) for other in others), folder
+
+
+def test_the_graph_is_printed_by_a_command(capsys):
+    runpy.run_path(str(ROOT / "tests/support/import_graph.py"), run_name="__main__")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    found = {folder: " ".join(others).replace("-", "") for _, folder, *others in lines}
+    assert found == {folder: " ".join(sorted(others.split())) for folder, others in FOLDERS.items()}
 
 
 def test_the_root_exports_what_it_names():
@@ -285,7 +248,7 @@ def test_the_root_exports_what_it_names():
 
 
 def test_imports_have_no_cycle():
-    graph = {module: set(_own_imports(file, typed=True)) for module, file in PACKAGE.items()}
+    graph = module_graph(typed=True)
     done: set[str] = set()
 
     def visit(module, path):
@@ -300,16 +263,22 @@ def test_imports_have_no_cycle():
 
 
 def test_only_parallel_reads_parallel_state():
-    for module, file in PACKAGE.items():
+    for module, file in package_modules().items():
         # The benchmark's baseline, Megatron's own cross-entropy, asks for Megatron's groups.
         if module not in ("megatron_tropd.parallel.groups", "megatron_tropd.kernels.benchmarks.cases"):
-            assert not [m for m, name in _imports(file) if "parallel_state" in (name, m.split(".")[-1])], module
+            assert not [
+                m
+                for m, name in imports_of(file.read_text(encoding="utf-8"))
+                if "parallel_state" in (name, m.split(".")[-1])
+            ], module
 
 
 def test_no_private_name_crosses_modules():
     for file in SOURCES:
         private = [
-            f"{m}.{n}" for m, n in _imports(file) if m.startswith("megatron_tropd") and n and re.match("_[a-z]", n)
+            f"{m}.{n}"
+            for m, n in imports_of(_read(file))
+            if m.startswith("megatron_tropd") and n and re.match("_[a-z]", n)
         ]
         assert not private, f"{file}: {private}"
 
