@@ -257,6 +257,42 @@ def test_entropy_aware_distillation_by_hand(old, policy, gradient, entropy):
     assert logprobs.grad.flatten().tolist() == pytest.approx([gradient, *listed], abs=1e-6)
 
 
+LOG_A, KL = math.log(0.3) - math.log(0.5), 0.3 * math.log(0.6) + 0.6 * math.log(1.5)
+RENORMALIZED = math.log(3 / 5) / 3 + 2 * math.log(3 / 2) / 3  # of 1/3, 2/3 to 5/9, 4/9
+
+
+@pytest.mark.parametrize(
+    ("options", "old", "loss", "gradient"),
+    [  # pi_S = 0.5, 0.4 and pi_T = 0.3, 0.6 at the two listed tokens; the first is sampled: rho = 0.6
+        ({"gate": "soft"}, 0.5, -0.6 * LOG_A * math.log(0.5) + 0.4 * KL, [-0.6 * LOG_A, -0.12, -0.24]),
+        ({"gate": "threshold", "gate_threshold": 0.7}, 0.5, KL, [0.0, -0.3, -0.6]),
+        ({"gate": "threshold", "gate_threshold": 0.6}, 0.5, -LOG_A * math.log(0.5), [-LOG_A, 0.0, 0.0]),
+        ({"outlier": "fkl_advantage"}, 0.5, KL * math.log(0.5), [KL, 0.0, 0.0]),
+        ({"outlier": "fkl_advantage"}, 0.2, 2 * KL * math.log(0.5), [2 * KL, 0.0, 0.0]),  # r = 2.5, capped at 2
+        ({"tail": "renormalized"}, 0.5, RENORMALIZED, [0.0, 5 / 9 - 1 / 3, 4 / 9 - 2 / 3]),
+        ({"tail": "tail"}, 0.5, KL, [0.0, 0.2, -0.2]),  # both leave 0.1 to the rest: - p + 0.1 pi_S / 0.1
+        ({"name": "opd"}, 0.2, -2 * LOG_A * math.log(0.5), [-2 * LOG_A, 0.0, 0.0]),
+        ({"name": "opd", "importance": "off"}, 0.2, -LOG_A * math.log(0.5), [-LOG_A, 0.0, 0.0]),
+        ({"name": "opd", "importance": "icepop"}, 0.2, 0.0, [0.0, 0.0, 0.0]),
+        ({"name": "opd", "importance": "icepop"}, 0.4, -1.25 * LOG_A * math.log(0.5), [-1.25 * LOG_A, 0.0, 0.0]),
+    ],
+    ids=str,
+)
+def test_gates_tails_and_importance_by_hand(options, old, loss, gradient):
+    student, teacher = [math.log(0.5), math.log(0.4)], [math.log(0.3), math.log(0.6)]
+    logprobs, scores, batch = _two_listed(student, teacher, entropy=0.1)
+    batch.old_logprobs[:] = math.log(old)
+    if options.get("name") != "opd":
+        options = {"name": "fkl_outlier", "gate": "threshold", "gate_threshold": 0.7, **options}
+    if "outlier" in options:
+        options |= {"name": "tropd"}
+    found = build_objective(ObjectiveConfig(**options), GuidanceConfig(), 0).loss(logprobs, scores, batch, 0)
+    assert found.loss.item() == pytest.approx(loss, abs=1e-6)
+    found.loss.sum().backward()
+    listed = logprobs.grad.flatten().tolist()
+    assert [*listed, *[0.0] * (3 - len(listed))] == pytest.approx(gradient, abs=1e-6)
+
+
 def test_returns_of_two_responses_by_hand():
     """Rewards 0 and log 1.5 in the first response, log 0.5 in the second; alpha = 0.5."""
     ratios = torch.tensor([[1.0, 2.0], [0.0, 1.0]])  # 0: the teacher rules the token out
