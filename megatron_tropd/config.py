@@ -139,6 +139,10 @@ class DataConfig:
     )
 
 
+# drop: out of the loss and its mean; mask: a loss of zero that counts in the mean; downweight: losses times a factor.
+_FILTERING = ("keep", "drop", "mask", "downweight")
+
+
 @dataclass
 class RolloutConfig:
     """`rollout.*`."""
@@ -164,6 +168,16 @@ class RolloutConfig:
         "most the free memory",
         words=("auto",),
         above=0,
+    )
+
+    on_truncated: str = _key("keep", "what becomes of responses without an end, cut by max_new_tokens", _FILTERING)
+    on_repeating: str = _key("keep", "what becomes of responses that repeat themselves (repetition_above)", _FILTERING)
+    on_empty: str = _key("keep", "what becomes of responses without text", _FILTERING)
+    on_duplicate: str = _key("keep", "what becomes of responses that equal an earlier one to the prompt", _FILTERING)
+    downweight: float = _key(0.5, "factor of the losses of responses to `downweight`", low=0, high=1)
+    repetition_ngram: int = _key(8, "n: a response repeats itself by its n-grams of tokens", low=1)
+    repetition_above: float = _key(
+        0.5, "a response is repeating if more than this share of its n-grams occurred in it before", low=0, high=1
     )
 
 

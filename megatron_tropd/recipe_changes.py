@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "tokenizer.check_compatibility",
     "data.max_prompt_tokens",
     *("rollout.samples_per_prompt", "rollout.max_new_tokens", "rollout.temperature", "rollout.top_*", "rollout.stop"),
+    *("rollout.on_*", "rollout.downweight", "rollout.repetition_*"),
     "guidance.*",
     *("objective.name", "objective.gate*", "objective.outlier", "objective.topk", "objective.tail", "objective.clip"),
     *("objective.alpha", "objective.ppo_clip", "objective.entropy_*", "objective.mixture"),

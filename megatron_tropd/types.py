@@ -94,6 +94,7 @@ class TrainingBatch:
     loss_kind: torch.Tensor  # [b, s] int8, LOSS_*
     old_logprobs: torch.Tensor  # [b, s] fp32, π_old of labels where loss_kind is LOSS_STUDENT, else 0
     sample_ids: torch.Tensor  # [b] int64; -1 marks a filler row without loss; packed, [1, t] of every token
+    weights: torch.Tensor | None = None  # [b, s] fp32, factors of the losses (rollout/filters.py); None: 1 everywhere
     packed_seq_params: Any | None = None  # Megatron's, of a packed micro-batch (parallel/micro_batches.py)
 
     def rows(self, start: int, stop: int) -> TrainingBatch:

@@ -190,16 +190,17 @@ class Objective:
             is_student, is_guidance = is_student | is_guidance, torch.zeros_like(is_guidance)
         beta = 1.0 if self.method.data else self.guidance_beta
         given = floored(torch.where(is_guidance, student_logprobs[..., 0], 0.0))
-        result = ObjectiveResult(loss=-beta * given)
+        factor = beta if batch.weights is None else beta * batch.weights
+        result = ObjectiveResult(loss=-factor * given)
         if self.needs_teacher:
             assert scores is not None  # the teacher's, then
             student = self._student_tokens(student_logprobs, scores, batch, step, is_student, divergence)
             result = dataclasses.replace(student, loss=student.loss + result.loss)
-        result.metrics["loss_guidance"] = total(-beta * given, is_guidance)
+        result.metrics["loss_guidance"] = total(-factor * given, is_guidance)
         result.metrics["guidance_fraction"] = total(is_guidance, is_student | is_guidance)
         if not self.divergence:  # whose gradient is that of one kind of token
             learned = is_guidance & (student_logprobs[..., 0] != -torch.inf)  # a floored one has no gradient
-            result.gradients["guidance"] = logit_gradient((beta * learned).unsqueeze(-1), given.unsqueeze(-1))
+            result.gradients["guidance"] = logit_gradient((factor * learned).unsqueeze(-1), given.unsqueeze(-1))
             result.metrics |= gradient_shares(result.gradients)
         if student_entropy is not None:
             kept = is_student if self.needs_rollout else is_guidance
@@ -227,8 +228,10 @@ class Objective:
         if self.method.uncertain:  # an addition, also where the teacher rules the sampled token out
             trust_loss = trust_loss + self._where_uncertain(tokens)
         pull = weighed(trusted, tokens.importance * reward)  # K1's derivative in log pi_S(x), with the sign turned
-        if scores.weights is not None:
-            trust_loss, pull = weighed(scores.weights, trust_loss), weighed(scores.weights, pull)
+        for weights in (scores.weights, batch.weights):
+            if weights is not None:
+                trust_loss, pull = weighed(weights, trust_loss), weighed(weights, pull)
+                outlier_loss = weighed(weights, outlier_loss)
         metrics = {
             "loss_trust": total(trust_loss, trusted),
             "loss_outlier": total(outlier_loss, outlying),

@@ -6,10 +6,12 @@ sequences into one row is not done here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from megatron_tropd.rounding import round_up
-from megatron_tropd.types import LOSS_GUIDANCE, LOSS_STUDENT, Rollouts, TrainingBatch
+from megatron_tropd.types import LOSS_GUIDANCE, LOSS_NONE, LOSS_STUDENT, Rollouts, TrainingBatch
 
 
 def pad_rollouts(
@@ -19,6 +21,8 @@ def pad_rollouts(
     row_multiple: int = 1,
     pad_id: int = 0,
     device: torch.device | str = "cpu",
+    dropped: Sequence[bool] = (),
+    weights: Sequence[float] = (),
 ) -> TrainingBatch:
     """Pad rollouts into a TrainingBatch [b, s] on `device`.
 
@@ -28,6 +32,8 @@ def pad_rollouts(
         row_multiple: b is rounded up to it (micro_batch_size) with filler rows: sample id -1 and no loss.
         pad_id: token on padding; carries no loss.
         device: where the tensors are put, in one transfer each.
+        dropped: of each response, whether none of its tokens has a loss; empty: of none.
+        weights: of each response, the factor of its losses; empty: 1 each.
 
     Position t is labelled with token t + 1: LOSS_GUIDANCE where that is a prefix token, LOSS_STUDENT where the student
     wrote it.
@@ -48,6 +54,8 @@ def pad_rollouts(
         labels[row, : length - 1] = tokens[row, 1:length]
         loss_kind[row, prefix_start - 1 : student_start - 1] = LOSS_GUIDANCE
         loss_kind[row, student_start - 1 : length - 1] = LOSS_STUDENT
+        if dropped and dropped[row]:
+            loss_kind[row] = LOSS_NONE
         old_logprobs[row, student_start - 1 : length - 1] = torch.tensor(rollouts.logprobs[row], dtype=torch.float32)
         sample_ids[row] = rollouts.sample_ids[row]
     batch = {
@@ -58,6 +66,9 @@ def pad_rollouts(
         "old_logprobs": old_logprobs,
         "sample_ids": sample_ids,
     }
+    if any(weight != 1.0 for weight in weights):
+        factors = torch.tensor([*weights, *[1.0] * (rows - len(weights))], dtype=torch.float32)
+        batch["weights"] = factors.unsqueeze(-1).expand(rows, width).contiguous()
     return TrainingBatch(**{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()})
 
 

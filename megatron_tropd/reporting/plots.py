@@ -190,6 +190,21 @@ PLOTS = (
         percent=True,
     ),
     Plot(
+        "filtered",
+        "Rollouts",
+        "Responses that a filter met",
+        "share of responses",
+        (
+            Series("filtered_fraction", "any"),
+            Series("filtered_truncated", "truncated", only="with rollout.on_truncated"),
+            Series("filtered_repeating", "repeating", only="with rollout.on_repeating"),
+            Series("filtered_empty", "empty", only="with rollout.on_empty"),
+            Series("filtered_duplicate", "duplicate", only="with rollout.on_duplicate"),
+        ),
+        "What becomes of them: rollout.on_truncated, on_repeating, on_empty and on_duplicate in the recipe.",
+        percent=True,
+    ),
+    Plot(
         "mismatch",
         "Rollouts",
         "Mismatch of rollout and trainer",

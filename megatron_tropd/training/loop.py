@@ -33,6 +33,7 @@ from megatron_tropd.records.progress import Progress, open_progress
 from megatron_tropd.records.trackers import open_trackers
 from megatron_tropd.reporting.provenance import record_start
 from megatron_tropd.reporting.rollout_records import answer_records, sample_records
+from megatron_tropd.rollout.filters import Verdicts, judge
 from megatron_tropd.system.json_files import write_json
 from megatron_tropd.system.run_lock import RunLock
 from megatron_tropd.teacher.hook import TeacherHook
@@ -130,12 +131,15 @@ def _loop(
         rollouts = run.engine.generate(prompts, run.guidance.prefixes(prompts, step), run.sampling(step))
         clock.lap("seconds_rollout")
         progress.stage("scores")
+        verdicts = judge(rollouts, run.recipe.rollout)
         batch = pad_rollouts(
             rollouts,
             pad_multiple=run.pad_multiple,
             row_multiple=run.row_multiple,
             pad_id=run.tokenizer.pad_id,
             device=run.groups.device,
+            dropped=verdicts.dropped,
+            weights=verdicts.weights,
         )
         sizes = (training.micro_batch_size, run.max_tokens)
         scores = run.teacher.score(batch, *sizes) if run.teacher else None
@@ -146,7 +150,11 @@ def _loop(
         clock.lap("seconds_update")
         run.state.step, run.state.cursor = step + 1, run.source.state_dict()
         result.metrics |= guard.observe(step, result, rollouts, _models(run))
-        measured = {**_rollout_metrics(run, rollouts), **clock.laps, **_largest_peaks(clock.peaks, run.groups.device)}
+        measured = {
+            **_rollout_metrics(run, rollouts, verdicts),
+            **clock.laps,
+            **_largest_peaks(clock.peaks, run.groups.device),
+        }
         if run.reports:
             samples = sample_records(rollouts, result.details, run.tokenizer, run.recipe.logging.samples, scores)
             _log(run, writer, progress, step, result, measured, samples)
@@ -229,14 +237,17 @@ def _log(
     writer.write_samples(step, samples)
 
 
-def _rollout_metrics(run: Run, rollouts: Rollouts) -> dict[str, float]:
-    """Reduce response lengths and finish reasons over the data-parallel ranks, in one small collective."""
+def _rollout_metrics(run: Run, rollouts: Rollouts, verdicts: Verdicts) -> dict[str, float]:
+    """Reduce lengths, finish reasons and what the filters found over the data-parallel ranks, in one collective."""
     reasons = ("eos", "stop", "length", "prefix")
     responses = [
         n - p - q for n, p, q in zip(rollouts.lengths, rollouts.prompt_lengths, rollouts.prefix_lengths, strict=True)
     ]
     counts = [rollouts.finish_reasons.count(reason) for reason in reasons]
+    found = {f"filtered_{name}": count for name, count in verdicts.counts.items()}
+    found |= {"filtered_fraction": verdicts.filtered} if found else {}
     local = [len(rollouts), sum(rollouts.lengths), sum(responses), sum(rollouts.prefix_lengths), *counts]
+    local += found.values()
     total = torch.tensor(local, dtype=torch.float64, device=run.groups.device)
     dist.all_reduce(total, group=run.groups.dp)
     samples, sequence_tokens, response_tokens, prefix_tokens, *counts = total.tolist()
@@ -245,7 +256,8 @@ def _rollout_metrics(run: Run, rollouts: Rollouts) -> dict[str, float]:
         "generated_tokens": response_tokens,
         "response_length": response_tokens / samples,
         "prefix_length": prefix_tokens / samples,
-        **{f"finish_{reason}": count / samples for reason, count in zip(reasons, counts, strict=True)},
+        **{f"finish_{reason}": count / samples for reason, count in zip(reasons, counts, strict=False)},
+        **{name: count / samples for name, count in zip(found, counts[len(reasons) :], strict=True)},
     }
 
 

@@ -27,6 +27,8 @@ def train_short_run(material: Path, run: Path, *overrides: str) -> Path:
     """Train a few steps with everything that a report shows."""
     prompts = material / "prompts.jsonl"
     options = [f"evaluation.problems={prompts}", f"evaluation.held_out={prompts}", "evaluation.interval=2"]
+    options += ["rollout.on_truncated=downweight", "rollout.on_repeating=mask", "rollout.on_empty=mask"]
+    options += ["rollout.on_duplicate=mask"]
     run_distributed(train_rank, 1, overrides_of(material, run, *options, *overrides))
     return run
 

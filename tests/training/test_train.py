@@ -180,6 +180,25 @@ def test_reopold_explores_then_refines(material, tmp_path):
     assert all(r["selected_fraction"] > 0.25 for r in found[:2])
 
 
+def test_filters_find_and_weigh_the_same_responses_in_every_layout(material, tmp_path):
+    """Responses of a random model are cut or repeat themselves: every step has some of each."""
+    options = ["rollout.on_truncated=downweight", "rollout.on_repeating=mask", "rollout.on_duplicate=drop"]
+    options += ["rollout.repetition_ngram=1", "rollout.repetition_above=0.1"]
+    layouts = {
+        "alone": (1, []),
+        "dp2_packed": (2, ["training.max_tokens_per_micro_batch=64"]),
+        "cp2": (2, [f"{role}.context_parallel_size=2" for role in ("student", "teacher")]),
+    }
+    for name, (ranks, layout) in layouts.items():
+        run_distributed(train_rank, ranks, overrides_of(material, tmp_path / name, *options, *layout))
+        found = records(tmp_path / name)
+        assert_same(found, records(tmp_path / "alone"), tolerance=1e-4)
+    assert sum(record["filtered_truncated"] for record in found) > 0
+    assert sum(record["filtered_repeating"] for record in found) > 0
+    assert all(0 <= record["filtered_fraction"] <= 1 for record in found)
+    assert "filtered_empty" not in found[0]
+
+
 def test_sft_lowers_the_loss(material, tmp_path):
     options = ["objective.name=sft", "training.steps=12", "training.prompts_per_step=7", "data.shuffle=false"]
     run_distributed(train_rank, 1, overrides_of(material, tmp_path, *options))
