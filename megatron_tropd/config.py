@@ -139,7 +139,6 @@ class DataConfig:
     )
 
 
-# drop: out of the loss and its mean; mask: a loss of zero that counts in the mean; downweight: losses times a factor.
 _FILTERING = ("keep", "drop", "mask", "downweight")
 
 
@@ -170,7 +169,12 @@ class RolloutConfig:
         above=0,
     )
 
-    on_truncated: str = _key("keep", "what becomes of responses without an end, cut by max_new_tokens", _FILTERING)
+    on_truncated: str = _key(
+        "keep",
+        "what becomes of responses that max_new_tokens cuts; drop: no loss; mask: a loss of zero that counts in the "
+        "mean; downweight: `downweight` times the loss",
+        _FILTERING,
+    )
     on_repeating: str = _key("keep", "what becomes of responses that repeat themselves (repetition_above)", _FILTERING)
     on_empty: str = _key("keep", "what becomes of responses without text", _FILTERING)
     on_duplicate: str = _key("keep", "what becomes of responses that equal an earlier one to the prompt", _FILTERING)
