@@ -25,7 +25,7 @@ def test_a_decode_step_asks_for_no_more_than_it_must(size, tmp_path):
     assert run_distributed(benchmark_rank, size, options) == [0] * size
     found = json.loads((tmp_path / "found.json").read_text())
     counts = found["per decode step"]
-    assert 0 < counts["operations"] <= 100 * LAYERS
+    assert 0 < counts["operations"] <= 110 * LAYERS  # 395 with megatron-core 0.16.1, 428 with 0.19.2
     assert 0 < counts["synchronisations"] <= 18  # the engine's, but for one of the rows and one of the tokens
     # Two all-reduces per layer, one of the embedding, a gather of the logits, and the tokens to the other rank.
     assert counts["collectives"] == (0 if size == 1 else 2 * LAYERS + 3)
