@@ -169,5 +169,6 @@ def test_field_cases_b5_files_with_other_bytes_are_named_by_their_folder(part, m
     for path in folder.glob("*.distcp"):
         path.write_bytes(b"\x00" * path.stat().st_size)
     (message,) = run_distributed(refused_rank, 1, overrides_of(material, tmp_path))
-    assert f"checkpoint {folder} cannot be read" in message
-    assert "move it away" in message
+    if f"{folder} is not a checkpoint of plain data alone" not in message:  # newer versions keep objects in these files
+        assert f"checkpoint {folder} cannot be read" in message
+        assert "move it away" in message
