@@ -180,6 +180,20 @@ def test_reopold_explores_then_refines(material, tmp_path):
     assert all(r["selected_fraction"] > 0.25 for r in found[:2])
 
 
+def test_the_same_uncertain_tokens_are_chosen_in_every_layout(material, tmp_path):
+    """Their entropies come from a separate forward pass, over context shares and interleaved stages, too."""
+    both = ("student", "teacher")
+    layouts = {
+        "alone": (1, []),
+        "cp2": (2, [f"{role}.context_parallel_size=2" for role in both]),
+        "pp2_interleaved": (2, [*PP2, "student.virtual_pipeline_model_parallel_size=2"]),
+    }
+    for name, (ranks, layout) in layouts.items():
+        options = ["objective.name=entropy_opd", "training.exit_step=2", *layout]
+        run_distributed(train_rank, ranks, overrides_of(material, tmp_path / name, *options))
+        assert_same(records(tmp_path / name), records(tmp_path / "alone"), tolerance=1e-4)
+
+
 def test_filters_find_and_weigh_the_same_responses_in_every_layout(material, tmp_path):
     """Responses of a random model are cut or repeat themselves: every step has some of each."""
     options = ["rollout.on_truncated=downweight", "rollout.on_repeating=mask", "rollout.on_duplicate=drop"]
