@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_tropd.kernels.benchmarks.cases import Case, Material, all_cases
-from megatron_tropd.kernels.benchmarks.measure import Measurement, copy_bandwidth, exponent, measure
+from megatron_tropd.kernels.benchmarks.measure import Measurement, copy_bandwidth, exponent, hardware, measure
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COLUMNS = (
@@ -162,16 +162,8 @@ def description(*facts: str) -> str:
 
 
 def _hardware(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
-
-
-def _cpu() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.machine()
-    return f"{name}, {torch.get_num_threads()} thread(s)"
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} thread(s)"
+    return f"{hardware(device)}{threads}"
 
 
 def arguments() -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -68,14 +69,17 @@ def peak_on_cpu(call: Callable[[], object]) -> int:
     return peak
 
 
-class _Traffic(TorchDispatchMode):
-    """Adds up the bytes of every operator's tensors: what it reads and what it writes, were nothing cached."""
-
-    # Views and bookkeeping move nothing.
-    _FREE = (
+# Operators that hand out memory or another view of it, and move nothing.
+FREE_OPERATORS = frozenset(
+    (
         *("view", "reshape", "slice", "select", "t", "transpose", "expand", "unsqueeze", "squeeze", "detach", "alias"),
         *("empty", "empty_like", "new_empty", "as_strided", "split", "unbind", "permute", "_unsafe_view"),
     )
+)
+
+
+class _Traffic(TorchDispatchMode):
+    """Adds up the bytes of every operator's tensors: what it reads and what it writes, were nothing cached."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +89,7 @@ class _Traffic(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        if function._schema.name.removeprefix("aten::") not in self._FREE:
+        if function._schema.name.removeprefix("aten::") not in FREE_OPERATORS:
             flat = torch.utils._pytree.tree_leaves((args, kwargs, result))
             self.bytes += sum(t.numel() * t.element_size() for t in flat if isinstance(t, torch.Tensor))
         return result
@@ -95,6 +99,17 @@ def _traffic(call: Callable[[], object]) -> int:
     with _Traffic() as seen:
         call()
     return seen.bytes
+
+
+def hardware(device: torch.device) -> str:
+    """Return the name of the GPU, or of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
 
 
 def copy_bandwidth(device: torch.device) -> float:

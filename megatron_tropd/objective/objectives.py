@@ -155,14 +155,16 @@ class Objective:
             entropy: [b, s] of the student, nats; where it `selects_by` entropy.
             group: the data-parallel ranks; None: there is but this process.
         """
-        by, kept = self.selects_by(step), batch.loss_kind == LOSS_STUDENT
-        if scores is None or not (by or self.method.returns):
-            return scores
+        if scores is None:
+            return None
+        kept = batch.loss_kind == LOSS_STUDENT
         if self.method.returns:
             groups = batch.sample_ids // self.samples_per_prompt
             found = response_advantages(batch.old_logprobs, scores.logprobs, kept, groups, self.config.alpha)
             return dataclasses.replace(scores, advantages=found)
-        assert by is not None  # nothing else is prepared
+        by = self.selects_by(step)
+        if by is None:
+            return scores
         selected = select_tokens(by, scores.logprobs, batch.old_logprobs, entropy, kept, self.config, group)
         return dataclasses.replace(scores, weights=selection_weights(selected, kept, group))
 

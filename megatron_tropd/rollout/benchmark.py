@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
-import platform
 import random
 import statistics
 import sys
@@ -28,12 +26,14 @@ import torch
 
 from megatron_tropd.config import ModelConfig, RolloutConfig
 from megatron_tropd.errors import UserError
+from megatron_tropd.kernels.benchmarks.measure import hardware
 from megatron_tropd.models.build import build_model, load_hf_config
 from megatron_tropd.models.convert import load_model_weights
 from megatron_tropd.parallel import groups as parallel
 from megatron_tropd.rollout.endings import Endings
 from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.operation_counts import OperationCounts
+from megatron_tropd.system.json_files import write_json
 from megatron_tropd.system.launcher import launcher_rank
 from megatron_tropd.tokenizers.tokenizer import load_tokenizer
 from megatron_tropd.types import Prompt, Sampling
@@ -57,17 +57,16 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     try:
         costs, counts, about = _run(arguments)
+        if launcher_rank() == 0:
+            print(as_table(costs, counts, about))
+            if arguments.json:
+                rows = [vars(cost) for cost in costs]
+                write_json(arguments.json, {"about": about, "costs": rows, "per decode step": counts})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
         parallel.shutdown()
-    if launcher_rank() == 0:
-        print(as_table(costs, counts, about))
-        if arguments.json:
-            record = {"about": about, "costs": [vars(cost) for cost in costs], "per decode step": counts}
-            with open(arguments.json, "w", encoding="utf-8") as file:
-                json.dump(record, file, indent=1)
     return 0
 
 
@@ -220,13 +219,12 @@ def as_table(costs: list[Cost], counts: dict[str, float], about: str) -> str:
 
 
 def _about(arguments: argparse.Namespace, device: torch.device) -> str:
-    on_cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name() if on_cuda else platform.processor() or platform.machine()
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "megatron-core", "transformers"))
+    clock = "clock" if device.type == "cuda" else "CPU time"
     return (
         f"{arguments.model} in {arguments.dtype}, TP={arguments.tensor_model_parallel_size}: {arguments.prompts} "
         f"prompts of {arguments.prompt_tokens} tokens, {arguments.samples} response(s) to each, {arguments.new_tokens} "
-        f"new tokens; {name}, {arguments.threads} thread(s); {'clock' if on_cuda else 'CPU time'}; {versions}"
+        f"new tokens; {hardware(device)}, {arguments.threads} thread(s); {clock}; {versions}"
     )
 
 

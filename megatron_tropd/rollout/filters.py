@@ -44,15 +44,13 @@ def judge(rollouts: Rollouts, config: RolloutConfig) -> Verdicts:
         return Verdicts([], [], {})
     own = [i for i, reason in enumerate(rollouts.finish_reasons) if reason != "prefix"]
     met = {name: _FIND[name](rollouts, own, config) for name in actions}
-    by_action = {"downweight": config.downweight, "mask": 0.0}
-    dropped = {i for name, action in actions.items() if action == "drop" for i in met[name]}
-    weights = [1.0] * len(rollouts)
+    dropped, weights = [False] * len(rollouts), [1.0] * len(rollouts)
     for name, action in actions.items():
         for i in met[name]:
-            weights[i] = min(weights[i], by_action.get(action, 0.0))
+            dropped[i] = dropped[i] or action == "drop"
+            weights[i] = min(weights[i], config.downweight if action == "downweight" else 0.0)
     counts = {name: len(found) for name, found in met.items()}
-    filtered = len(set().union(*met.values()))
-    return Verdicts([i in dropped for i in range(len(rollouts))], weights, counts, filtered)
+    return Verdicts(dropped, weights, counts, filtered=len(set().union(*met.values())))
 
 
 def repetition(tokens: list[int], n: int) -> float:

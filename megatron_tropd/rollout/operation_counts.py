@@ -15,22 +15,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_tropd.kernels.benchmarks.measure import FREE_OPERATORS
+
 _WAITS = {"aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero"}
-# They hand out memory, or another view of it.
-_FREE = {
-    "alias",
-    "as_strided",
-    "chunk",
-    "detach",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "expand",
-    "lift_fresh",
-    "narrow",
-}
-_FREE |= {"new_empty", "permute", "reshape", "select", "set_", "slice", "split", "split_with_sizes", "squeeze", "t"}
-_FREE |= {"transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "_reshape_alias", "_unsafe_view"}
+_FREE = FREE_OPERATORS | {"chunk", "empty_strided", "lift_fresh", "narrow", "set_", "split_with_sizes", "unflatten"}
+_FREE |= {"unfold", "_reshape_alias"}
 
 
 class OperationCounts(TorchDispatchMode):

@@ -243,11 +243,11 @@ def _rollout_metrics(run: Run, rollouts: Rollouts, verdicts: Verdicts) -> dict[s
     responses = [
         n - p - q for n, p, q in zip(rollouts.lengths, rollouts.prompt_lengths, rollouts.prefix_lengths, strict=True)
     ]
-    counts = [rollouts.finish_reasons.count(reason) for reason in reasons]
-    found = {f"filtered_{name}": count for name, count in verdicts.counts.items()}
-    found |= {"filtered_fraction": verdicts.filtered} if found else {}
-    local = [len(rollouts), sum(rollouts.lengths), sum(responses), sum(rollouts.prefix_lengths), *counts]
-    local += found.values()
+    numbers = {f"finish_{reason}": rollouts.finish_reasons.count(reason) for reason in reasons}
+    if verdicts.counts:
+        numbers |= {f"filtered_{name}": count for name, count in verdicts.counts.items()}
+        numbers["filtered_fraction"] = verdicts.filtered
+    local = [len(rollouts), sum(rollouts.lengths), sum(responses), sum(rollouts.prefix_lengths), *numbers.values()]
     total = torch.tensor(local, dtype=torch.float64, device=run.groups.device)
     dist.all_reduce(total, group=run.groups.dp)
     samples, sequence_tokens, response_tokens, prefix_tokens, *counts = total.tolist()
@@ -256,8 +256,7 @@ def _rollout_metrics(run: Run, rollouts: Rollouts, verdicts: Verdicts) -> dict[s
         "generated_tokens": response_tokens,
         "response_length": response_tokens / samples,
         "prefix_length": prefix_tokens / samples,
-        **{f"finish_{reason}": count / samples for reason, count in zip(reasons, counts, strict=False)},
-        **{name: count / samples for name, count in zip(found, counts[len(reasons) :], strict=True)},
+        **{name: count / samples for name, count in zip(numbers, counts, strict=True)},
     }
 
 

@@ -4,7 +4,7 @@ The life of a micro-batch, hop by hop (b rows, s tokens of a context-parallel sh
 
     train_step          batch, scores [B, S] -> split_batch, Objective.prepare -> micro-batches [b, s]
     run_schedule        Megatron's 1F1B or interleaved schedule calls, per micro-batch and stage:
-    forward_step        arms the output layer (student_outputs.read_student), runs the model: hidden [s, b, h]
+    forward_step        arms the output layer (student_outputs.run_micro_batch), runs the model: hidden [s, b, h]
     output layer        logits [s, b, V/tp] -> OutputHook -> vocab_parallel_logprobs at Objective.ids
                         -> StudentOutputs [s, b, 1 + k + 1]: log-probs of x and of the teacher's top-k, entropy;
                         for a divergence the logits are never made: hidden and weight go to a fused operation
@@ -37,7 +37,7 @@ from megatron_tropd.objective.objectives import Objective
 from megatron_tropd.parallel.groups import ParallelGroups
 from megatron_tropd.parallel.micro_batches import Pairs, split_batch
 from megatron_tropd.training.student import Student
-from megatron_tropd.training.student_outputs import StudentOutputs, prepare_scores, read_student
+from megatron_tropd.training.student_outputs import StudentOutputs, prepare_scores, run_micro_batch
 from megatron_tropd.types import TeacherScores, TrainingBatch
 
 if TYPE_CHECKING:
@@ -158,9 +158,7 @@ def forward_step(
     step: int,
 ) -> tuple[torch.Tensor, Callable[..., Any]]:
     """Megatron's forward_step: one micro-batch through this stage; returns (output, loss_func)."""
-    batch, scores = next(data_iterator)
-    with read_student(student, batch, scores, objective, config):
-        output = model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.packed_seq_params)
+    output, batch, scores = run_micro_batch(data_iterator, model, student, objective, config)
     return output, partial(loss_func, batch=batch, scores=scores, objective=objective, step=step)
 
 

@@ -106,6 +106,29 @@ def read_student(
     return student.hook.replaced(from_hidden) if objective.divergence else student.hook.armed(from_logits)
 
 
+def run_micro_batch(
+    data_iterator: Iterator[tuple[TrainingBatch, TeacherScores | None]],
+    model: torch.nn.Module,
+    student: Student,
+    objective: Objective,
+    config: ObjectiveConfig,
+) -> tuple[torch.Tensor, TrainingBatch, TeacherScores | None]:
+    """Run the next micro-batch through this stage; return its output and what the iterator gave.
+
+    Args:
+        data_iterator: gives a micro-batch and the teacher's scores of it.
+        model: the chunk that Megatron's schedule runs.
+        student, objective, config: see `read_student`.
+
+    Returns:
+        Packed StudentOutputs [b, s, 1 + k + 1 (+ 1)] on the last stage, else hidden states [s, b, h]; batch; scores.
+    """
+    batch, scores = next(data_iterator)
+    with read_student(student, batch, scores, objective, config):
+        output = model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.packed_seq_params)
+    return output, batch, scores
+
+
 def prepare_scores(
     student: Student,
     split: RowSplit | PackedSplit,
@@ -153,9 +176,7 @@ def student_entropies(
     def forward_step(
         data_iterator: Iterator[tuple[TrainingBatch, TeacherScores | None]], model: torch.nn.Module
     ) -> tuple[torch.Tensor, object]:
-        batch, part = next(data_iterator)
-        with read_student(student, batch, part, objective, config):
-            output = model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.packed_seq_params)
+        output, _, _ = run_micro_batch(data_iterator, model, student, objective, config)
         return output, _entropy
 
     found = run_schedule(

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.objective_cases import BETA, SEED, STEP, VOCAB, K, inputs, variants
+from support.objective_cases import BETA, SEED, STEP, VOCAB, K, inputs, scores_of, variants
 
 from megatron_tropd.config import GuidanceConfig
 from megatron_tropd.methods import METHODS
@@ -98,10 +98,7 @@ SHARED = [v for v in variants() if not METHODS[v.name].divergence and v.gate != 
 @pytest.mark.parametrize("config", SHARED, ids=lambda c: "-".join(map(str, vars(c).values())))
 def test_the_shares_are_those_of_the_gradient_in_the_logits(config):
     student, teacher, batch = inputs()
-    log_t = teacher[..., :VOCAB].log_softmax(-1).transpose(0, 1)
-    values, ids = log_t.topk(K, -1)
-    entropy = -(log_t.exp() * log_t).sum(-1)
-    scores = TeacherScores(log_t.gather(-1, batch.labels[..., None])[..., 0], ids, values, entropy)
+    scores = scores_of(teacher, batch)
     objective = build_objective(config, GuidanceConfig(beta=BETA), SEED)
     leaf = student[..., :VOCAB].clone().requires_grad_()
     logprobs = leaf.log_softmax(-1).transpose(0, 1).gather(-1, objective.ids(batch, scores))

@@ -4,14 +4,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.objective_cases import BETA, SEED, STEP, K, inputs, variants
+from support.objective_cases import BETA, SEED, STEP, VOCAB, inputs, scores_of, variants
 
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
 from megatron_tropd.methods import METHODS
 from megatron_tropd.objective.objectives import build_objective
 from megatron_tropd.parallel.batching import pad_rollouts
 from megatron_tropd.rollout.filters import FILTERS, judge, repetition
-from megatron_tropd.types import LOSS_NONE, Prompt, Rollouts, TeacherScores
+from megatron_tropd.types import LOSS_NONE, Prompt, Rollouts
 
 
 def rollouts():
@@ -94,14 +94,10 @@ WITH_TEACHER = [c for c in variants() if METHODS[c.name].divergence is None and 
 @pytest.mark.parametrize("config", WITH_TEACHER, ids=lambda c: "-".join(map(str, vars(c).values())))
 def test_the_losses_and_gradients_of_every_method_are_those_of_the_responses_times_their_weights(config):
     student, teacher, batch = inputs()
-    vocabulary = 61
-    log_t = teacher[..., :vocabulary].log_softmax(-1).transpose(0, 1)
-    values, ids = log_t.topk(K, -1)
-    entropy = -(log_t.exp() * log_t).sum(-1)
-    scores = TeacherScores(log_t.gather(-1, batch.labels[..., None])[..., 0], ids, values, entropy)
+    scores = scores_of(teacher, batch)
     objective = build_objective(config, GuidanceConfig(beta=BETA), SEED)
-    scores = objective.prepare(batch, scores, STEP, entropy)
-    logprobs = student[..., :vocabulary].log_softmax(-1).transpose(0, 1).gather(-1, objective.ids(batch, scores))
+    scores = objective.prepare(batch, scores, STEP, scores.entropy)
+    logprobs = student[..., :VOCAB].log_softmax(-1).transpose(0, 1).gather(-1, objective.ids(batch, scores))
     factors = torch.tensor([1.0, 0.0, 0.25])[:, None].expand_as(batch.tokens)
     found = []
     for weights in (None, factors):

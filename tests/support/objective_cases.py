@@ -8,7 +8,7 @@ import torch
 
 from megatron_tropd.config import ObjectiveConfig
 from megatron_tropd.methods import METHODS
-from megatron_tropd.types import LOSS_GUIDANCE, LOSS_NONE, LOSS_STUDENT, TrainingBatch
+from megatron_tropd.types import LOSS_GUIDANCE, LOSS_NONE, LOSS_STUDENT, TeacherScores, TrainingBatch
 
 VOCAB, PADDED, B, S, K = 61, 64, 3, 7, 6
 SEED, STEP, BETA, CLIP, TAU, CAP = 11, 4, 0.3, -0.7, 0.4, 1.2
@@ -53,3 +53,11 @@ def inputs():
     positions = torch.arange(S).expand(B, S).contiguous()
     batch = TrainingBatch(labels, labels, positions, kind, old, torch.tensor([5, 900, 77]))
     return student, teacher, batch
+
+
+def scores_of(teacher, batch) -> TeacherScores:
+    """What a teacher of whole logits [s, b, V] says of the batch, by plain PyTorch."""
+    log_t = teacher[..., :VOCAB].log_softmax(-1).transpose(0, 1)
+    values, ids = log_t.topk(K, -1)
+    entropy = -(log_t.exp() * log_t).sum(-1)
+    return TeacherScores(log_t.gather(-1, batch.labels[..., None])[..., 0], ids, values, entropy)
