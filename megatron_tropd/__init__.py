@@ -24,6 +24,7 @@ _EXPORTS = {
     "load_recipe": "recipe",
     "load_tokenizer": "tokenizers.tokenizer",
     "pad_rollouts": "parallel.batching",
+    "resolve_dtypes": "models.auto_dtype",
     "save_recipe": "recipe",
     "train": "training.loop",
     "train_step": "training.step",

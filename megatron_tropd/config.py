@@ -40,7 +40,12 @@ class ModelConfig:
         None, "ranks that share each expert's matrices; default: tensor_model_parallel_size", low=1
     )
     sequence_parallel: bool = _key(False, "shard activations outside attention and MLP over the tensor-parallel ranks")
-    dtype: str = _key("bfloat16", "parameters and activations", ("float32", "bfloat16", "float16"))
+    dtype: str = _key(
+        "bfloat16",
+        "parameters and activations; auto: bfloat16 on CUDA, and on a CPU the faster of bfloat16 and float32, which is "
+        "measured when the run first starts and kept when it is resumed",
+        ("auto", "float32", "bfloat16", "float16"),
+    )
     fp8: str | None = _key(
         None,
         "Transformer Engine's 8-bit format for matrix products in training and scoring (rollouts stay in dtype)",

@@ -79,8 +79,8 @@ DOES_NOT_MATTER = (
     *("checkpoint.*", "logging.*"),
 )
 
-# Keys of MAY_NOT_CHANGE whose value the first start of a run fixes: left at null, they keep the checkpoint's.
-PINNED: tuple[str, ...] = ("tokenizer.date",)
+# Keys whose value the first start of a run fixes -> the value with which a recipe leaves them to the checkpoint's.
+PINNED = {"tokenizer.date": None, "student.dtype": "auto", "teacher.dtype": "auto"}
 
 # Keys that name files or folders -> the name of their contents (fingerprint.recipe_contents): what is compared.
 CONTENTS = {

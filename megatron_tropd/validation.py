@@ -57,7 +57,7 @@ def check_layout(role: str, model: ModelConfig) -> None:
     """Check one model's parallel layout in itself; `role` is its section's name."""
     if isinstance(model, TeacherConfig):
         _check_ranks(model)
-    if model.fp8 and model.dtype != "bfloat16":
+    if model.fp8 and model.dtype not in ("bfloat16", "auto"):  # fp8 needs CUDA, where auto is bfloat16
         raise UserError(
             f"{role}.fp8={model.fp8} contradicts {role}.dtype={model.dtype}: 8-bit matrix products are scaled "
             "from bfloat16. Set the dtype or drop fp8."

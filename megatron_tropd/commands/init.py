@@ -34,9 +34,9 @@ def add_init(subcommands: Any) -> None:
     parser.add_argument("--gpu-memory", type=above_zero, metavar="GB", help="memory per GPU (default: 80)")
     parser.add_argument(
         "--dtype",
-        choices=("bfloat16", "float16", "float32"),
+        choices=("auto", "bfloat16", "float16", "float32"),
         default="bfloat16",
-        help="of both models (%(default)s; on a CPU float32 is faster)",
+        help="of both models (%(default)s; auto: on a CPU the faster of bfloat16 and float32, which `train` measures)",
     )
     names = [name for name, method in METHODS.items() if not method.data]
     parser.add_argument("--method", choices=names, default="tropd", help="objective.name (default: %(default)s)")

@@ -130,6 +130,7 @@ def _check_devices(
 ) -> None:
     """Make the process groups, then every check that does something, as far as the ones before it allow."""
     from megatron_tropd.doctor.models import clip_layout
+    from megatron_tropd.models.auto_dtype import auto_keys
     from megatron_tropd.parallel import groups as parallel
 
     model = clip_layout(recipe.student, environment.world_size)
@@ -143,6 +144,9 @@ def _check_devices(
     if report.add(agreement.run("process groups", start)).fails:
         return
     (groups,) = made
+    if auto_keys(recipe) and report.add(agreement.run("dtype", partial(_resolved_dtypes, recipe))).fails:
+        return
+    model = clip_layout(recipe.student, environment.world_size)
     if environment.world_size > 1:
         name = "same software on all ranks"
         report.add(agreement.run(name, partial(_same_software, environment)))
@@ -164,6 +168,12 @@ def _layout_detail(recipe: Recipe, model: Any, environment: Environment) -> str:
     if layout == asked:
         return f"{layout}, the recipe's"
     return f"{layout}; the recipe's {asked} takes {model_ranks(recipe.student)} processes, not {environment.world_size}"
+
+
+def _resolved_dtypes(recipe: Recipe) -> Check:
+    from megatron_tropd.models.auto_dtype import resolve_dtypes
+
+    return Check("dtype", "ok", resolve_dtypes(recipe) or "")
 
 
 def _same_software(environment: Environment) -> Check:

@@ -20,6 +20,7 @@ from megatron_tropd.config import ModelConfig, Recipe, RolloutConfig
 from megatron_tropd.errors import UserError
 from megatron_tropd.machine import preflight
 from megatron_tropd.machine.environment import gather
+from megatron_tropd.models.auto_dtype import resolve_dtypes
 from megatron_tropd.models.build import build_model, load_hf_config
 from megatron_tropd.models.convert import check_model_files, load_model_weights, resolve_hf_path
 from megatron_tropd.numbers.finite_weights import check_loaded
@@ -89,6 +90,7 @@ def open_model(recipe: Recipe, role: str) -> Iterator[OpenModel]:
     preflight.check(recipe, gather(), (role,))
     training = recipe.training
     with process_groups(config, training.seed, timeout_minutes=training.timeout_minutes, role=role) as groups:
+        resolve_dtypes(recipe)
         hf_path = resolve_hf_path(config, role)
         hf_config = load_hf_config(hf_path)
         check_model_files(config)

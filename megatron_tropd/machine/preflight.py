@@ -23,7 +23,7 @@ from megatron_tropd.machine.environment import (
 from megatron_tropd.methods import trains_on_data
 from megatron_tropd.records.trackers import missing_packages
 
-_TENSOR_CORES = {"bfloat16": (8, 0)}  # least compute capability of a dtype
+_TENSOR_CORES = {"bfloat16": (8, 0), "auto": (8, 0)}  # least compute capability of a dtype; auto is bfloat16
 _FP8_CAPABILITY = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
 

@@ -57,10 +57,11 @@ def transformer_config(hf_config: Any, model: ModelConfig, role: str = "model", 
         overrides: fields of TransformerConfig that go first.
 
     Raises:
-        UserError: TP does not divide the heads or key/value heads, or PP x VPP does not divide the layers.
+        UserError: TP does not divide the heads or key/value heads, PP x VPP does not divide the layers, or the dtype is
+            still auto.
     """
     check_sizes(hf_config, model, role)
-    dtype = _DTYPES[model.dtype]
+    dtype = _dtype_of(model, role)
     fields = {
         "num_layers": hf_config.num_hidden_layers,
         "hidden_size": hf_config.hidden_size,
@@ -103,6 +104,15 @@ def transformer_config(hf_config: Any, model: ModelConfig, role: str = "model", 
         **recompute_fields(model.recompute, uses_transformer_engine()),
     }
     return TransformerConfig(**{**fields, **overrides})
+
+
+def _dtype_of(model: ModelConfig, role: str) -> torch.dtype:
+    if model.dtype not in _DTYPES:
+        raise UserError(
+            f"{role}.dtype={model.dtype} is open: call megatron_tropd.resolve_dtypes(recipe) before models are built, "
+            f"or set it to one of {', '.join(_DTYPES)}."
+        )
+    return _DTYPES[model.dtype]
 
 
 def build_model(

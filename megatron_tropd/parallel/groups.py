@@ -15,7 +15,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_tropd.parallel.partition import Partition
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -312,3 +314,15 @@ def on_rank_zero(action: Callable[[], object]) -> None:
         if isinstance(cause, KeyboardInterrupt | SystemExit):
             raise cause
         raise (UserError(message) if is_user_error else RuntimeError(f"rank 0 failed: {message}")) from cause
+
+
+def from_rank_zero(make: Callable[[], Made]) -> Made:
+    """Return, on every rank, what `make` returns on rank 0; collective. Its failure is raised as by `on_rank_zero`."""
+    made: list[Any] = [None]
+
+    def keep() -> None:
+        made[0] = make()
+
+    on_rank_zero(keep)
+    dist.broadcast_object_list(made, src=0)
+    return made[0]

@@ -16,6 +16,7 @@ import datetime
 import json
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -109,6 +110,18 @@ class Partition:
             self._store.set("all_ready", json.dumps(True))
         self._take("all_ready")
         self.connect()
+
+    def from_first_rank(self, make: Callable[[], Any]) -> Any:
+        """Return, on every process of both parts, what `make` returns on the student's rank 0: a value of JSON.
+
+        To be called once.
+
+        Raises:
+            UserError, RuntimeError: another process failed before (see `fail`).
+        """
+        if self.rank == 0 and not self.is_teacher:
+            self._store.set("made", json.dumps(make()))
+        return self._take("made")
 
     def fail(self, error: BaseException) -> None:
         """Tell all other processes what ends this one, so that they do not wait forever; the first failure counts."""

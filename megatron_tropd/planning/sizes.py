@@ -15,7 +15,7 @@ from megatron_tropd.huggingface.experts import Experts, experts_of
 from megatron_tropd.models.build import has_qk_norm, has_qkv_bias, head_dim, padded_vocab_size
 from megatron_tropd.parallel.layout import expert_tensor_parallel_size
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}  # auto: plans are for GPUs, where it is bfloat16
 
 
 @dataclass(frozen=True)

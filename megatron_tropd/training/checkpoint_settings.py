@@ -1,4 +1,4 @@
-"""Takes stop strings, template variables and date from a training checkpoint's recipe, for `generate` and `evaluate`.
+"""Takes stop strings, template variables, date and dtype from a training checkpoint's recipe, to generate with it.
 
 take_settings(recipe, "student")    # before sampling and tokenizer are made of the recipe
 """
@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 
 from megatron_tropd.config import Recipe
+from megatron_tropd.models.auto_dtype import AUTO
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +20,8 @@ _CARRIED = (("rollout", "stop"), ("tokenizer", "chat_template_kwargs"), ("tokeni
 def take_settings(recipe: Recipe, role: str) -> None:
     """Fill what `recipe` leaves empty of stop strings, template variables and date from the checkpoint's own recipe.
 
-    Responses to the same prompts then end where they did in the run that wrote the checkpoint.
+    Responses to the same prompts then end where they did in the run that wrote the checkpoint. A dtype of `auto`
+    becomes the one in which that run's student was trained.
 
     Args:
         recipe: changed where `<role>.checkpoint` is the `model/` of a training checkpoint.
@@ -38,3 +40,7 @@ def take_settings(recipe: Recipe, role: str) -> None:
         if value and not getattr(getattr(recipe, section), name):
             setattr(getattr(recipe, section), name, str(value) if name == "date" else value)
             logger.info("%s.%s=%s is taken from %s", section, name, value, file)
+    dtype = OmegaConf.select(theirs, "student.dtype")
+    if dtype and getattr(recipe, role).dtype == AUTO:
+        getattr(recipe, role).dtype = dtype
+        logger.info("%s.dtype=%s is taken from %s", role, dtype, file)

@@ -82,7 +82,7 @@ def _train_in_parts(recipe: Recipe, partition: Partition) -> dict[str, Any]:
         part = process_groups(getattr(recipe, partition.role), seed, partition, timeout_minutes=minutes)
         with part as groups, RunLock() as lock:
             # Both parts decide from the same files, before either writes any.
-            start = resume.prepare(recipe, groups, None if partition.is_teacher else lock)
+            start = resume.prepare(recipe, groups, None if partition.is_teacher else lock, partition)
             if start.is_finished:
                 partition.meet()
                 summary = resume.finished_summary(recipe, start, groups)

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_tropd.config import Recipe
 from megatron_tropd.errors import UserError
-from megatron_tropd.parallel.groups import ParallelGroups, on_rank_zero
+from megatron_tropd.models.auto_dtype import resolve_dtypes
+from megatron_tropd.parallel.groups import ParallelGroups, from_rank_zero, on_rank_zero
+from megatron_tropd.parallel.partition import Partition
 from megatron_tropd.prompts.fingerprint import read_config, recipe_contents
 from megatron_tropd.prompts.source import PromptSource
 from megatron_tropd.recipe import to_yaml
@@ -87,31 +87,38 @@ def _locked_folders(recipe: Recipe) -> list[Path]:
     return [Path(recipe.logging.dir), checkpoint_folder(recipe)]
 
 
-def prepare(recipe: Recipe, groups: ParallelGroups, lock: RunLock | None = None) -> Start:
+def prepare(
+    recipe: Recipe, groups: ParallelGroups, lock: RunLock | None = None, partition: Partition | None = None
+) -> Start:
     """Decide where the run begins, and refuse what cannot; collective, reads a few files on rank 0 and writes none.
 
-    `lock` is to be taken on the run's folders by `restore`; refused here already where another run holds it.
+    In `recipe`, what its first start fixed is set to the checkpoint's, and what is left of `dtype: auto` is resolved.
+
+    Args:
+        recipe, groups: of the run.
+        lock: to be taken on the run's folders by `restore`; refused here already where another run holds it.
+        partition: where the teacher has dedicated ranks; both parts then call this.
 
     Raises:
         UserError: no checkpoint is whole, the recipe changes what cannot change within a run, the run has finished
             with other settings, or the run's folder holds files of another origin under the names that it needs.
     """
-    decided: list[Start | None] = [None]
 
-    def decide_now() -> None:
-        decided[0] = found = decide(recipe)
+    def decide_now() -> Start:
+        found = decide(recipe)
         if not found.is_finished:
             refuse_unwritable(recipe.logging.dir, f"logging.dir={recipe.logging.dir}")
             refuse_unwritable(checkpoint_folder(recipe), f"checkpoint.dir={recipe.checkpoint.dir}")
             if lock is not None:
                 lock.probe(_locked_folders(recipe))
+        return found
 
-    on_rank_zero(decide_now)
-    dist.broadcast_object_list(decided, src=0)
-    start = decided[0]
-    assert start is not None  # rank 0 sent it
+    start = from_rank_zero(decide_now)
     start.lock = lock
     start.pin(recipe)
+    resolve_dtypes(recipe, partition)
+    if start.pinned and groups.rank == 0:
+        logger.info("kept from the run's first start: %s", ", ".join(f"{k}={v}" for k, v in start.pinned.items()))
     if start.checkpoint is not None and groups.rank == 0:
         differences = f"; the recipe differs from the checkpoint's:\n{describe(start.changes)}" if start.changes else ""
         what = "finished already, nothing to do:" if start.is_finished else "resuming from"
@@ -140,7 +147,7 @@ def decide(recipe: Recipe) -> Start:
     start.step = saved.step
     old = read_settings(start.checkpoint / "recipe.yaml")
     new = settings_of(recipe)
-    start.pinned = {key: old[key] for key in PINNED if new.get(key) is None and old.get(key) is not None}
+    start.pinned = {key: old[key] for key, open_ in PINNED.items() if new[key] == open_ and old.get(key) is not None}
     start.changes = compare(old, new | start.pinned, saved.contents, start.contents)
     if start.is_finished:
         _refuse_other_settings(start, recipe)
@@ -293,9 +300,8 @@ def _set_aside(checkpoints: Path) -> None:
 
 def finished_summary(recipe: Recipe, start: Start, groups: ParallelGroups) -> dict[str, Any]:
     """Return the summary of a finished run; write it if a kill prevented that."""
-    made: list[dict[str, Any] | None] = [None]
 
-    def read() -> None:
+    def read() -> dict[str, Any]:
         path = Path(recipe.logging.dir) / "summary.json"
         summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if summary.get("steps") != start.step:
@@ -308,9 +314,6 @@ def finished_summary(recipe: Recipe, start: Start, groups: ParallelGroups) -> di
                 "checkpoint": str(start.checkpoint),
             }
             write_json(path, summary)
-        made[0] = {**summary, "nothing_to_do": True}
+        return {**summary, "nothing_to_do": True}
 
-    on_rank_zero(read)
-    dist.broadcast_object_list(made, src=0)
-    assert made[0] is not None  # rank 0 sent it
-    return made[0]
+    return from_rank_zero(read)

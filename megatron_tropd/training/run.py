@@ -106,9 +106,9 @@ def set_up(
     Raises:
         UserError: something in the recipe or in the files that it names is wrong.
     """
+    start = start or prepare(recipe, groups, partition=partition)
     validate(recipe)
     _check_batch(recipe, groups)
-    start = start or prepare(recipe, groups)
     training, samples = recipe.training, recipe.rollout.samples_per_prompt
     objective = build_objective(recipe.objective, recipe.guidance, training.seed, samples, training.steps)
     hf_path, hf_config, tokenizer = load_student_tokenizer(recipe)
