@@ -195,6 +195,7 @@ def test_contradictions(overrides, message):
 def test_what_is_no_contradiction():
     validate(load_recipe(None, [*PATHS, "rollout.temperature=0.7", "objective.importance=off"]))
     validate(load_recipe(None, [*PATHS, "objective.name=sft", "teacher.hf_path=null"]))
+    validate(load_recipe(None, [*PATHS, "student.fp8=hybrid", "student.dtype=auto"]))  # bfloat16, where fp8 is
     opd = load_recipe(None, [*PATHS, "objective.name=opd"])
     validate(opd)
     assert opd.guidance.schedule == "none"

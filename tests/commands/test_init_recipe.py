@@ -155,3 +155,17 @@ def test_plan_writes_a_recipe_that_starts_from_the_given_one(tmp_path, capfd):
     assert (recipe.training.steps, recipe.training.lr) == (7, 2e-4)
     assert recipe.data.prompts == "examples/tiny/prompts.jsonl"
     assert main(["plan", str(written), "--gpus", "4"]) == 0  # its layout fits
+
+
+def test_auto_stays_auto_in_what_is_written(tmp_path, capfd):
+    mine, planned = tmp_path / "mine.yaml", tmp_path / "planned.yaml"
+    assert _init("--prompts", TINY / "prompts.jsonl", "--dtype", "auto", "--output", mine) == 0
+    assert (
+        main(["plan", "tiny", "student.dtype=auto", "teacher.dtype=auto", "--gpus", "2", "--write", str(planned)]) == 0
+    )
+    for path in (mine, planned):
+        recipe = load_recipe(path)
+        assert (recipe.student.dtype, recipe.teacher.dtype) == ("auto", "auto")
+    capfd.readouterr()
+    assert main(["train", str(mine), "--dry-run"]) == 0
+    assert "# student.dtype and teacher.dtype: auto is bfloat16 on CUDA;" in capfd.readouterr().out

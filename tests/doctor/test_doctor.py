@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -163,6 +164,16 @@ def test_two_ranks_come_to_one_verdict(overrides):
     assert [found[name][0] for name in DONE] == ["ok"] * len(DONE), "\n".join(lines)
     assert found["all-reduce, world"][0] == found["same software on all ranks"][0] == "ok"
     assert (status, other_status, other_lines) == (0, 0, [])
+
+
+def test_auto_is_resolved_before_anything_is_checked():
+    overrides = ["student.dtype=auto", "teacher.dtype=auto"]
+    (status, lines), _ = run_distributed(doctor_rank, 2, [*FAST, *overrides])
+    assert status == 0, "\n".join(lines)
+    found = lines_of(lines)
+    said = re.search(r"student.dtype and teacher.dtype: auto is (\w+) on this CPU", found["dtype"][1])
+    for name in ("kernel vocab_parallel_logprobs", ROUNDS):
+        assert f" {said[1]}, " in found[name][1]
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,11 @@ REFUSALS = {
         machine(gpu=V100),
         ("student.dtype=bfloat16 needs GPUs of compute capability 8.0", "float16 or float32"),
     ),
+    "auto, which is bfloat16, on a V100": (
+        {"student__dtype": "auto", "teacher__dtype": "float16"},
+        machine(gpu=V100),
+        ("student.dtype=auto needs GPUs of compute capability 8.0", "float16 or float32"),
+    ),
     "static engine with context parallelism": (
         {"rollout__engine": "static", "student__context_parallel_size": 2},
         machine(),
@@ -159,6 +164,10 @@ ACCEPTED = {
     "float32 where attention falls back": (
         {"student__dtype": "float32", "teacher__dtype": "float32"},
         without("flash-attn"),
+    ),
+    "flash-attn in what auto is on GPUs": (
+        {"rollout__attention": "flash", "student__dtype": "auto", "teacher__dtype": "auto"},
+        machine(),
     ),
     "a student in float16": ({"student__dtype": "float16"}, machine()),
     "a bare CPU": ({"student__tensor_model_parallel_size": 4}, machine(gpus=0, processes=4)),

@@ -54,6 +54,15 @@ def test_the_shipped_recipe_fits_a_node(large, capsys):
     assert "of 79 (80 less 1): fits" in text
 
 
+def test_auto_is_planned_as_bfloat16(large, capsys):
+    texts = []
+    for dtype in ("auto", "bfloat16", "float32"):
+        keys = [f"{role}.dtype={dtype}" for role in ("student", "teacher")]
+        main(["plan", "llama_70b_to_8b", *large, *keys, "--gpus", "8"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
