@@ -1,4 +1,4 @@
-"""The command line `megatron-tropd`: init, doctor, plan, data, train, report, convert, generate, evaluate.
+"""The command line `megatron-tropd`: init, doctor, plan, data, train, report, convert, generate, evaluate, chat.
 
 Under torchrun every rank runs it (`torchrun --nproc-per-node 2 -m megatron_tropd train tiny`); without torchrun it is
 one process. A UserError is printed once and ends every rank with status 2. An error on a single rank ends that rank at
@@ -20,7 +20,7 @@ from megatron_tropd.commands.arguments import STATUSES, Parser
 from megatron_tropd.commands.convert import add_convert
 from megatron_tropd.commands.data import add_data
 from megatron_tropd.commands.init import add_init
-from megatron_tropd.commands.models import add_doctor, add_evaluate, add_generate, add_train
+from megatron_tropd.commands.models import add_chat, add_doctor, add_evaluate, add_generate, add_train
 from megatron_tropd.commands.plan import add_plan
 from megatron_tropd.commands.report import add_report
 from megatron_tropd.errors import UserError
@@ -134,7 +134,7 @@ class _TopParser(Parser):
 _GROUPS = {
     "start": ("init", "doctor", "plan", "data"),
     "run": ("train", "report"),
-    "models": ("convert", "generate", "evaluate"),
+    "models": ("convert", "generate", "evaluate", "chat"),
 }
 _TOP_EPILOG = """options:
   -h, --help  show this; `megatron-tropd COMMAND --help` teaches a command by example
@@ -166,6 +166,7 @@ def build_parser() -> _TopParser:
         add_convert,
         add_generate,
         add_evaluate,
+        add_chat,
     ):
         add(subcommands)
     parser.commands = subcommands.choices

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from megatron_tropd.errors import UserError
 
 STATUSES = """exit status:
-  0    done; also a training run that Ctrl-C or SIGTERM ended after it had saved
+  0    done; also a training run that Ctrl-C or SIGTERM ended after it had saved, and a chat that Ctrl-C ended
   1    failed; or the answer is no: a check of `doctor` fails, a plan does not fit, rows of data cannot be used
   2    wrong input, which one line explains
   130  interrupted by Ctrl-C"""
@@ -92,6 +92,13 @@ def positive(text: str) -> int:
     """Read a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    """Read a whole number of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
     return int(text)
 
 

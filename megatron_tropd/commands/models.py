@@ -1,11 +1,20 @@
-"""Arguments of the commands that run models: doctor, train, generate and evaluate."""
+"""Arguments of the commands that run models: doctor, train, generate, evaluate and chat."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from megatron_tropd.commands import run as commands
-from megatron_tropd.commands.arguments import Parser, add_command, add_recipe_arguments, not_negative, positive
+from megatron_tropd.commands.arguments import (
+    Parser,
+    add_command,
+    add_help_keys,
+    add_recipe_arguments,
+    not_negative,
+    positive,
+    whole,
+)
+from megatron_tropd.commands.chat import chat
 
 
 def add_doctor(subcommands: Any) -> None:
@@ -111,3 +120,42 @@ def add_evaluate(subcommands: Any) -> None:
     _add_model_arguments(parser)
     parser.add_argument("--problems", help="file of problems (default: the recipe's evaluation.problems)")
     parser.add_argument("--output", help="JSON file for the result and all responses")
+
+
+def add_chat(subcommands: Any) -> None:
+    """Add `chat`."""
+    parser = add_command(
+        subcommands,
+        "chat",
+        chat,
+        "talk with a model on the terminal",
+        "examples:\n"
+        "  megatron-tropd chat runs/tiny  # the newest checkpoint of a run\n"
+        "  megatron-tropd chat runs/tiny --step 100 --temperature 0\n"
+        "  megatron-tropd chat examples/tiny/teacher student.dtype=float32 --max-new-tokens 64\n"
+        "  torchrun --nproc-per-node 2 -m megatron_tropd chat MODEL student.tensor_model_parallel_size=2\n\n"
+        "Messages go through the tokenizer's chat template, with all that was said before. /reset forgets it, /step N\n"
+        "goes on with another checkpoint of the run, /quit, Ctrl-D and Ctrl-C end (torchrun reports Ctrl-C as its\n"
+        "failure: use /quit there). A run's recipe says how tokens are drawn and what ends a reply; without torchrun,\n"
+        "the layout is one process. Lines may also come from a pipe: the reply to each goes to standard output, notes\n"
+        "and numbers to standard error.",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="MODEL key=value",
+        help="a run's folder, a Megatron checkpoint or a Hugging Face folder; then recipe keys",
+    )
+    parser.set_defaults(recipe=None)
+    add_help_keys(parser)
+    parser.add_argument(
+        "--step", type=whole, help="the run's checkpoint after this step (default: the newest whole one)"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message at the beginning of the conversation")
+    parser.add_argument("--max-new-tokens", type=positive, help="longest reply, in tokens (rollout.max_new_tokens)")
+    parser.add_argument(
+        "--temperature", type=not_negative, help="sampling temperature; 0 is greedy (rollout.temperature)"
+    )
+    parser.add_argument(
+        "--seed", type=whole, help="of the sampling; the same seed gives the same replies (training.seed)"
+    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
 logger = logging.getLogger(__name__)
+
+OnToken = Callable[[Response], object]
 
 
 class RolloutEngine:
@@ -80,7 +83,9 @@ class RolloutEngine:
                 "Engine's would take the whole sequence on each rank for a shard of it. Use rollout.engine=dynamic."
             )
 
-    def generate(self, prompts: list[Prompt], prefixes: list[list[int]], sampling: Sampling) -> Rollouts:
+    def generate(
+        self, prompts: list[Prompt], prefixes: list[list[int]], sampling: Sampling, on_token: OnToken | None = None
+    ) -> Rollouts:
         """Write `sampling.samples_per_prompt` responses to each prompt.
 
         Collective over the tensor- and pipeline-parallel ranks, which all get the same prompts and return the same
@@ -93,6 +98,7 @@ class RolloutEngine:
             prefixes: per prompt the token ids of the teacher's prefix from which every sample continues, perhaps
                 empty; one that ends with EOS is a whole response, and nothing is generated.
             sampling: how tokens are drawn.
+            on_token: called with a response after each of its tokens is recorded, on each rank that gives it.
 
         Raises:
             UserError: a prompt and its prefix leave no room in the context.
@@ -107,9 +113,9 @@ class RolloutEngine:
             warnings.filterwarnings("ignore", module=r"megatron\.core")  # deprecations inside Megatron's own calls
             if self._use_static():
                 for start in range(0, len(unfinished), self.config.max_batch_size):
-                    self._run_static(model, unfinished[start : start + self.config.max_batch_size], sampling)
+                    self._run_static(model, unfinished[start : start + self.config.max_batch_size], sampling, on_token)
             elif unfinished or self.groups.lockstep:
-                self._run_dynamic(model, unfinished, sampling)
+                self._run_dynamic(model, unfinished, sampling, on_token)
         if self.groups.device.type == "cuda":
             torch.cuda.empty_cache()  # the cache's block would otherwise stay with the allocator, whole or in pieces
         return self._as_rollouts(responses, sampling)
@@ -133,7 +139,9 @@ class RolloutEngine:
     def _use_static(self) -> bool:
         return self.config.engine == "static"
 
-    def _run_dynamic(self, model: GPTModel, responses: list[Response], sampling: Sampling) -> None:
+    def _run_dynamic(
+        self, model: GPTModel, responses: list[Response], sampling: Sampling, on_token: OnToken | None
+    ) -> None:
         cpu_compat.apply_inference()
         longest = max((len(r.start) + r.budget for r in responses), default=2)
         max_requests = rounded_requests(min(len(responses), self.config.max_batch_size), self.groups.tp_size)
@@ -148,7 +156,7 @@ class RolloutEngine:
             run_dynamic_engine(
                 model,
                 self._num_layers(),
-                self._sampler(responses, sampling),
+                self._sampler(responses, sampling, on_token),
                 self.tokenizer,
                 self.groups,
                 max_sequence_length=longest,
@@ -199,13 +207,15 @@ class RolloutEngine:
     def _num_layers(self) -> int:
         return sum(len(chunk.decoder.layers) for chunk in self.chunks)
 
-    def _run_static(self, model: GPTModel, responses: list[Response], sampling: Sampling) -> None:
+    def _run_static(
+        self, model: GPTModel, responses: list[Response], sampling: Sampling, on_token: OnToken | None
+    ) -> None:
         cpu_compat.apply_inference()
-        run_static_engine(model, self._sampler(responses, sampling), self.tokenizer, self.groups)
+        run_static_engine(model, self._sampler(responses, sampling, on_token), self.tokenizer, self.groups)
 
-    def _sampler(self, responses: list[Response], sampling: Sampling) -> Sampler:
+    def _sampler(self, responses: list[Response], sampling: Sampling, on_token: OnToken | None) -> Sampler:
         shared = (self.groups, self.tokenizer.vocab_size, self.endings, self.end)
-        return Sampler(responses, self.tokenizer, sampling, *shared)
+        return Sampler(responses, self.tokenizer, sampling, *shared, on_token=on_token)
 
     def _as_rollouts(self, responses: list[Response], sampling: Sampling) -> Rollouts:
         stops = Stops.of(self.tokenizer, sampling.stop)

@@ -8,6 +8,7 @@ tells the others, so that rounding can never set them apart.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -119,7 +120,9 @@ class Sampler:
         vocab_size: int,
         endings: Endings | None = None,
         end: EndOfText | None = None,
+        on_token: Callable[[Response], object] | None = None,
     ):
+        """Draw for `responses`; `on_token` is called with a response after each of its tokens is recorded."""
         self.responses = list(responses)
         self._tokenizer = tokenizer
         self._sampling = sampling
@@ -128,6 +131,7 @@ class Sampler:
         self._stops = Stops.of(tokenizer, sampling.stop)
         self._end_ids = (endings or Endings.of(tokenizer)).eos | self._stops.ids
         self._end = end or EndOfText()
+        self._on_token = on_token
         self._sample_ids = torch.tensor([r.sample_id for r in responses], dtype=torch.int64, device=groups.device)
         self._group = groups.mp if groups.mp.size() > 1 else None
         # The group's ranks run over the tensor-parallel ranks first: this is the last stage's first one.
@@ -190,6 +194,8 @@ class Sampler:
             response.finish_reason = "stop"
         elif len(response.tokens) >= response.budget:
             response.finish_reason = "length"
+        if self._on_token is not None:
+            self._on_token(response)
         return response.finish_reason is not None
 
     def _can_end_stop_string(self, token: int) -> bool:
