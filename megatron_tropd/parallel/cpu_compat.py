@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._device import _device_constructors
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,9 @@ def _on_cpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 def _patch_tensors() -> None:
     """Send every explicit CUDA device to the CPU, at the few places where one can be named."""
+    # `with torch.device("meta")` knows factories by identity, from a list that it makes once: of the originals, which
+    # the replacements call. Otherwise such a context would be ignored, and its tensors take memory.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     move, kind = torch.Tensor.to, torch.Tensor.type

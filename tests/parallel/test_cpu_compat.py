@@ -23,3 +23,16 @@ def test_uneven_collectives_of_all_ranks():
     ranks = run_distributed(_gather_of_all_ranks, 2)
     assert [gathered for gathered, _ in ranks] == [[[0.0], [1.0, 1.0]]] * 2
     assert [scattered for _, scattered in ranks] == [[2.0], [2.0, 2.0]]
+
+
+def _tensors_in_a_context():
+    initialize(ModelConfig())
+    with torch.device("meta"):
+        made = [torch.empty(2), torch.zeros(2), torch.nn.Linear(2, 2).weight]
+    return [tensor.device.type for tensor in made], torch.zeros(1, device="cuda").device.type
+
+
+def test_a_context_of_another_device_holds():
+    ((devices, named),) = run_distributed(_tensors_in_a_context, 1)
+    assert devices == ["meta"] * 3
+    assert named == "cpu"
