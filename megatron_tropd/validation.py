@@ -101,18 +101,23 @@ def _check_two_models(recipe: Recipe) -> None:
 
 def _check_sampling(recipe: Recipe) -> None:
     rollout, objective = recipe.rollout, recipe.objective
-    if objective.importance == "off":
+    method = METHODS[objective.name]
+    by_reward = method.selects == "phases" and "reward" in (objective.exploration_mask, objective.refinement_mask)
+    if method.clipped or method.returns or by_reward:  # whatever the importance
+        reader, remedy = f"objective.name={objective.name}", "another objective.name"
+    elif objective.importance == "off":
         return
+    else:
+        reader, remedy = f"objective.importance={objective.importance}", "objective.importance=off"
     if rollout.temperature == 0:
         raise UserError(
-            f"rollout.temperature=0 (greedy) contradicts objective.importance={objective.importance}: a greedy policy "
-            "has no log-probabilities to weigh by. Set rollout.temperature=1.0, or objective.importance=off."
+            f"rollout.temperature=0 (greedy) contradicts {reader}: a greedy policy has no log-probabilities to weigh "
+            f"by. Set rollout.temperature=1.0, or {remedy}."
         )
     if rollout.temperature != objective.temperature:
         raise UserError(
             f"rollout.temperature={rollout.temperature} and objective.temperature={objective.temperature} contradict "
-            f"objective.importance={objective.importance}, which compares log-probabilities at one temperature. Make "
-            "the two equal, or set objective.importance=off."
+            f"{reader}, which compares log-probabilities at one temperature. Make the two equal, or set {remedy}."
         )
 
 
