@@ -88,6 +88,14 @@ def test_dropped_rows_have_no_loss_and_filler_rows_a_weight_of_one():
     assert pad_rollouts(rollouts(), weights=[1.0] * 9).weights is None
 
 
+def test_a_teachers_prefix_that_fills_the_budget_meets_no_filter():
+    cut = [3, 4, 7, 8]
+    given = Rollouts([cut] * 2, [2] * 2, [2] * 2, [4] * 2, [[]] * 2, ["length"] * 2, [0, 1], texts=[""] * 2)
+    verdicts = judge(given, RolloutConfig(**{f"on_{name}": "drop" for name in FILTERS}))
+    assert verdicts.dropped == [False, False]
+    assert verdicts.filtered == 0
+
+
 WITH_TEACHER = [c for c in variants() if METHODS[c.name].divergence is None and not METHODS[c.name].data]
 
 
