@@ -54,9 +54,9 @@ def most_uncertain(
     """
     values = _of_all_ranks(entropy[kept], group)
     number = math.ceil(round(share * values.numel(), 6))  # 0.2 * 15 is a little more than 3
-    if number == 0:
+    if not values.numel():
         return kept
-    return kept & (entropy >= values.topk(number, sorted=False).values.amin())
+    return kept & (entropy >= values.topk(max(number, 1), sorted=False).values.amin())
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ from megatron_tropd.methods import METHODS
 from megatron_tropd.objective.forward_kl import topk_forward_kl
 from megatron_tropd.objective.objectives import build_objective
 from megatron_tropd.objective.policy_gradient import response_advantages
+from megatron_tropd.objective.selection import most_uncertain
 from megatron_tropd.types import LOSS_GUIDANCE, LOSS_NONE, LOSS_STUDENT, TeacherScores, TrainingBatch, UserError
 
 
@@ -411,3 +412,9 @@ def test_a_batch_without_loss_tokens_gives_zero_and_a_finite_gradient(name):
 def test_contradictions_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         build_objective(ObjectiveConfig(**options), GuidanceConfig(), 0)
+
+
+def test_the_smallest_share_selects_the_most_uncertain_token():
+    entropy, kept = torch.tensor([[1.0, 3.0, 2.0, 9.0]]), torch.tensor([[True, True, True, False]])
+    assert most_uncertain(entropy, kept, 1e-7).tolist() == [[False, True, False, False]]
+    assert not most_uncertain(entropy, torch.zeros_like(kept), 0.5).any()
