@@ -104,6 +104,9 @@ class NumberGuard:
             self._remember("grad_norms", self._config.grad_norm_spike_factor, result.grad_norm)
         elif result.problem == "overflow":
             self._state["overflows"] += 1
+        elif result.problem == "no tokens":  # no mistake, and nothing to compare later steps with
+            if dist.get_rank() == 0:
+                logger.warning("step %d: no token has a loss (see rollout.on_*), so there was no update", step)
         else:
             self._take_problem(step, result, rollouts, models)
         return self._metrics(result)

@@ -34,7 +34,9 @@ class StepResult:
     # The following are the same on all ranks, but for the findings.
     loss: float = 0.0  # in absolute value; infinite where it is no number
     bad_tokens: list[int] = field(default_factory=list)  # by stage, of number_flags.STAGES
-    problem: str | None = None  # why there was no update: one of STAGES, "loss spike", "gradient spike", "overflow"
+    is_empty: bool = False  # no token of the global batch has a loss
+    # Why there was no update: one of STAGES, "loss spike", "gradient spike", "overflow", "no tokens".
+    problem: str | None = None
     findings: list[Finding] = field(default_factory=list)  # this rank's part of the problem
     loss_scale: float | None = None  # of float16, after the step
 
@@ -52,7 +54,7 @@ def reduce_reports(reports: list[dict[str, Any]], groups: ParallelGroups, extrem
     without the output layer have no reports and learn of the loss and of tokens that are not finite alone.
     """
     names = (*extremes.maxima, *extremes.minima)
-    shared = torch.full((len(names) + len(STAGES) + 1,), -torch.inf, dtype=torch.float64, device=groups.device)
+    shared = torch.full((len(names) + len(STAGES) + 2,), -torch.inf, dtype=torch.float64, device=groups.device)
     if groups.is_last_stage:
         sums = _stack(reports, "sums", lambda values: torch.stack([torch.stack(v) for v in values]).sum(0))
         flags = count_flags([report["flags"] for report in reports])
@@ -66,11 +68,12 @@ def reduce_reports(reports: list[dict[str, Any]], groups: ParallelGroups, extrem
         lowest = _stack(reports, "minima", lambda values: torch.stack(values).amin(0))
         found = [*(highest[name] for name in extremes.maxima), *(-lowest[name] for name in extremes.minima)]
         loss, tokens = means[list(sums).index("loss")]
-        shared = torch.stack([*found, *flags, (loss / tokens.clamp(min=1)).abs()])
+        shared = torch.stack([*found, *flags, (loss / tokens.clamp(min=1)).abs(), tokens])
         shared.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
-    *values, loss = shared.tolist()
-    result = StepResult(loss=loss, bad_tokens=[int(value) for value in values[len(names) :]])
+    *values, loss, tokens = shared.tolist()
+    bad_tokens = [int(value) for value in values[len(names) :]]
+    result = StepResult(loss=loss, bad_tokens=bad_tokens, is_empty=tokens == 0)
     if groups.is_last_stage:
         result.metrics |= summarise({name: part.tolist() for name, part in zip(counts, bins, strict=True)})
         largest = dict(zip(names, values, strict=False))

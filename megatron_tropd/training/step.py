@@ -114,6 +114,8 @@ def _update(student: Student, result: StepResult, limits: Limits) -> bool:
     """
     is_float16 = student.modules[0].config.fp16
     result.problem = result.first_bad_stage or ("loss spike" if result.loss > limits.loss else None)
+    if result.problem is None and result.is_empty:  # Adam's momentum and weight decay alone would move the weights
+        result.problem = "no tokens"
     if result.problem is not None:  # before the loss scaler treats it as an overflow
         return False
 

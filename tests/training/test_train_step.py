@@ -335,6 +335,43 @@ def misuse_rank(models):
     assert not chunks[0].output_layer._forward_hooks
 
 
+def empty_step_rank(models):
+    """A step with momentum, and one none of whose tokens has a loss"""
+    from dataclasses import replace
+
+    from megatron_tropd.config import TrainingConfig
+    from megatron_tropd.numbers.guard import NumberGuard
+    from megatron_tropd.parallel import groups as parallel
+    from megatron_tropd.teacher.hook import TeacherHook
+    from megatron_tropd.training.step import train_step
+    from megatron_tropd.training.student import build_student
+    from megatron_tropd.types import LOSS_NONE, Rollouts
+
+    student_config = layout(1, 2, False, models / "tied")
+    groups = parallel.initialize(student_config)
+    config, objective = make_objective()
+    teacher = TeacherHook(groups, VOCAB_SIZE, topk=objective.topk, temperature=config.temperature)
+    teacher.attach(load(layout(1, 2, False, models / "teacher"), groups, training=False))
+    training = TrainingConfig(steps=3, lr=0.01, loss_spike_factor=2.0)
+    student = build_student(load(student_config, groups, training=True), training, groups, VOCAB_SIZE)
+    guard, batch = NumberGuard(training, {}), make_batch()
+    found = []
+    for kind in (batch.loss_kind, torch.full_like(batch.loss_kind, LOSS_NONE)):
+        weights = [p.detach().clone() for p in student.modules[0].parameters()]
+        part = replace(batch, loss_kind=kind)
+        result = train_step(student, part, teacher.score(part, 2), objective, config, 5, 2)
+        guard.observe(0, result, Rollouts([], [], [], [], [], [], []), {})
+        moved = any(not torch.equal(a, b) for a, b in zip(weights, student.modules[0].parameters(), strict=True))
+        found.append((result.problem, result.metrics["update_skipped"], moved))
+    return found, guard.skipped, len(guard._state["losses"])
+
+
+def test_a_step_without_loss_tokens_leaves_the_student_as_it_was(models):
+    for found, skipped, remembered in run_distributed(empty_step_rank, 2, models):
+        assert found == [(None, 0.0, True), ("no tokens", 1.0, False)]
+        assert (skipped, remembered) == ([], 1)
+
+
 def float16_rank(models, first_scale):
     """Three steps in float16; `first_scale` is put in the place of the loss scale that training begins with."""
     from dataclasses import replace
