@@ -17,7 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tropd.kernels.benchmarks.measure import FREE_OPERATORS
 
-_WAITS = {"aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero"}
+# `item` as inference mode shows it, where operators that are made of others come whole.
+_WAITS = {"aten._local_scalar_dense", "aten.item", "aten.nonzero", "aten.equal", "aten.is_nonzero"}
+_WAITS |= {"aten.masked_select", "aten._unique", "aten._unique2", "aten.unique_consecutive", "aten.bincount"}
+_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 _FREE = FREE_OPERATORS | {"chunk", "empty_strided", "lift_fresh", "narrow", "set_", "split_with_sizes", "unflatten"}
 _FREE |= {"unfold", "_reshape_alias"}
 
@@ -57,9 +60,10 @@ class OperationCounts(TorchDispatchMode):
         space, name = str(func).split(".")[:2]
         if space == "c10d":
             self._counts["collectives"] += 1
-        elif f"{space}.{name}" in _WAITS or _reaches_host(args, result):
+            return result
+        if f"{space}.{name}" in _WAITS or _reaches_host(args, result) or (name in _INDEXING and _by_mask(args)):
             self._counts["synchronisations"] += 1
-        elif name not in _FREE:
+        elif name not in _FREE and (func._schema.is_mutable or not _is_part_of(result, args)):
             self._counts["operations"] += 1
         return result
 
@@ -69,3 +73,15 @@ def _reaches_host(args: tuple, result: Any) -> bool:
     if not (args and isinstance(args[0], torch.Tensor) and isinstance(result, torch.Tensor)):
         return False
     return args[0].device.type == "cuda" and result.device.type == "cpu"
+
+
+def _by_mask(args: tuple) -> bool:
+    """Whether an indexing operator gets a mask, whose true places a device must first count."""
+    return any(isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1] or ())
+
+
+def _is_part_of(result: Any, args: tuple) -> bool:
+    """Whether a result is its input, or a view of it: a `to` or a dropout that has nothing to do, `view_as`."""
+    if not (args and isinstance(args[0], torch.Tensor) and isinstance(result, torch.Tensor) and result.numel()):
+        return False
+    return result.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
