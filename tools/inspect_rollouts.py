@@ -18,10 +18,10 @@ from typing import Any
 from megatron_tropd.errors import UserError
 from megatron_tropd.records.metrics import read_records
 
-_COLOURS = {"trust": "\033[32m", "outlier": "\033[1;31m", "guidance": "\033[34m"}
+_COLOURS = {"trust": "\033[32m", "outlier": "\033[1;31m", "guidance": "\033[34m", "dropped": "\033[2m"}
 _RESET = "\033[0m"
 # Without colours the kinds that are not trusted are marked in the text.
-_MARKS = {"trust": ("", ""), "outlier": ("[", "]"), "guidance": ("<", ">")}
+_MARKS = {"trust": ("", ""), "outlier": ("[", "]"), "guidance": ("<", ">"), "dropped": ("{", "}")}
 
 
 def main(argv: list[str] | None = None) -> int:

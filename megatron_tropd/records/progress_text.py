@@ -20,7 +20,7 @@ _NUMBERS = {
 BY_STAGE = ("seconds", "GB")  # the figures that have a value per stage
 _STAGES = ("rollout", "teacher", "update")
 _SAMPLE_LINES = 4
-_STYLES = {"trust": "", "outlier": "bold red", "guidance": "blue"}
+_STYLES = {"trust": "", "outlier": "bold red", "guidance": "blue", "dropped": "dim"}
 
 
 def figures(record: dict[str, Any], evaluations: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -67,7 +67,7 @@ def evaluation_text(record: dict[str, Any]) -> str:
 
 
 def sample_text(sample: dict[str, Any], width: int) -> Text:
-    """Return a record of samples.jsonl in colours: outliers red, the teacher's prefix blue; cut after a few lines."""
+    """Return a record of samples.jsonl in colours, cut after a few lines: outliers red, prefix blue, dropped dim."""
     from rich.text import Text
 
     text = Text().append(_last_line(sample["prompt"]) + "\n", style="dim")

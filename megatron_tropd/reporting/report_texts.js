@@ -1,6 +1,6 @@
 // Responses of the report: samples with every token coloured and hovered, by step or by search; graded answers side by side.
 
-const KIND_NAMES = ["trusted", "outlier", "guidance"];
+const KIND_NAMES = ["trusted", "outlier", "guidance", "dropped"];
 const MOST_SHOWN = 20;
 const FIRST_ANSWERS = 8;
 
@@ -85,7 +85,7 @@ function tokenTip(packed, sample, i) {
   const table = (lines) => element("table", {}, ...lines.map((cells) => element("tr", {}, ...cells.map((cell) => element("td", {}, cell)))));
   const quoted = (text) => element("code", {}, text === "" ? "∅" : JSON.stringify(text).slice(1, -1));
   const parts = [element("div", {}, quoted(packed.texts[sample.t[i]]), ` ${KIND_NAMES[sample.k[i]]}`)];
-  parts.push(rows.length ? table(rows) : element("div", { class: "soft" }, sample.k[i] === "2" ? "Written by the teacher: no gate." : "No numbers recorded."));
+  parts.push(rows.length ? table(rows) : element("div", { class: "soft" }, sample.k[i] === "2" ? "Written by the teacher: no gate." : sample.k[i] === "3" ? "Left out of the loss: no numbers." : "No numbers recorded."));
   const alternatives = (sample.a && sample.a[i]) || [];
   if (alternatives.length) {
     const lines = [];
@@ -154,7 +154,7 @@ function samplesSection(runs, texts, state, save) {
   const run = runSelect(runs, state.run, (chosen) => { state.run = chosen; show(); });
   controls.append(...[run, before, slider, after, search, count].filter((part) => part));
   show();
-  const legend = element("div", { class: "legend" }, ...["trusted: inside the trust region", "outlier: outside of it", "guidance: written by the teacher"]
+  const legend = element("div", { class: "legend" }, ...["trusted: inside the trust region", "outlier: outside of it", "guidance: written by the teacher", "dropped: left out of the loss (rollout.on_…)"]
     .map((text, kind) => element("span", {}, element("span", { class: `tok k${kind}` }, ` ${text.split(":")[0]} `), text.slice(text.indexOf(":") + 1))));
   return [legend, controls, shown];
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +24,7 @@ def sample_records(
     tokenizer: Tokenizer,
     count: int,
     scores: TeacherScores | None = None,
+    dropped: Sequence[bool] = (),
 ) -> list[dict[str, Any]]:
     """Return the first `count` rollouts, as `tools/inspect_rollouts.py` reads them.
 
@@ -32,10 +34,12 @@ def sample_records(
         tokenizer: decodes prompt and tokens.
         count: largest number of records.
         scores: the teacher's of this rank's batch, for its most probable tokens.
+        dropped: of each rollout, whether it was left out of the loss, and so has no numbers; empty: of none.
     """
     rows = min(count, len(rollouts))
+    left_out = [bool(dropped) and dropped[i] for i in range(rows)]
     if details is None:
-        return [_record(rollouts, i, tokenizer, None) for i in range(rows)]
+        return [_record(rollouts, i, tokenizer, None, left_out[i]) for i in range(rows)]
     rows = min(rows, details.student_logprobs.size(0))
     names = ["student_logprob", "teacher_logprob", "rho", "weight"]
     tensors = (details.student_logprobs, details.teacher_logprobs, details.gate.rho, details.gate.weight)
@@ -44,7 +48,7 @@ def sample_records(
         names += ["alternatives", "alternative_logprobs"]
         numbers += [tensor[:rows, :, :_ALTERNATIVES].tolist() for tensor in (scores.topk_ids, scores.topk_logprobs)]
     return [
-        _record(rollouts, i, tokenizer, dict(zip(names, (values[i] for values in numbers), strict=True)))
+        _record(rollouts, i, tokenizer, dict(zip(names, (values[i] for values in numbers), strict=True)), left_out[i])
         for i in range(rows)
     ]
 
@@ -55,14 +59,15 @@ def _text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def _record(
-    rollouts: Rollouts, row: int, tokenizer: Tokenizer, numbers: dict[str, list[float]] | None
+    rollouts: Rollouts, row: int, tokenizer: Tokenizer, numbers: dict[str, list[float]] | None, is_dropped: bool
 ) -> dict[str, Any]:
     sequence, start = rollouts.tokens[row], rollouts.prompt_lengths[row]
     prefix_end = start + rollouts.prefix_lengths[row]
     tokens = []
     for position in range(start, rollouts.lengths[row]):
-        token: dict[str, Any] = {"text": _text(tokenizer, sequence[position]), "kind": "guidance"}
-        if position >= prefix_end and numbers is not None:
+        kind = "dropped" if is_dropped else "guidance"
+        token: dict[str, Any] = {"text": _text(tokenizer, sequence[position]), "kind": kind}
+        if position >= prefix_end and numbers is not None and not is_dropped:
             # The score at position t belongs to token t + 1.
             token |= {name: values[position - 1] for name, values in numbers.items()}
             token["kind"] = "trust" if token["weight"] >= 0.5 else "outlier"

@@ -22,7 +22,7 @@ MAX_PROBLEMS = 64
 MAX_EVALUATIONS = 12
 _LEAST_LOGPROB = -6.9  # alternatives of less than a thousandth are left out
 _STEP = re.compile(rb'\{"step": (\d+)')
-_KINDS = {"trust": 0, "outlier": 1, "guidance": 2}
+_KINDS = {"trust": 0, "outlier": 1, "guidance": 2, "dropped": 3}
 
 
 class _Texts:

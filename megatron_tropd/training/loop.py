@@ -156,7 +156,8 @@ def _loop(
             **_largest_peaks(clock.peaks, run.groups.device),
         }
         if run.reports:
-            samples = sample_records(rollouts, result.details, run.tokenizer, run.recipe.logging.samples, scores)
+            shown = (run.recipe.logging.samples, scores, verdicts.dropped)
+            samples = sample_records(rollouts, result.details, run.tokenizer, *shown)
             _log(run, writer, progress, step, result, measured, samples)
         guard.enforce()
         stop = termination.agreed()

@@ -41,6 +41,8 @@ def test_alternatives_that_the_teacher_rules_out_are_none(tokenizer, tmp_path):
     scores = TeacherScores(teacher, torch.tensor(sequence[0]).expand(1, places, 8), listed)
     (record,) = sample_records(rollouts, TokenDetails(student, teacher, gate), tokenizer, 1, scores)
     own = [tokenizer.decode_response([token]) for token in sequence]
+    (dropped,) = sample_records(rollouts, TokenDetails(student, teacher, gate), tokenizer, 1, scores, [True])
+    assert dropped["tokens"] == [{"text": text, "kind": "dropped"} for text in own[1:]]
     assert [token["text"] for token in record["tokens"]] == own[1:]
     assert [token["kind"] for token in record["tokens"]] == ["guidance", *["outlier"] * (places - 2)]
     for token in record["tokens"][1:]:
