@@ -138,8 +138,10 @@ def _peers(
     ids = torch.tensor(tokens, device=device).repeat_interleave(arguments.samples, 0)
 
     def generate(new_tokens: int) -> None:
+        # What the folder's generation_config asks for beside it would be work that the others do not do.
+        plain = {"top_k": 0, "top_p": 1.0, "temperature": 1.0, "repetition_penalty": 1.0}
         limits = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0}
-        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, **limits)
+        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, **plain, **limits)
 
     @torch.inference_mode()
     def forward(new_tokens: int) -> None:
