@@ -236,7 +236,7 @@ class ObjectiveConfig:
         0.2, "lambda of `reopold`: rewards are floored at log(lambda / (1 - lambda)) nats", above=0, high=0.5
     )
     exploration_steps: int | None = _key(
-        None, "steps of `reopold` before refinement begins; default: half of training.steps", low=0
+        None, "steps of `reopold` before refinement begins; default: half of training.steps at the run's start", low=0
     )
     exploration_mask: str = _key(
         "reward", "tokens that `reopold` learns at first: with a reward above the floor, or uncertain", _MASKS

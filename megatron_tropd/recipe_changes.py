@@ -80,7 +80,12 @@ DOES_NOT_MATTER = (
 )
 
 # Keys whose value the first start of a run fixes -> the value with which a recipe leaves them to the checkpoint's.
-PINNED = {"tokenizer.date": None, "student.dtype": "auto", "teacher.dtype": "auto"}
+PINNED = {
+    "tokenizer.date": None,
+    "student.dtype": "auto",
+    "teacher.dtype": "auto",
+    "objective.exploration_steps": None,
+}
 
 # Keys that name files or folders -> the name of their contents (fingerprint.recipe_contents): what is compared.
 CONTENTS = {

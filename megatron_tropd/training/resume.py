@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_tropd.config import Recipe
 from megatron_tropd.errors import UserError
+from megatron_tropd.methods import METHODS
 from megatron_tropd.models.auto_dtype import resolve_dtypes
 from megatron_tropd.parallel.groups import ParallelGroups, from_rank_zero, on_rank_zero
 from megatron_tropd.parallel.partition import Partition
@@ -92,7 +93,8 @@ def prepare(
 ) -> Start:
     """Decide where the run begins, and refuse what cannot; collective, reads a few files on rank 0 and writes none.
 
-    In `recipe`, what its first start fixed is set to the checkpoint's, and what is left of `dtype: auto` is resolved.
+    In `recipe`, what its first start fixed is set to the checkpoint's, and what is left open (`dtype: auto`, the end of
+    reopold's exploration) is resolved.
 
     Args:
         recipe, groups: of the run.
@@ -117,6 +119,10 @@ def prepare(
     start.lock = lock
     start.pin(recipe)
     resolve_dtypes(recipe, partition)
+    objective = recipe.objective
+    if METHODS[objective.name].selects == "phases" and objective.exploration_steps is None:
+        # Fixed now: a run that is made longer must not explore again.
+        objective.exploration_steps = recipe.training.steps // 2
     if start.pinned and groups.rank == 0:
         logger.info("kept from the run's first start: %s", ", ".join(f"{k}={v}" for k, v in start.pinned.items()))
     if start.checkpoint is not None and groups.rank == 0:

@@ -180,6 +180,15 @@ def test_reopold_explores_then_refines(material, tmp_path):
     assert all(r["selected_fraction"] > 0.25 for r in found[:2])
 
 
+def test_a_longer_run_of_reopold_does_not_explore_again(material, tmp_path):
+    options = ["objective.name=reopold", "training.exit_step=3"]
+    run_distributed(train_rank, 1, overrides_of(material, tmp_path, *options))
+    longer = ["objective.name=reopold", "training.steps=8", "training.exit_step=4"]
+    run_distributed(train_rank, 1, overrides_of(material, tmp_path, *longer))
+    found = records(tmp_path)
+    assert [r["selected_fraction"] > 0.25 for r in found] == [True, True, False, False]
+
+
 def test_the_same_uncertain_tokens_are_chosen_in_every_layout(material, tmp_path):
     """Their entropies come from a separate forward pass, over context shares and interleaved stages, too."""
     both = ("student", "teacher")
