@@ -180,9 +180,11 @@ def test_field_cases_b10_line_breaks_and_special_tokens_are_stop_strings():
         (["rollout.temperature=0"], "rollout.temperature=0 (greedy) contradicts objective.importance=tis"),
         (["rollout.temperature=0.7"], "rollout.temperature=0.7 and objective.temperature=1.0 contradict"),
         *(
-            ([f"objective.name={name}", *off, "rollout.temperature=0.7"], f"contradict objective.name={name}, which")
+            (
+                [f"objective.name={name}", "objective.importance=off", "rollout.temperature=0.7"],
+                f"contradict objective.name={name}, which",
+            )
             for name in ("eopd", "topd", "reopold")
-            for off in (["objective.importance=off", "guidance.schedule=none"],)
         ),
         (
             ["objective.name=topd", "objective.importance=off", "guidance.schedule=none", "rollout.temperature=0"],

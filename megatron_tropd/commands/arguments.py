@@ -54,14 +54,13 @@ def add_command(subcommands: Any, name: str, run: Any, summary: str, epilog: str
     return parser
 
 
-def add_recipe_arguments(parser: Parser) -> None:
-    """Add `[RECIPE] key=value …`, which cli.py separates after parsing, and `--help-keys`."""
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="[RECIPE] key=value",
-        help="YAML file, or the name of a shipped recipe; then recipe keys, such as training.steps=10",
-    )
+def add_recipe_arguments(
+    parser: Parser,
+    metavar: str = "[RECIPE]",
+    what: str = "YAML file, or the name of a shipped recipe; then recipe keys, such as training.steps=10",
+) -> None:
+    """Add `[RECIPE] key=value …`, or another first word, which cli.py separates after parsing, and `--help-keys`."""
+    parser.add_argument("overrides", nargs="*", metavar=f"{metavar} key=value", help=what)
     parser.set_defaults(recipe=None)
     add_help_keys(parser)
 

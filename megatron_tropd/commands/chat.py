@@ -13,10 +13,10 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_tropd.config import Recipe
 from megatron_tropd.errors import UserError
@@ -58,6 +58,7 @@ def chat(arguments: argparse.Namespace) -> None:
     check_layout("student", recipe.student)
     from megatron_tropd.evaluation.chat import Conversation
     from megatron_tropd.evaluation.generation import open_model
+    from megatron_tropd.parallel.groups import from_rank_zero
     from megatron_tropd.rollout.decoding import make_sampling
 
     seed = recipe.training.seed if arguments.seed is None else arguments.seed
@@ -67,7 +68,7 @@ def chat(arguments: argparse.Namespace) -> None:
     terminal = Terminal()
     with open_model(recipe, "student") as model:
         # A run that goes on may have written another checkpoint since this rank looked.
-        recipe.student.checkpoint = terminal.share(lambda: recipe.student.checkpoint)
+        recipe.student.checkpoint = from_rank_zero(lambda: recipe.student.checkpoint)
         conversation = Conversation(model, sampling, arguments.system)
         conversation.engine = model.engine()
         log = logging.getLogger("megatron_tropd")
@@ -110,18 +111,17 @@ def _talk(conversation: Conversation, source: Source, terminal: Terminal) -> Non
 
 def _change_step(conversation: Conversation, source: Source, step: str, terminal: Terminal) -> None:
     """Read the weights of another checkpoint of the run; the conversation stays."""
+    from megatron_tropd.parallel.groups import from_rank_zero
 
-    def find() -> tuple[str | None, str]:
-        try:
-            if source.run is None:
-                raise UserError(f"/step picks a checkpoint of a run, and {source.weights} belongs to none.")
-            return str(_step_folder(source.run, step, "/step ") / "model"), ""
-        except UserError as error:
-            return None, str(error)
+    def find() -> Path:
+        if source.run is None:
+            raise UserError(f"/step picks a checkpoint of a run, and {source.weights} belongs to none.")
+        return _step_folder(source.run, step, "/step ") / "model"
 
-    found, refusal = terminal.share(find)
-    if found is None:
-        return terminal.note(refusal)
+    try:
+        found = from_rank_zero(find)
+    except UserError as error:
+        return terminal.note(str(error))
     conversation.load(found)
     terminal.note(f"{found}: the conversation goes on")
 
@@ -138,17 +138,11 @@ class Terminal:
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
 
-    def share(self, action: Callable[[], Any]) -> Any:
-        """Return what `action` returns on rank 0, on all ranks; collective."""
-        import torch.distributed as dist
-
-        box = [action() if self.shows else None]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
     def read(self) -> str | None:
         """Return the next line without blanks around it, None at the end of the input; collective."""
-        return self.share(self._line)
+        from megatron_tropd.parallel.groups import from_rank_zero
+
+        return from_rank_zero(self._line)
 
     def _line(self) -> str | None:
         if self._ends:
@@ -252,9 +246,9 @@ def _find(folder: Path, step: int | None, overrides: list[str]) -> Source:
 
 def _step_folder(checkpoints: Path, step: str, option: str) -> Path:
     """Return a run's checkpoint after `step`; UserError with the steps that exist, where there is none."""
-    from megatron_tropd.training.checkpoint import step_folders
+    from megatron_tropd.training.checkpoint import numbered_folders
 
-    folders = {int(path.name.removeprefix("step_")): path for path in reversed(step_folders(checkpoints))}
+    folders = dict(reversed(numbered_folders(checkpoints)))
     if not step.isdecimal() or int(step) not in folders:
         steps = ", ".join(map(str, folders)) or "none"
         raise UserError(f"{option}{step}: {checkpoints} has no such checkpoint; its steps are {steps}.")

@@ -8,7 +8,6 @@ from megatron_tropd.commands import run as commands
 from megatron_tropd.commands.arguments import (
     Parser,
     add_command,
-    add_help_keys,
     add_recipe_arguments,
     not_negative,
     positive,
@@ -140,14 +139,8 @@ def add_chat(subcommands: Any) -> None:
         "the layout is one process. Lines may also come from a pipe: the reply to each goes to standard output, notes\n"
         "and numbers to standard error.",
     )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="MODEL key=value",
-        help="a run's folder, a Megatron checkpoint or a Hugging Face folder; then recipe keys",
-    )
-    parser.set_defaults(recipe=None)
-    add_help_keys(parser)
+    what = "a run's folder, a Megatron checkpoint or a Hugging Face folder; then recipe keys"
+    add_recipe_arguments(parser, "MODEL", what)
     parser.add_argument(
         "--step", type=whole, help="the run's checkpoint after this step (default: the newest whole one)"
     )

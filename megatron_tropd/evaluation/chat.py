@@ -14,13 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_tropd.errors import UserError
 from megatron_tropd.evaluation.generation import OpenModel
 from megatron_tropd.models.convert import load_model_weights
 from megatron_tropd.numbers.finite_weights import check_loaded
 from megatron_tropd.numbers.guard import check_responses
+from megatron_tropd.parallel.groups import from_rank_zero
 from megatron_tropd.rollout.decoding import Stops
 from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.sampling import Response
@@ -157,17 +156,16 @@ class Conversation:
         rollouts = self.engine.generate([prompt], [[]], sampling, on_token=stream)
         seconds = time.monotonic() - start
         check_responses(rollouts, self._model.role)
-        answer, reason = rollouts.texts[0], rollouts.finish_reasons[0]
+        reason = rollouts.finish_reasons[0]
         if stream is not None:
-            stream.finish(answer)
+            stream.finish(rollouts.texts[0])
         if reason == "length" and rollouts.lengths[0] >= self._context:
             reason = "context"
         # Rounding on a GPU may let data-parallel replicas part, and their later prompts must be the same.
-        shared = [answer]
-        dist.broadcast_object_list(shared, src=0)
-        self._messages += [{"role": "user", "content": text}, {"role": "assistant", "content": shared[0]}]
+        answer = from_rank_zero(lambda: rollouts.texts[0])
+        self._messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
         self._replies += 1
-        return Reply(shared[0], rollouts.tokens[0][len(prompt.tokens) :], seconds, reason)
+        return Reply(answer, rollouts.tokens[0][len(prompt.tokens) :], seconds, reason)
 
     def _tokenized(self, text: str) -> Prompt:
         prompt = self._prompt(text)

@@ -25,7 +25,7 @@ from megatron_tropd.models.build import build_model, load_hf_config
 from megatron_tropd.models.convert import check_model_files, load_model_weights, resolve_hf_path
 from megatron_tropd.numbers.finite_weights import check_loaded
 from megatron_tropd.numbers.guard import check_responses
-from megatron_tropd.parallel.groups import ParallelGroups, on_rank_zero
+from megatron_tropd.parallel.groups import ParallelGroups, from_rank_zero
 from megatron_tropd.parallel.process_groups import process_groups
 from megatron_tropd.prompts.fingerprint import digest_of, model_digest, tokenizer_digest
 from megatron_tropd.prompts.responses_file import Origin, append, finished_ids, make_folder, prepare_file
@@ -139,17 +139,15 @@ def _complete_file(
     role: str,
     lock: RunLock,
 ) -> int:
-    finished: list[Any] = [None]
     sampling, per_prompt = origin.sampling, origin.sampling.samples_per_prompt
 
-    def prepare() -> None:
+    def prepare() -> set[str]:
         make_folder(output)
         lock.take_file(output)
-        finished[0] = prepare_file(output, prompts, origin, field)
+        return prepare_file(output, prompts, origin, field)
 
-    on_rank_zero(prepare)
-    dist.broadcast_object_list(finished, src=0)
-    todo = [prompt for prompt in prompts if prompt.id not in finished[0]]
+    finished = from_rank_zero(prepare)
+    todo = [prompt for prompt in prompts if prompt.id not in finished]
     chunk = max(1, batch_size // per_prompt) * groups.dp_size
     reports = dist.get_rank() == 0
     with tqdm(
@@ -173,10 +171,8 @@ def unanswered(
     prompts: list[Prompt], sampling: Sampling, output: str | Path, field: str = "response", model: str = ""
 ) -> list[Prompt]:
     """Return the prompts that `write_responses` would answer, or raise as it would; reads the file only, collective."""
-    finished: list[Any] = [None]
-    on_rank_zero(lambda: finished.__setitem__(0, finished_ids(output, prompts, Origin(model, sampling), field)))
-    dist.broadcast_object_list(finished, src=0)
-    return [prompt for prompt in prompts if prompt.id not in finished[0]]
+    finished = from_rank_zero(lambda: finished_ids(output, prompts, Origin(model, sampling), field))
+    return [prompt for prompt in prompts if prompt.id not in finished]
 
 
 def _records(rollouts: Rollouts, origin: Origin, field: str) -> list[dict[str, Any]]:

@@ -27,14 +27,13 @@ class StepResult:
     """Metrics of one step, reduced over the whole job; the same on every data-parallel rank of the last stage."""
 
     metrics: dict[str, float | list[int]] = field(default_factory=dict)  # a list is a histogram
-    num_loss_tokens: int = 0
     grad_norm: float = 0.0
     learning_rate: float = 0.0
     details: TokenDetails | None = None  # [b, s] of this rank's batch
     # The following are the same on all ranks, but for the findings.
     loss: float = 0.0  # in absolute value; infinite where it is no number
     bad_tokens: list[int] = field(default_factory=list)  # by stage, of number_flags.STAGES
-    is_empty: bool = False  # no token of the global batch has a loss
+    num_loss_tokens: int = 0  # of the global batch
     # Why there was no update: one of STAGES, "loss spike", "gradient spike", "overflow", "no tokens".
     problem: str | None = None
     findings: list[Finding] = field(default_factory=list)  # this rank's part of the problem
@@ -73,7 +72,7 @@ def reduce_reports(reports: list[dict[str, Any]], groups: ParallelGroups, extrem
     torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
     *values, loss, tokens = shared.tolist()
     bad_tokens = [int(value) for value in values[len(names) :]]
-    result = StepResult(loss=loss, bad_tokens=bad_tokens, is_empty=tokens == 0)
+    result = StepResult(loss=loss, bad_tokens=bad_tokens, num_loss_tokens=int(tokens))
     if groups.is_last_stage:
         result.metrics |= summarise({name: part.tolist() for name, part in zip(counts, bins, strict=True)})
         largest = dict(zip(names, values, strict=False))
@@ -86,8 +85,6 @@ def _fill(result: StepResult, names: list[str], means: list[list[float]], extrem
     for name, (total, count) in zip(names, means, strict=True):
         if count or name == "loss":
             result.metrics[name] = total / max(count, 1)
-        if name == "loss":
-            result.num_loss_tokens = int(count)
     for name, value in extremes.items():
         if abs(value) != math.inf:  # no token of that kind anywhere
             result.metrics[name] = value

@@ -73,8 +73,13 @@ def build_objective(
         )
     outlier = (method.outlier or config.outlier or "fkl") if method.gated else method.outlier
     gate = config.gate or "bernoulli"
-    explored = steps // 2 if config.exploration_steps is None else config.exploration_steps
+    explored = exploration_steps(config, steps)
     return Objective(config, method, outlier, gate, guidance.beta, seed, samples_per_prompt, explored)
+
+
+def exploration_steps(config: ObjectiveConfig, steps: int) -> int:
+    """Return the number of steps before `reopold` refines: the recipe's, or half of the training's `steps`."""
+    return steps // 2 if config.exploration_steps is None else config.exploration_steps
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def sample_records(
         dropped: of each rollout, whether it was left out of the loss, and so has no numbers; empty: of none.
     """
     rows = min(count, len(rollouts))
-    left_out = [bool(dropped) and dropped[i] for i in range(rows)]
+    left_out = dropped or [False] * rows
     if details is None:
         return [_record(rollouts, i, tokenizer, None, left_out[i]) for i in range(rows)]
     rows = min(rows, details.student_logprobs.size(0))
@@ -63,9 +63,8 @@ def _record(
 ) -> dict[str, Any]:
     sequence, start = rollouts.tokens[row], rollouts.prompt_lengths[row]
     prefix_end = start + rollouts.prefix_lengths[row]
-    tokens = []
+    tokens, kind = [], "dropped" if is_dropped else "guidance"  # of tokens without numbers
     for position in range(start, rollouts.lengths[row]):
-        kind = "dropped" if is_dropped else "guidance"
         token: dict[str, Any] = {"text": _text(tokenizer, sequence[position]), "kind": kind}
         if position >= prefix_end and numbers is not None and not is_dropped:
             # The score at position t belongs to token t + 1.

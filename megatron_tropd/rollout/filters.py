@@ -42,8 +42,7 @@ def judge(rollouts: Rollouts, config: RolloutConfig) -> Verdicts:
     actions = {name: action for name, action in actions.items() if action != "keep"}
     if not actions:
         return Verdicts([], [], {})
-    given = [p + q for p, q in zip(rollouts.prompt_lengths, rollouts.prefix_lengths, strict=True)]
-    own = [i for i, length in enumerate(rollouts.lengths) if length > given[i]]  # the student wrote some of it
+    own = [i for i, logprobs in enumerate(rollouts.logprobs) if logprobs]  # the student wrote some of it
     met = {name: _FIND[name](rollouts, own, config) for name in actions}
     dropped, weights = [False] * len(rollouts), [1.0] * len(rollouts)
     for name, action in actions.items():

@@ -21,8 +21,7 @@ from megatron_tropd.kernels.benchmarks.measure import FREE_OPERATORS
 _WAITS = {"aten._local_scalar_dense", "aten.item", "aten.nonzero", "aten.equal", "aten.is_nonzero"}
 _WAITS |= {"aten.masked_select", "aten._unique", "aten._unique2", "aten.unique_consecutive", "aten.bincount"}
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
-_FREE = FREE_OPERATORS | {"chunk", "empty_strided", "lift_fresh", "narrow", "set_", "split_with_sizes", "unflatten"}
-_FREE |= {"unfold", "_reshape_alias"}
+_FREE = FREE_OPERATORS | {"chunk", "empty_strided", "set_", "split_with_sizes"}
 
 
 class OperationCounts(TorchDispatchMode):

@@ -159,10 +159,11 @@ def read_state(path: str | Path) -> TrainingState:
 
 def step_folders(directory: str | Path) -> list[Path]:
     """Return the folders named like checkpoints, the last step's first."""
-    return [path for _, path in _steps(directory)]
+    return [path for _, path in numbered_folders(directory)]
 
 
-def _steps(directory: str | Path) -> list[tuple[int, Path]]:
+def numbered_folders(directory: str | Path) -> list[tuple[int, Path]]:
+    """Return the same, each after its step."""
     matches = ((_NAME.match(path.name), path) for path in Path(directory).glob("step_*"))
     return sorted(((int(match[1]), path) for match, path in matches if match), key=lambda found: found[0], reverse=True)
 
@@ -195,7 +196,7 @@ def _fresh_folder(temporary: Path) -> None:
 
 def _remove_old(directory: Path, keep: int, step: int) -> None:
     """Remove all but the newest `keep` checkpoints up to `step`; later ones are damaged, and count for nothing."""
-    done = [path for number, path in _steps(directory) if number <= step]
+    done = [path for number, path in numbered_folders(directory) if number <= step]
     for path in done[keep:] if keep else []:
         if is_ours(path):
             shutil.rmtree(path, ignore_errors=True)

@@ -241,14 +241,12 @@ def _log(
 def _rollout_metrics(run: Run, rollouts: Rollouts, verdicts: Verdicts) -> dict[str, float]:
     """Reduce lengths, finish reasons and what the filters found over the data-parallel ranks, in one collective."""
     reasons = ("eos", "stop", "length", "prefix")
-    responses = [
-        n - p - q for n, p, q in zip(rollouts.lengths, rollouts.prompt_lengths, rollouts.prefix_lengths, strict=True)
-    ]
+    written = sum(map(len, rollouts.logprobs))  # tokens of the student's own
     numbers = {f"finish_{reason}": rollouts.finish_reasons.count(reason) for reason in reasons}
     if verdicts.counts:
         numbers |= {f"filtered_{name}": count for name, count in verdicts.counts.items()}
         numbers["filtered_fraction"] = verdicts.filtered
-    local = [len(rollouts), sum(rollouts.lengths), sum(responses), sum(rollouts.prefix_lengths), *numbers.values()]
+    local = [len(rollouts), sum(rollouts.lengths), written, sum(rollouts.prefix_lengths), *numbers.values()]
     total = torch.tensor(local, dtype=torch.float64, device=run.groups.device)
     dist.all_reduce(total, group=run.groups.dp)
     samples, sequence_tokens, response_tokens, prefix_tokens, *counts = total.tolist()

@@ -19,6 +19,7 @@ from megatron_tropd.config import Recipe
 from megatron_tropd.errors import UserError
 from megatron_tropd.methods import METHODS
 from megatron_tropd.models.auto_dtype import resolve_dtypes
+from megatron_tropd.objective.objectives import exploration_steps
 from megatron_tropd.parallel.groups import ParallelGroups, from_rank_zero, on_rank_zero
 from megatron_tropd.parallel.partition import Partition
 from megatron_tropd.prompts.fingerprint import read_config, recipe_contents
@@ -120,9 +121,8 @@ def prepare(
     start.pin(recipe)
     resolve_dtypes(recipe, partition)
     objective = recipe.objective
-    if METHODS[objective.name].selects == "phases" and objective.exploration_steps is None:
-        # Fixed now: a run that is made longer must not explore again.
-        objective.exploration_steps = recipe.training.steps // 2
+    if METHODS[objective.name].selects == "phases":  # fixed now: a run that is made longer must not explore again
+        objective.exploration_steps = exploration_steps(objective, recipe.training.steps)
     if start.pinned and groups.rank == 0:
         logger.info("kept from the run's first start: %s", ", ".join(f"{k}={v}" for k, v in start.pinned.items()))
     if start.checkpoint is not None and groups.rank == 0:

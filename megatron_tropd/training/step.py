@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -39,9 +39,6 @@ from megatron_tropd.parallel.micro_batches import Pairs, split_batch
 from megatron_tropd.training.student import Student
 from megatron_tropd.training.student_outputs import StudentOutputs, prepare_scores, run_micro_batch
 from megatron_tropd.types import TeacherScores, TrainingBatch
-
-if TYPE_CHECKING:
-    pass
 
 _NO_LIMITS = Limits()
 
@@ -114,8 +111,8 @@ def _update(student: Student, result: StepResult, limits: Limits) -> bool:
     """
     is_float16 = student.modules[0].config.fp16
     result.problem = result.first_bad_stage or ("loss spike" if result.loss > limits.loss else None)
-    if result.problem is None and result.is_empty:  # Adam's momentum and weight decay alone would move the weights
-        result.problem = "no tokens"
+    if result.problem is None and not result.num_loss_tokens:
+        result.problem = "no tokens"  # Adam's momentum and weight decay alone would move the weights
     if result.problem is not None:  # before the loss scaler treats it as an overflow
         return False
 

@@ -335,26 +335,36 @@ def misuse_rank(models):
     assert not chunks[0].output_layer._forward_hooks
 
 
+def teacher_and_student(models, student_config, training):
+    """Return both, loaded in one layout; the teacher in float32."""
+    from dataclasses import replace
+
+    from megatron_tropd.parallel import groups as parallel
+    from megatron_tropd.teacher.hook import TeacherHook
+    from megatron_tropd.training.student import build_student
+
+    groups = parallel.initialize(student_config)
+    config, objective = make_objective()
+    teacher = TeacherHook(groups, VOCAB_SIZE, topk=objective.topk, temperature=config.temperature)
+    teacher_config = replace(student_config, hf_path=str(models / "teacher"), dtype="float32")
+    teacher.attach(load(teacher_config, groups, training=False))
+    return teacher, build_student(load(student_config, groups, training=True), training, groups, VOCAB_SIZE)
+
+
 def empty_step_rank(models):
     """A step with momentum, and one none of whose tokens has a loss"""
     from dataclasses import replace
 
     from megatron_tropd.config import TrainingConfig
     from megatron_tropd.numbers.guard import NumberGuard
-    from megatron_tropd.parallel import groups as parallel
-    from megatron_tropd.teacher.hook import TeacherHook
     from megatron_tropd.training.step import train_step
-    from megatron_tropd.training.student import build_student
     from megatron_tropd.types import LOSS_NONE, Rollouts
 
-    student_config = layout(1, 2, False, models / "tied")
-    groups = parallel.initialize(student_config)
     config, objective = make_objective()
-    teacher = TeacherHook(groups, VOCAB_SIZE, topk=objective.topk, temperature=config.temperature)
-    teacher.attach(load(layout(1, 2, False, models / "teacher"), groups, training=False))
     training = TrainingConfig(steps=3, lr=0.01, loss_spike_factor=2.0)
-    student = build_student(load(student_config, groups, training=True), training, groups, VOCAB_SIZE)
-    guard, batch = NumberGuard(training, {}), make_batch()
+    teacher, student = teacher_and_student(models, layout(1, 2, False, models / "tied"), training)
+    state: dict = {}
+    guard, batch = NumberGuard(training, state), make_batch()
     found = []
     for kind in (batch.loss_kind, torch.full_like(batch.loss_kind, LOSS_NONE)):
         weights = [p.detach().clone() for p in student.modules[0].parameters()]
@@ -363,7 +373,7 @@ def empty_step_rank(models):
         guard.observe(0, result, Rollouts([], [], [], [], [], [], []), {})
         moved = any(not torch.equal(a, b) for a, b in zip(weights, student.modules[0].parameters(), strict=True))
         found.append((result.problem, result.metrics["update_skipped"], moved))
-    return found, guard.skipped, len(guard._state["losses"])
+    return found, guard.skipped, len(state["losses"])
 
 
 def test_a_step_without_loss_tokens_leaves_the_student_as_it_was(models):
@@ -377,17 +387,11 @@ def float16_rank(models, first_scale):
     from dataclasses import replace
 
     from megatron_tropd.config import TrainingConfig
-    from megatron_tropd.parallel import groups as parallel
-    from megatron_tropd.teacher.hook import TeacherHook
     from megatron_tropd.training.step import train_step
-    from megatron_tropd.training.student import build_student
 
-    student_config = replace(layout(1, 1, False, models / "tied"), dtype="float16")
-    groups = parallel.initialize(student_config)
     config, objective = make_objective()
-    teacher = TeacherHook(groups, VOCAB_SIZE, topk=objective.topk, temperature=config.temperature)
-    teacher.attach(load(layout(1, 1, False, models / "teacher"), groups, training=False))
-    student = build_student(load(student_config, groups, training=True), TrainingConfig(steps=3), groups, VOCAB_SIZE)
+    student_config = replace(layout(1, 1, False, models / "tied"), dtype="float16")
+    teacher, student = teacher_and_student(models, student_config, TrainingConfig(steps=3))
     weights = [p.detach().clone() for p in student.modules[0].parameters()]
     if first_scale:
         student.optimizer.chained_optimizers[0].grad_scaler._scale.fill_(first_scale)
